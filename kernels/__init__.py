@@ -9,6 +9,7 @@ from .attention import condense, recall
 from .convlstm import convlstm_gates
 from .loss import flow_loss
 from .modulate import modulate
+from .tvl1 import tvl1_flow_reference
 from .warp import backward_warp
 
-__all__ = ["backward_warp", "condense", "convlstm_gates", "flow_loss", "modulate", "recall"]
+__all__ = ["backward_warp", "condense", "convlstm_gates", "flow_loss", "modulate", "recall", "tvl1_flow_reference"]

@@ -20,8 +20,8 @@ def shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({', '.join(map(str, expected))})")
 
 
-def same_device(**tensors: Tensor) -> None:
-    """Raise ValueError unless all tensors lie on one device."""
+def same_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors (None is left out) lie on one device."""
     devices = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(devices.values())) > 1:
         raise ValueError("tensors lie on different devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items()))

@@ -82,6 +82,7 @@ def recall(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Ten
     None (their gradient is exactly zero)."""
     if value.shape[1] == 1:
         return feature + value.mT[..., None]
+    assert query is not None and key is not None
     scores = query.flatten(2).mT @ key.mT
     return feature + (scores.softmax(dim=-1) @ value).mT.reshape(feature.shape)
 

@@ -2,8 +2,9 @@
 
 An `Op` holds its backends in order of preference, `reference` (plain PyTorch) last. Each backend answers for the given
 arguments with None ("I can") or the reason why it cannot. The choice per call: the explicit `backend=` argument, else
-the environment variable AVFAST_BACKEND, else the first backend that supports the arguments. A requested backend runs or
-raises with its reason; only the automatic choice falls back. `explain` tells what would run here, for `avfast.env`.
+the environment variable AVFAST_BACKEND, else the first backend that supports the arguments. A requested backend runs
+or raises with its reason; only the automatic choice falls back. AVFAST_BACKEND speaks to all ops at once, so an op that
+has no such backend chooses as if it were not set. `explain` tells what would run here, for `avfast.env`.
 """
 
 from __future__ import annotations
@@ -38,22 +39,23 @@ class Op:
     backends: dict[str, Backend] = field(default_factory=dict)
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        requested = backend or os.environ.get("AVFAST_BACKEND")
-        if not requested:
-            for candidate in self.backends.values():
-                if candidate.unsupported(*args, **kwargs) is None:
-                    return candidate.function(*args, **kwargs)
-            raise AssertionError(f"{self.name} has no reference backend")
-        source = "backend" if backend else "AVFAST_BACKEND"
-        if requested not in NAMES:
+        source, requested = "backend", backend
+        if requested is None:
+            source, requested = "AVFAST_BACKEND", os.environ.get("AVFAST_BACKEND") or None
+        if requested is not None and requested not in NAMES:
             raise ValueError(f"{source} is {requested!r}, expected one of {', '.join(NAMES)}")
-        if requested not in self.backends:
-            raise ValueError(f"{source} is {requested!r}: {self.name} has only {', '.join(self.backends)}")
-        chosen = self.backends[requested]
-        reason = chosen.unsupported(*args, **kwargs)
-        if reason is not None:
-            raise ValueError(f"{source} is {requested!r}, which cannot run this {self.name}: {reason}")
-        return chosen.function(*args, **kwargs)
+        if backend is not None and backend not in self.backends:
+            raise ValueError(f"backend is {backend!r}: {self.name} has only {', '.join(self.backends)}")
+        if requested in self.backends:
+            chosen = self.backends[requested]
+            reason = chosen.unsupported(*args, **kwargs)
+            if reason is not None:
+                raise ValueError(f"{source} is {requested!r}, which cannot run this {self.name}: {reason}")
+            return chosen.function(*args, **kwargs)
+        for candidate in self.backends.values():
+            if candidate.unsupported(*args, **kwargs) is None:
+                return candidate.function(*args, **kwargs)
+        raise AssertionError(f"{self.name}: the reference supports everything")
 
 
 def define(name: str, reference: Callable[..., Any], **faster: Backend) -> Op:
@@ -66,8 +68,9 @@ def define(name: str, reference: Callable[..., Any], **faster: Backend) -> Op:
 def explain() -> list[tuple[str, str, str, dict[str, str]]]:
     """For every op and kind of device: (op, device, backend that runs, {every other backend: why it does not})."""
     rows = []
-    forced = os.environ.get("AVFAST_BACKEND")
     for op in OPS.values():
+        forced = os.environ.get("AVFAST_BACKEND")
+        forced = forced if forced in op.backends else None
         for device in ("cpu", "cuda"):
             reasons: dict[str, str] = {}
             chosen = ""
