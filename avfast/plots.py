@@ -1,0 +1,298 @@
+"""Pictures: flow colours, strips and GIFs of true and predicted clips, loss and metric curves.
+
+Clips are tensors or arrays on the CPU: frames (T,C,H,W) in [0,1] with C = 1 or 3, flow (T,2,H,W) in pixels; predictions
+(P,...) are the last P of the T frames. Given frames are framed white, predicted ones red, true future ones grey. Every
+file is written under a temporary name, then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from avfast.config import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from avfast.metrics import MetricResult
+
+GIVEN, FUTURE, PREDICTED = (255, 255, 255), (110, 110, 110), (230, 40, 40)
+BACKGROUND, TEXT = (24, 24, 24), (230, 230, 230)
+BORDER, GAP, TEXT_SIZE = 2, 4, 14
+READABLE = 96
+"""Frames are enlarged by a whole factor until their longer side has at least this many pixels."""
+
+# the wheel of Baker et al.: hues between six corner colours, more of them where the eye tells more apart
+WHEEL_ENDS = np.cumsum([0, 15, 6, 4, 11, 13, 6])
+WHEEL_COLOURS = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]], dtype=float)
+
+Pixels = NDArray[np.uint8]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not."""
+    path = Path(path)
+    # the suffix stays last: writers choose the format by it
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flow_to_rgb(flow: ArrayLike, max_flow: float | None = None) -> Pixels:
+    """Colour-code a flow: (...,2,H,W) in pixels, x then y -> uint8 (...,H,W,3). Hue is direction, saturation magnitude.
+
+    A vector to the right is red, down yellow, left sky blue, up violet; white is no motion. A vector of `max_flow`
+    pixels is fully saturated, a longer one is darkened by a quarter; by default that is the largest magnitude in the
+    whole array, one scale for all of its frames. A vector that is not finite is black. ValueError: another shape,
+    max_flow <= 0. Source: Baker et al., "A Database and Evaluation Methodology for Optical Flow", IJCV 2011, its wheel
+    taken as a continuous circle.
+    """
+    flow = np.asarray(flow, dtype=np.float64)
+    if flow.ndim < 3 or flow.shape[-3] != 2:
+        raise ValueError(f"flow has shape {flow.shape}, expected (..., 2, H, W)")
+    if max_flow is not None and not max_flow > 0:
+        raise ValueError(f"max_flow is {max_flow}, expected more than 0 pixels")
+    finite = np.isfinite(flow).all(axis=-3)
+    x, y = (np.where(finite, flow[..., axis, :, :], 0.0) for axis in (0, 1))
+    magnitude = np.hypot(x, y)
+    radius = (magnitude / (max_flow or magnitude.max(initial=0.0) or 1.0))[..., None]
+    position = np.arctan2(y, x) / (2 * math.pi) % 1.0 * WHEEL_ENDS[-1]
+    hue = np.stack([np.interp(position, WHEEL_ENDS, channel) for channel in WHEEL_COLOURS.T], axis=-1)
+    colour = np.where(radius <= 1, 1 - radius * (1 - hue), 0.75 * hue)
+    return np.where(finite[..., None], np.rint(255 * colour), 0).astype(np.uint8)
+
+
+def save_strip(
+    path: str | Path,
+    true: ArrayLike,
+    predicted: ArrayLike,
+    true_flow: ArrayLike | None = None,
+    predicted_flow: ArrayLike | None = None,
+    *,
+    context_frames: int,
+    frames: Collection[int] | None = None,
+    first_frame: int = 1,
+) -> None:
+    """One clip as labelled rows over time: true, predicted, true flow, predicted flow; a column per frame.
+
+    true (T,C,H,W), predicted (P,C,H,W), true_flow (T,2,H,W), predicted_flow (P,2,H,W), P = T - context_frames. Frames
+    are numbered from 1 and `frames` chooses some of them; `first_frame` is the number printed over the first. Small
+    frames are enlarged with nearest neighbour. The flow rows share one scale: the largest true magnitude (the predicted
+    one, without true flow), printed beside them. ValueError: shapes that do not fit, a frame number outside 1..T.
+    """
+    images = _images("true", true)
+    total = len(images)
+    rows = [("true", images), ("predicted", _predicted("predicted", predicted, images, context_frames))]
+    flows = {"true flow": (true_flow, total), "predicted flow": (predicted_flow, total - context_frames)}
+    scale = next((_max_flow(flow) for flow, _ in flows.values() if flow is not None), 1.0)
+    for label, (flow, count) in flows.items():
+        if flow is None:
+            continue
+        expected = (count, 2, *images.shape[1:3])
+        if np.shape(flow) != expected:
+            raise ValueError(f"{label.replace(' ', '_')} has shape {np.shape(flow)}, expected {expected}")
+        rows.append((f"{label}\nfull colour {scale:.2g} px", flow_to_rgb(flow, scale)))
+    numbers = range(1, total + 1) if frames is None else sorted(set(frames))
+    if not numbers or numbers[0] < 1 or numbers[-1] > total:
+        raise ValueError(f"frames is {list(numbers)}, expected numbers from 1 to {total}")
+
+    factor = _enlargement(images)
+    height, width = (factor * s + 2 * BORDER for s in images.shape[1:3])
+    font = ImageFont.load_default(TEXT_SIZE)
+    margin = math.ceil(max(font.getlength(line) for label, _ in rows for line in label.split("\n"))) + 3 * GAP
+    header = TEXT_SIZE + 2 * GAP
+    size = (margin + len(numbers) * (width + GAP), header + len(rows) * (height + GAP))
+    canvas = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    for column, number in enumerate(numbers):
+        left = margin + column * (width + GAP)
+        draw.text((left + width // 2, header // 2), str(number + first_frame - 1), fill=TEXT, font=font, anchor="mm")
+        for row, (label, pictures) in enumerate(rows):
+            index = number - 1 - (total - len(pictures))
+            if index < 0:
+                continue
+            true_colour = GIVEN if number <= context_frames else FUTURE
+            colour = PREDICTED if label.startswith("predicted") else true_colour
+            canvas.paste(_framed(pictures[index], factor, colour), (left, header + row * (height + GAP)))
+    for row, (label, _) in enumerate(rows):
+        middle = header + row * (height + GAP) + height // 2
+        draw.multiline_text((GAP, middle), label, fill=TEXT, font=font, anchor="lm")
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
+
+
+def save_gif(
+    path: str | Path, true: ArrayLike, predicted: ArrayLike, *, context_frames: int, frames_per_second: float = 10.0
+) -> None:
+    """True clip on the left, given then predicted frames on the right, over time; several clips one below the other.
+
+    true (T,C,H,W) or (N,T,C,H,W), predicted (P,C,H,W) or (N,P,C,H,W), P = T - context_frames. Small frames are enlarged
+    with nearest neighbour. ValueError: shapes that do not fit.
+    """
+    true, predicted = np.asarray(true), np.asarray(predicted)
+    if true.ndim == 4:
+        true, predicted = true[None], predicted[None]
+    if true.ndim != 5 or len(true) != len(predicted) or not len(true):
+        raise ValueError(f"true has shape {true.shape}, predicted {predicted.shape}, expected N clips each")
+    clips = [_images("true", clip) for clip in true]
+    guesses = [
+        _predicted("predicted", guess, clip, context_frames) for guess, clip in zip(predicted, clips, strict=True)
+    ]
+    factor = _enlargement(clips[0])
+    height, width = (factor * s + 2 * BORDER for s in clips[0].shape[1:3])
+    font = ImageFont.load_default(TEXT_SIZE)
+    header = TEXT_SIZE + 2 * GAP
+    pictures = []
+    for t in range(len(clips[0])):
+        given = t < context_frames
+        size = (2 * width + 3 * GAP, header + len(clips) * (height + GAP))
+        canvas = Image.new("RGB", size, BACKGROUND)
+        draw = ImageDraw.Draw(canvas)
+        titles = (f"true {t + 1}", "given" if given else "predicted")
+        for column, title in enumerate(titles):
+            draw.text((GAP + column * (width + GAP) + width // 2, header // 2), title, TEXT, font, anchor="mm")
+        for row, (clip, guess) in enumerate(zip(clips, guesses, strict=True)):
+            top = header + row * (height + GAP)
+            shown = clip[t] if given else guess[t - context_frames]
+            canvas.paste(_framed(clip[t], factor, GIVEN if given else FUTURE), (GAP, top))
+            canvas.paste(_framed(shown, factor, GIVEN if given else PREDICTED), (width + 2 * GAP, top))
+        pictures.append(canvas)
+    with replacing(path) as temporary:
+        pictures[0].save(
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=round(1000 / frames_per_second),
+            loop=0,
+        )
+
+
+def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
+    """Draw a run's losses from its metrics.jsonl, one panel per stage: "loss" and every key that ends with "_loss".
+
+    Records are objects with "stage", "step" and some of those keys. A last line cut short by a kill is left out.
+    InputError: another line that is not JSON, no loss at all.
+    """
+    stages: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for record in _records(Path(metrics_jsonl)):
+        for key, value in record.items():
+            if key == "loss" or key.endswith("_loss"):
+                stages.setdefault(record["stage"], {}).setdefault(key, []).append((record["step"], value))
+    if not stages:
+        raise InputError(f"{metrics_jsonl} holds no record with a loss")
+    figure = _figure(len(stages))
+    for axes, (stage, curves) in zip(figure.axes, stages.items(), strict=True):
+        for key, points in curves.items():
+            steps, values = zip(*points, strict=True)
+            # few points are seldom visible as a line
+            axes.plot(steps, values, label=key, marker="." if len(points) < 50 else None, linewidth=1.2)
+        if all(value > 0 for points in curves.values() for _, value in points):
+            axes.set_yscale("log")
+        axes.set(title=f"stage {stage}", xlabel="step", ylabel="loss")
+        axes.legend()
+    _save_figure(figure, path)
+
+
+def save_metric_curves(
+    path: str | Path, results: Mapping[str, MetricResult], *, context_frames: int = 0, references: Collection[str] = ()
+) -> None:
+    """Draw SSIM and PSNR, and AEPE where some predictor has flow, over the frame number; `references` are dashed.
+
+    results: scores per predictor, of clips of the same length. ValueError: no results.
+    """
+    if not results:
+        raise ValueError("results is empty, expected at least one predictor")
+    panels: list[tuple[str, dict[str, list[float]]]] = [
+        ("SSIM", {name: r.ssim for name, r in results.items()}),
+        ("PSNR, dB", {name: r.psnr for name, r in results.items()}),
+        ("AEPE, px", {name: r.aepe for name, r in results.items() if r.aepe is not None}),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    figure = _figure(len(panels))
+    colours = {name: f"C{i % 10}" for i, name in enumerate(results)}
+    for axes, (title, curves) in zip(figure.axes, panels, strict=True):
+        for name, values in curves.items():
+            style: dict[str, Any] = {"linewidth": 1, "linestyle": "--"} if name in references else {"linewidth": 2}
+            numbers = range(context_frames + 1, context_frames + len(values) + 1)
+            axes.plot(numbers, values, color=colours[name], label=name, marker=".", **style)
+        axes.set(title=title, xlabel="frame")
+        axes.locator_params(axis="x", integer=True)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    _save_figure(figure, path)
+
+
+def _images(name: str, frames: ArrayLike) -> Pixels:
+    """(T,C,H,W) in [0,1] -> uint8 (T,H,W,3); what is not finite is black."""
+    frames = np.asarray(frames, dtype=np.float64)
+    if frames.ndim != 4 or frames.shape[1] not in (1, 3) or 0 in frames.shape:
+        raise ValueError(f"{name} has shape {frames.shape}, expected (T, 1 or 3, H, W)")
+    pixels = np.rint(255 * np.nan_to_num(frames).clip(0, 1)).astype(np.uint8)
+    return np.repeat(pixels, 3 // frames.shape[1], axis=1).transpose(0, 2, 3, 1)
+
+
+def _predicted(name: str, frames: ArrayLike, true: Pixels, context_frames: int) -> Pixels:
+    images = _images(name, frames)
+    expected = (len(true) - context_frames, *true.shape[1:])
+    if images.shape != expected:
+        raise ValueError(
+            f"{name} has {len(images)} frames of {images.shape[1:3]}, expected {expected[0]} of {expected[1:3]}: "
+            f"true has {len(true)}, context_frames is {context_frames}"
+        )
+    return images
+
+
+def _max_flow(flow: ArrayLike) -> float:
+    x, y = np.moveaxis(np.nan_to_num(np.asarray(flow, dtype=np.float64), posinf=0, neginf=0), -3, 0)
+    return float(np.hypot(x, y).max(initial=0.0)) or 1.0
+
+
+def _enlargement(images: Pixels) -> int:
+    return max(1, math.ceil(READABLE / max(images.shape[1:3])))
+
+
+def _framed(pixels: Pixels, factor: int, colour: tuple[int, int, int]) -> Image.Image:
+    image = Image.fromarray(np.ascontiguousarray(pixels.repeat(factor, axis=0).repeat(factor, axis=1)))
+    framed = Image.new("RGB", (image.width + 2 * BORDER, image.height + 2 * BORDER), colour)
+    framed.paste(image, (BORDER, BORDER))
+    return framed
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number} is not JSON: {error}") from None
+
+
+def _figure(panels: int) -> Figure:
+    # without pyplot: no global state, and Agg whatever the display
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * panels, 4.2), dpi=110, layout="constrained")
+    for axes in np.atleast_1d(figure.subplots(1, panels)):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _save_figure(figure: Figure, path: str | Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
