@@ -1,0 +1,62 @@
+"""Motion and context-aware audio-visual conditioned video prediction (Xu, Hu and Lee, BMVC 2023).
+
+`import avfast` alone is instant: a name below loads its module, and with it PyTorch, on first use (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# read without importing by the build (pyproject.toml), so it must stay a plain literal
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from avfast.config import InputError, ModelConfig, TrainConfig
+    from avfast.env import environment
+    from avfast.flow import tvl1_flow
+    from avfast.kernels import backward_warp, condense, convlstm_gates, flow_loss, modulate, recall
+    from avfast.model import AVModel
+
+_HOME = {
+    "AVModel": "avfast.model",
+    "InputError": "avfast.config",
+    "ModelConfig": "avfast.config",
+    "TrainConfig": "avfast.config",
+    "backward_warp": "avfast.kernels",
+    "condense": "avfast.kernels",
+    "convlstm_gates": "avfast.kernels",
+    "environment": "avfast.env",
+    "flow_loss": "avfast.kernels",
+    "modulate": "avfast.kernels",
+    "recall": "avfast.kernels",
+    "tvl1_flow": "avfast.flow",
+}
+
+__all__ = [
+    "AVModel",
+    "InputError",
+    "ModelConfig",
+    "TrainConfig",
+    "__version__",
+    "backward_warp",
+    "condense",
+    "convlstm_gates",
+    "environment",
+    "flow_loss",
+    "modulate",
+    "recall",
+    "tvl1_flow",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'avfast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
