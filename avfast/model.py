@@ -91,10 +91,9 @@ class MME(nn.Module):
         flows, images = [], []
         for t in range(1, total):
             feature = observed[:, t - 1] if t <= given else self.encoder(motion[:, None], image[:, None])[:, 0]
-            if self.variant == "mme":
-                feature = self.recall(feature, None, value[:, t : t + 1])
-            elif self.variant == "v+recall":
-                feature = self.recall(feature, key[:, : t + 1], value[:, : t + 1])
+            if value is not None:
+                memory = slice(t if self.variant == "mme" else 0, t + 1)
+                feature = self.recall(feature, None if key is None else key[:, memory], value[:, memory])
             hidden, state = self.lstm(feature, state)
             if t >= given:
                 motion = self.decoder(hidden)

@@ -28,6 +28,11 @@ class BatchNorm(nn.Module):
     evaluation it is the usual affine map by the running statistics.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    sums: Tensor
+    calls: Tensor
+
     def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
@@ -139,6 +144,7 @@ class AudioEncoder(nn.Module):
     Its BatchNorm statistics are those of the one call.
     """
 
+    # spectrogram shape -> (stride, padding) of the first two convolutions; the next two halve, the last keeps
     _STRIDES = {
         (23, 21): [((1, 1), (0, 0)), ((2, 2), (1, 1))],
         (45, 17): [((2, 1), (0, 0)), ((2, 1), (2, 0))],
@@ -148,8 +154,9 @@ class AudioEncoder(nn.Module):
         super().__init__()
         if min(audio_shape) < 11:
             raise InputError(f"audio_shape is {audio_shape[0]}x{audio_shape[1]}, expected at least 11x11")
-        first, second = self._STRIDES.get(tuple(audio_shape), self._STRIDES[23, 21])
-        geometry = [(4, *first), (4, *second), (4, 2, 1), (4, 2, 1), (2, 1, 0)]
+        first, second = self._STRIDES.get(audio_shape, self._STRIDES[23, 21])
+        halving = ((2, 2), (1, 1))
+        geometry = [(4, *first), (4, *second), (4, *halving), (4, *halving), (2, (1, 1), (0, 0))]
         channels = (1, 64, 128, 256, 512, FEATURES)
         self.blocks = nn.ModuleList(
             ConvBlock(
@@ -159,7 +166,7 @@ class AudioEncoder(nn.Module):
             )
             for i, (kernel, stride, padding) in enumerate(geometry)
         )
-        self.pool = nn.Identity() if tuple(audio_shape) in self._STRIDES else nn.AdaptiveAvgPool2d(2)
+        self.pool = nn.Identity() if audio_shape in self._STRIDES else nn.AdaptiveAvgPool2d(2)
 
     def forward(self, audio: Tensor) -> Tensor:
         x = audio.flatten(0, 1)
@@ -217,6 +224,7 @@ class ConvLSTM(nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         new_state = []
         for layer, conv in enumerate(self.cells):
+            assert isinstance(conv, nn.Conv2d)
             if state is None:
                 # the hidden state is zero: its half of the convolution adds nothing
                 gates = F.conv2d(x, conv.weight[:, :FEATURES], conv.bias, padding=1)
@@ -296,8 +304,9 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * c, c, 2, 2) for c in channels[:4])
         self.decode = nn.ModuleList(DoubleConv(parts * c, c) for c in channels[:4])
         self.last = nn.Conv2d(width, image_channels, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        with torch.no_grad():
+            for parameter in self.last.parameters():
+                parameter.zero_()
 
     def forward(self, frame: Tensor, contexts: list[Tensor] | None = None) -> Tensor:
         skips = []

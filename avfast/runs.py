@@ -1,0 +1,186 @@
+"""Run folders and checkpoints: where a training run lives, how it is written without ever losing what is there, and how
+it is found again.
+
+    runs/<dataset>-<name>[-N]/
+        config.yaml env.json command.txt        what was asked, where
+        metrics.jsonl results.csv               every logged step; every evaluation
+        curves.png samples/                     loss curves; strips and GIFs of validation clips
+        checkpoints/step_00000500/              config.json + model.safetensors (loadable by from_pretrained),
+                                                training_state.pt, metrics.json
+        checkpoints/last, best, best-mme        links to the newest, the best of the final stage, the best of stage mme
+
+A checkpoint is written into a hidden folder and renamed; links are replaced atomically. So a killed run has either the
+old checkpoint or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from avfast.config import InputError, TrainConfig, load_config, to_dict
+from avfast.model import AVModel
+
+
+class Run:
+    """One run folder, written by the main process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> Run:
+        """Make a new run folder; one that exists is never touched: -2, -3 ... is appended."""
+        import yaml
+
+        base = Path(config.output_dir) / f"mmnist-{config.name}"
+        number = 1
+        while True:
+            folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if not base.parent.is_dir():
+                    raise InputError(f"output-dir is {config.output_dir}, which is not a folder") from None
+                number += 1
+        run = cls(folder)
+        run.checkpoints.mkdir()
+        (folder / "samples").mkdir()
+        run.write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+        return run
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file under a temporary name, then rename."""
+        temporary = self.folder / f".{name}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, self.folder / name)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every record of metrics.jsonl; a last line cut short by a kill is left out."""
+        records = []
+        path = self.folder / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after a step: a resumed run writes them again."""
+        kept = [r for r in self.records() if r["step"] <= step]
+        self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept).encode())
+        self.write_results()
+
+    def write_results(self) -> None:
+        """Write results.csv, one row per evaluation, from metrics.jsonl."""
+        rows = [r for r in self.records() if "val_loss" in r]
+        names = list(dict.fromkeys(name for r in rows for name in r))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write("results.csv", text.getvalue().encode())
+
+    def save(
+        self,
+        link: str,
+        step: int,
+        model: AVModel,
+        metrics: dict[str, Any],
+        state: dict[str, Any] | None = None,
+        keep: int = 1,
+    ) -> Path:
+        """Write a checkpoint and point `link` at it; all but the newest `keep` checkpoints of that link are removed.
+
+        Raises InputError naming the folder when it cannot be written; what was there stays.
+        """
+        prefix = "step" if link == "last" else link
+        final = self.checkpoints / f"{prefix}_{step:08d}"
+        temporary = self.checkpoints / f".{final.name}.tmp"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            model.save_pretrained(temporary)
+            if state is not None:
+                # through memory: torch.save reports a full disk as an internal error without a file name
+                buffer = io.BytesIO()
+                torch.save(state, buffer)
+                (temporary / "training_state.pt").write_bytes(buffer.getbuffer())
+            (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+            if final.exists():
+                shutil.rmtree(final)
+            os.rename(temporary, final)
+            pointer = self.checkpoints / f".{link}.tmp"
+            pointer.unlink(missing_ok=True)
+            pointer.symlink_to(final.name)
+            os.replace(pointer, self.checkpoints / link)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise InputError(f"the checkpoint {final} cannot be written: {error.strerror or error}") from None
+        for old in sorted(self.checkpoints.glob(f"{prefix}_[0-9]*"))[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The training state of the last checkpoint with its folder under "folder", or None where there is none."""
+        last = self.checkpoints / "last"
+        if not last.exists():
+            return None
+        try:
+            state = torch.load(last / "training_state.pt", weights_only=True, map_location="cpu")
+        except Exception as error:
+            raise InputError(f"{last / 'training_state.pt'} cannot be read: {error}") from None
+        return {**state, "folder": last.resolve()}
+
+
+def find_run(config: TrainConfig) -> Run | None:
+    """The run that --resume names: with `auto` the newest of this name that has a checkpoint, or None."""
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        folder = Path(config.resume)
+        if not (folder / "config.yaml").is_file():
+            raise InputError(f"resume is {config.resume}, which is not a run folder (no config.yaml)")
+        if not (folder / "checkpoints" / "last").exists():
+            raise InputError(f"resume is {config.resume}, which has no checkpoint to resume from")
+        return Run(folder)
+    base = Path(config.output_dir) / f"mmnist-{config.name}"
+    numbered = [p for p in base.parent.glob(f"{base.name}-*") if p.name[len(base.name) + 1 :].isdigit()]
+    runs = [p for p in (base, *numbered) if (p / "checkpoints" / "last").exists()]
+    return Run(max(runs, key=lambda p: (p / "checkpoints" / "last").stat().st_mtime_ns)) if runs else None
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that a path means: a checkpoint itself, or of a run folder the best, else the last.
+
+    Raises InputError when there is none.
+    """
+    path = Path(path)
+    if (path / "model.safetensors").is_file():
+        return path
+    for name in ("best", "best-mme", "last"):
+        if (path / "checkpoints" / name / "model.safetensors").is_file():
+            return path / "checkpoints" / name
+    raise InputError(f"{path} is neither a checkpoint (no model.safetensors) nor a run folder with one")
+
+
+def load_run_config(checkpoint: str | Path) -> TrainConfig:
+    """The training config of the run that a checkpoint lies in. Raises InputError when there is none."""
+    for folder in Path(checkpoint).absolute().parents:
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml", TrainConfig())
+    raise InputError(f"{checkpoint} lies in no run folder: no config.yaml above it")

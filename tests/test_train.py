@@ -1,0 +1,384 @@
+"""The training program on a tiny data set: order, resume, failures, what lies in the run folder."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from avfast.config import InputError, MMNISTConfig, ModelConfig, TrainConfig, load_config
+from avfast.model import AVModel, read_pretrained
+from avfast.runs import Run, load_run_config, resolve_checkpoint
+from avfast.train import AppearanceStage, DataOrder, MotionStage, train
+
+FLAGS = (
+    "--clip-frames 6 --train-clips 8 --val-clips 4 --test-clips 2 --unet-width 2 --convlstm-layers 1 "
+    "--context-frames 2 --pred-frames 2 --eval-frames 3 --batch-size 3 --mme-steps 5 --car-steps 4 "
+    "--log-every 1 --eval-every 4 --save-every 2 --bn-recalibrate 1 --device cpu"
+).split()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def config(cache, tmp_path):
+    return TrainConfig(
+        data=MMNISTConfig(clip_frames=6, train_clips=8, val_clips=4, test_clips=2),
+        model=ModelConfig(unet_width=2, convlstm_layers=1),
+        context_frames=2,
+        pred_frames=2,
+        eval_frames=3,
+        batch_size=3,
+        mme_steps=5,
+        car_steps=4,
+        log_every=1,
+        eval_every=4,
+        save_every=2,
+        bn_recalibrate=1,
+        device="cpu",
+        data_cache=str(cache),
+        output_dir=str(tmp_path / "runs"),
+    )
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def records(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(folder):
+    return [{k: v for k, v in r.items() if k != "clips_per_s"} for r in records(folder)]
+
+
+def test_order_is_a_permutation_per_epoch_cut_by_rank():
+    whole = DataOrder(10, 4, 4, seed=3)
+    halves = [DataOrder(10, 4, 2, seed=3, rank=r, world=2) for r in range(2)]
+    assert whole.steps_per_epoch == 2
+    seen = []
+    for step in range(6):
+        clips, starts = whole[step]
+        parts = [h[step] for h in halves]
+        assert np.array_equal(clips, np.concatenate([p[0] for p in parts]))
+        assert np.array_equal(starts, np.concatenate([p[1] for p in parts]))
+        assert len(set(clips)) == 4 and set(starts) <= set(range(4))
+        seen.append(tuple(clips))
+    assert not set(seen[0]) & set(seen[1]) and seen[:2] != seen[2:4]
+    # any step can be asked for at any time
+    assert tuple(DataOrder(10, 4, 4, seed=3)[5][0]) == seen[5]
+    assert tuple(DataOrder(10, 4, 4, seed=4)[5][0]) != seen[5]
+
+
+def test_both_stages_leave_a_complete_run_folder(config):
+    folder = train(config)
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
+        "config.yaml",
+        "env.json",
+        "command.txt",
+        "metrics.jsonl",
+        "results.csv",
+        "curves.png",
+        "samples",
+        "checkpoints",
+    }
+    assert load_config(folder / "config.yaml", TrainConfig()) == config
+    log = records(folder)
+    assert [r["step"] for r in log if "lr" in r] == list(range(1, 10))
+    assert [r["stage"] for r in log if "lr" in r] == ["mme"] * 5 + ["car"] * 4
+    with open(folder / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["stage"], r["step"]) for r in rows] == [
+        ("mme", "0"),
+        ("mme", "4"),
+        ("mme", "5"),
+        ("car", "5"),
+        ("car", "9"),
+    ]
+    assert {p.name for p in (folder / "samples").iterdir()} == {
+        f"{s}_{n:08d}.{e}"
+        for s, n in [("mme", 0), ("mme", 4), ("mme", 5), ("car", 5), ("car", 9)]
+        for e in ("png", "gif")
+    }
+    steps = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
+    assert steps == ["step_00000007", "step_00000009"] and os.readlink(folder / "checkpoints" / "last") == steps[-1]
+    assert not list((folder / "checkpoints").glob(".*"))
+
+    motion = AVModel.from_pretrained(folder / "checkpoints" / "best-mme")
+    assert motion.config.refinement == "none"
+    both = AVModel.from_pretrained(resolve_checkpoint(folder))
+    assert both.config == config.model
+    # stage car left MME as stage mme's best had it
+    for name, tensor in motion.mme.state_dict().items():
+        assert torch.equal(tensor, both.mme.state_dict()[name]), name
+    best = min((r for r in log if r["stage"] == "car" and "val_loss" in r), key=lambda r: r["val_loss"])
+    assert json.loads((resolve_checkpoint(folder) / "metrics.json").read_text())["val_loss"] == best["val_loss"]
+    assert load_run_config(resolve_checkpoint(folder)) == config
+
+    # never overwritten
+    again = train(replace(config, stage="mme", max_steps=1))
+    assert again.name == folder.name + "-2"
+
+
+@pytest.mark.parametrize("stage,crash", [(MotionStage, 4), (AppearanceStage, 4)], ids=["in-mme", "in-car"])
+def test_resume_is_bit_for_bit(config, monkeypatch, stage, crash):
+    whole = train(config)
+
+    original, calls = stage.loss, []
+
+    def crashing(self, batch, key):
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == crash:
+                raise KeyboardInterrupt
+        return original(self, batch, key)
+
+    monkeypatch.setattr(stage, "loss", crashing)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, name="cut"))
+    monkeypatch.undo()
+    resumed = train(replace(config, name="cut", resume="auto"))
+    assert resumed.name == "mmnist-cut"
+
+    for name in ("last", "best", "best-mme"):
+        a, b = (read_pretrained(f / "checkpoints" / name)[1] for f in (whole, resumed))
+        for key, tensor in a.items():
+            assert torch.equal(tensor, b[key]), (name, key)
+    states = [torch.load(f / "checkpoints" / "last" / "training_state.pt", weights_only=True) for f in (whole, resumed)]
+    for i, moments in states[0]["optimizer"]["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1]["optimizer"]["state"][i][key]))
+    assert without_times(whole) == without_times(resumed)
+
+
+def command(*flags):
+    return [sys.executable, "-m", "avfast.train", *FLAGS, *flags]
+
+
+def test_kill_9_and_resume_auto(cache, tmp_path):
+    flags = [
+        "--data-cache",
+        str(cache),
+        "--output-dir",
+        str(tmp_path),
+        "--mme-steps",
+        "400",
+        "--car-steps",
+        "1",
+        "--eval-every",
+        "1000",
+    ]
+    root = Path(__file__).parents[1]
+    last = tmp_path / "mmnist-run" / "checkpoints" / "last"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command(*flags), cwd=root, stdout=log, stderr=log)
+        deadline = time.monotonic() + 240
+        while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert last.exists(), (tmp_path / "log").read_text()
+    kept = int(os.readlink(last)[5:])
+    assert kept < 400
+    done = subprocess.run(
+        command(*flags, "--resume", "auto", "--max-steps", str(kept + 2)), cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"resumed after step {kept} (stage mme)" in done.stdout
+    log = records(tmp_path / "mmnist-run")
+    assert [r["step"] for r in log if "lr" in r] == list(range(1, kept + 4))
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["mmnist-run"]
+
+    changed = subprocess.run(
+        command(*flags, "--resume", "auto", "--motion", "v"), cwd=root, capture_output=True, text=True
+    )
+    assert changed.returncode == 2 and "model cannot change in a resumed run" in changed.stderr
+
+
+def test_stage_car_on_another_runs_mme(config):
+    first = train(replace(config, stage="mme", max_steps=2))
+    second = train(replace(config, stage="car", mme=str(first), name="second", max_steps=2))
+    motion = read_pretrained(first / "checkpoints" / "best-mme")[1]
+    weights = read_pretrained(second / "checkpoints" / "best")[1]
+    assert all(torch.equal(t, weights[name]) for name, t in motion.items())
+    with pytest.raises(InputError, match="holds the motion variant 'mme', expected 'v'"):
+        train(replace(config, stage="car", mme=str(first), model=replace(config.model, motion="v")))
+    with pytest.raises(InputError, match="neither a checkpoint"):
+        train(replace(config, stage="car", mme=str(first / "samples")))
+
+
+@pytest.mark.parametrize(
+    "motion,refinement", [("v", "car"), ("v+recall", "unet"), ("mme", "unet+context"), ("mme", "none")]
+)
+def test_every_variant_trains(config, motion, refinement):
+    folder = train(replace(config, model=replace(config.model, motion=motion, refinement=refinement), max_steps=1))
+    model = AVModel.from_pretrained(resolve_checkpoint(folder))
+    assert (model.config.motion, model.config.refinement) == (motion, refinement)
+
+
+def test_training_lowers_the_loss(config):
+    config = replace(config, mme_lr=1e-3, mme_steps=30, car_steps=60, log_every=10, eval_every=100, save_every=100)
+    log = [r for r in records(train(config)) if "lr" in r]
+    for stage in ("mme", "car"):
+        losses = [r["loss"] for r in log if r["stage"] == stage]
+        assert losses[-1] < 0.9 * losses[0], losses
+
+
+def test_flow_cache_changes_nothing(config):
+    config = replace(config, car_steps=8)
+    with_cache, without = train(config), train(replace(config, name="without", flow_cache_gb=0.0))
+    a, b = (read_pretrained(f / "checkpoints" / "last")[1] for f in (with_cache, without))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_mixed_precision(config):
+    log = records(train(replace(config, mixed_precision="bf16", max_steps=2)))
+    assert all(np.isfinite(r["loss"]) for r in log if "lr" in r)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(config, monkeypatch):
+    original, calls = MotionStage.loss, []
+
+    def loss(self, batch, key):
+        value = original(self, batch, key)
+        if torch.is_grad_enabled():
+            calls.append(1)
+        return value * float("nan") if len(calls) == 4 else value
+
+    monkeypatch.setattr(MotionStage, "loss", loss)
+    with pytest.raises(
+        InputError, match="loss of stage mme is not finite at step 4; the last good checkpoint is step_00000002"
+    ):
+        train(config)
+    (folder,) = Path(config.output_dir).iterdir()
+    for tensor in read_pretrained(folder / "checkpoints" / "last")[1].values():
+        assert tensor.isfinite().all()
+
+
+def test_full_disk_keeps_what_is_there(config, monkeypatch):
+    real, calls = Path.write_bytes, []
+
+    def write_bytes(self, content):
+        if "step_" in str(self) and self.name == ".model.safetensors.tmp":
+            calls.append(self)
+            if len(calls) == 2:
+                real(self, b"half")
+                raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return real(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(InputError, match="step_00000004 cannot be written: No space left on device"):
+        train(config)
+    (folder,) = Path(config.output_dir).iterdir()
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir() if not p.name.startswith("best")) == [
+        "last",
+        "step_00000002",
+    ]
+    read_pretrained(folder / "checkpoints" / "last")
+    monkeypatch.undo()
+    train(replace(config, resume=str(folder)))
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"pred_frames": 5}, r"context-frames \+ pred-frames is 2 \+ 5, more than the clip's 6 frames"),
+        ({"context_frames": 6}, r"context-frames \+ pred-frames is 6 \+ 2"),
+        ({"context_frames": 0}, "expected at least 1"),
+        ({"batch_size": 9}, "batch-size is 9, more than the 8 training clips"),
+        ({"batch_size": 0}, "batch-size is 0"),
+        ({"stage": "car"}, "--mme PATH names the motion model"),
+        ({"mme": "x"}, "--mme PATH names the motion model"),
+        ({"device": "tpu"}, "device is 'tpu', expected auto, cpu or cuda"),
+        ({"resume": "nowhere"}, "resume is nowhere, which is not a run folder"),
+        ({"output_dir": __file__}, "is not a folder"),
+    ],
+)
+def test_bad_settings(config, changes, message):
+    with pytest.raises(InputError, match=message):
+        train(replace(config, **changes))
+    assert not Path(config.output_dir).exists() or changes.keys() & {"device"}
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--batchsize", "4"], "unknown argument '--batchsize' (did you mean '--batch-size'?)"),
+        (["--preset", "mnist"], "preset is 'mnist' (did you mean 'mmnist'?)"),
+        (["--batch-size", "many"], "--batch-size"),
+        (["--digits", "nowhere"], "nowhere"),
+        (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+    ],
+)
+def test_command_line_errors_are_one_line(flags, message, tmp_path):
+    code = ["--output-dir", str(tmp_path / "r"), "--data-cache", str(tmp_path / "d"), "--device", "cpu"]
+    result = subprocess.run(
+        [sys.executable, "-m", "avfast.train", *code, *flags],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("avfast: error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+
+
+def test_config_file_and_print_config(tmp_path):
+    (tmp_path / "c.yaml").write_text("batch_size: 4\nmodel:\n  unet_width: 8\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "avfast.train", "--config", str(tmp_path / "c.yaml"), "--seed", "7", "--print-config"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    (tmp_path / "printed.yaml").write_text(result.stdout)
+    printed = load_config(tmp_path / "printed.yaml", TrainConfig())
+    assert printed == TrainConfig(batch_size=4, seed=7, model=ModelConfig(unet_width=8))
+    for text, message in [
+        ("batch_sise: 4", "unknown key 'batch_sise' (did you mean 'batch_size'?)"),
+        ("batch_size: x", "batch_size is 'x'"),
+        ("[", "is not YAML"),
+    ]:
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(InputError) as error:
+            load_config(tmp_path / "bad.yaml", TrainConfig())
+        assert message in str(error.value)
+
+
+def test_a_half_written_last_record_is_dropped(tmp_path):
+    run = Run(tmp_path)
+    run.log({"step": 1, "loss": 2.0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    run.rewind(5)
+    assert run.records() == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.slow
+def test_two_processes(cache, tmp_path):
+    flags = ["--data-cache", str(cache), "--output-dir", str(tmp_path), "--max-steps", "2", "--batch-size", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    result = subprocess.run(
+        [*torchrun, "-m", "avfast.train", *FLAGS, *flags], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    AVModel.from_pretrained(resolve_checkpoint(tmp_path / "mmnist-run"))
