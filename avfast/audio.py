@@ -1,0 +1,74 @@
+"""Per-frame magnitude spectrograms: each frame's own samples, transformed without context from its neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SpectrogramConfig:
+    """How the sound of one frame becomes an image of F = n_fft // 2 + 1 rows and S = 1 + samples_per_frame // hop
+    columns.
+
+    Multimodal MovingMNIST is 4400 Hz, 440 samples a frame, n_fft 44, hop 22: 23 x 21. Video at 30 frames a second with
+    sound at 22050 Hz is 735 samples a frame, n_fft 88, hop 44: 45 x 17.
+
+    Raises ValueError when a length is not positive or n_fft // 2 samples cannot be reflected at a frame's ends.
+    """
+
+    sample_rate: int
+    """Samples per second."""
+    samples_per_frame: int
+    """Samples that belong to one video frame."""
+    n_fft: int
+    """Length of the Hann window and of the transform, in samples."""
+    hop: int
+    """Samples between columns."""
+    scale: float
+    """The magnitude that becomes 1, for a waveform in [-1, 1]; larger magnitudes are clamped. n_fft / 2, the sum of the
+    Hann window, is never exceeded."""
+
+    def __post_init__(self) -> None:
+        for name in ("sample_rate", "samples_per_frame", "n_fft", "hop", "scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
+        if self.n_fft // 2 >= self.samples_per_frame:
+            raise ValueError(
+                f"n_fft={self.n_fft}: reflecting n_fft // 2 samples wants more than the {self.samples_per_frame} of "
+                "samples_per_frame"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(F, S) of one frame."""
+        return self.n_fft // 2 + 1, 1 + self.samples_per_frame // self.hop
+
+
+def spectrogram(waveform: Tensor, config: SpectrogramConfig) -> Tensor:
+    """Magnitude spectrogram of every frame, in [0, 1].
+
+    waveform: (..., T * samples_per_frame), int16 or floating in [-1, 1] (int16 is divided by 32768).
+    Returns (..., T, 1, F, S) float32 on the waveform's device: abs(STFT) / scale clamped to 1, with a periodic Hann
+    window, columns centred on multiples of `hop`, and each frame padded by reflection of its own samples.
+
+    Raises ValueError for another dtype or for a length that is not a positive multiple of samples_per_frame.
+    """
+    samples = config.samples_per_frame
+    if waveform.dtype != torch.int16 and not waveform.is_floating_point():
+        raise ValueError(f"waveform has dtype {waveform.dtype}: expected int16 or a floating type")
+    if waveform.ndim == 0 or waveform.shape[-1] == 0 or waveform.shape[-1] % samples:
+        raise ValueError(
+            f"waveform has shape {tuple(waveform.shape)}: expected (..., T * {samples}), a positive multiple of "
+            f"samples_per_frame={samples}"
+        )
+    full_scale = 32768.0 if waveform.dtype == torch.int16 else 1.0
+    frames = waveform.to(torch.float32).reshape(-1, samples) / full_scale
+    window = torch.hann_window(config.n_fft, device=frames.device)
+    transform = torch.stft(
+        frames, config.n_fft, config.hop, window=window, center=True, pad_mode="reflect", return_complex=True
+    )
+    shape = (*waveform.shape[:-1], waveform.shape[-1] // samples, 1, *config.shape)
+    return (transform.abs() / config.scale).clamp_(max=1.0).reshape(shape)
