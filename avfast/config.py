@@ -250,8 +250,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
-        return tuple(_convert(a, v, where) for a, v in zip(arguments, value, strict=True))
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(value):
+            return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and type(value) is kind:

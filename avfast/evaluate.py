@@ -25,6 +25,7 @@ from torch import Tensor
 from avfast import plots
 from avfast.config import InputError, TrainConfig, parse
 from avfast.env import commit
+from avfast.files import new_folder, replacing
 from avfast.kernels import backward_warp
 from avfast.metrics import MetricResult, ProtocolName, VideoMetrics, get_protocol
 from avfast.progress import Progress
@@ -377,15 +378,8 @@ def _clip_count(wanted: int | None, available: int) -> int:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A new folder of that name, or with -2, -3 ... appended; removed again when the block fails and left it empty."""
-    folder, number = path, 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
-            folder = path.with_name(f"{path.name}-{number}")
+    """`new_folder`, removed again when the block fails and left it empty."""
+    folder = new_folder(path)
     try:
         yield folder
     except BaseException:
@@ -409,7 +403,7 @@ def _write(
     out: Path, tables: Tables, results: dict[str, MetricResult], references: Collection[str], context_frames: int
 ) -> None:
     for name, text in (("table.md", tables.markdown), ("table.csv", tables.csv), ("results.json", tables.json)):
-        with plots.replacing(out / name) as temporary:
+        with replacing(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     plots.save_metric_curves(out / "curves.png", results, context_frames=context_frames, references=references)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from avfast.config import InputError, ModelConfig
+from avfast.files import replacing
 from avfast.kernels import backward_warp
 from avfast.modules import (
     FEATURES,
@@ -203,9 +203,8 @@ class AVModel(nn.Module):
         config = json.dumps({"format": FORMAT, **dataclasses.asdict(self.config)}, indent=2) + "\n"
         # serialised in memory: safetensors reports a full disk as an error of its own, without the file's name
         for name, content in (("model.safetensors", save(self.state_dict())), ("config.json", config.encode())):
-            temporary = folder / f".{name}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, folder / name)
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(content)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> AVModel:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from avfast.config import InputError
+from avfast.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,19 +36,6 @@ WHEEL_ENDS = np.cumsum([0, 15, 6, 4, 11, 13, 6])
 WHEEL_COLOURS = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]], dtype=float)
 
 Pixels = NDArray[np.uint8]
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not."""
-    path = Path(path)
-    # the suffix stays last: writers choose the format by it
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def flow_to_rgb(flow: ArrayLike, max_flow: float | None = None) -> Pixels:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from avfast.config import InputError, TrainConfig, load_config, to_dict
+from avfast.files import new_folder, replacing
 from avfast.model import AVModel
 
 
@@ -41,28 +42,19 @@ class Run:
         """Make a new run folder; one that exists is never touched: -2, -3 ... is appended."""
         import yaml
 
-        base = Path(config.output_dir) / f"mmnist-{config.name}"
-        number = 1
-        while True:
-            folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
-            try:
-                folder.mkdir(parents=True)
-                break
-            except FileExistsError:
-                if not base.parent.is_dir():
-                    raise InputError(f"output-dir is {config.output_dir}, which is not a folder") from None
-                number += 1
-        run = cls(folder)
+        try:
+            run = cls(new_folder(_base_folder(config)))
+        except FileExistsError:
+            raise InputError(f"output-dir is {config.output_dir}, which is not a folder") from None
         run.checkpoints.mkdir()
-        (folder / "samples").mkdir()
+        (run.folder / "samples").mkdir()
         run.write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
         return run
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file under a temporary name, then rename."""
-        temporary = self.folder / f".{name}.tmp"
-        temporary.write_bytes(content)
-        os.replace(temporary, self.folder / name)
+        with replacing(self.folder / name) as temporary:
+            temporary.write_bytes(content)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl."""
@@ -85,6 +77,14 @@ class Run:
         kept = [r for r in self.records() if r["step"] <= step]
         self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept).encode())
         self.write_results()
+
+    def summary(self) -> list[str]:
+        """A line per stage: the validation loss before its first step and the lowest since."""
+        losses: dict[str, list[float]] = {}
+        for record in self.records():
+            if "val_loss" in record:
+                losses.setdefault(record["stage"], []).append(record["val_loss"])
+        return [f"stage {s}: validation loss {v[0]:.4g} untrained, {min(v):.4g} at best" for s, v in losses.items()]
 
     def write_results(self) -> None:
         """Write results.csv, one row per evaluation, from metrics.jsonl."""
@@ -147,6 +147,10 @@ class Run:
         return {**state, "folder": last.resolve()}
 
 
+def _base_folder(config: TrainConfig) -> Path:
+    return Path(config.output_dir) / f"mmnist-{config.name}"
+
+
 def find_run(config: TrainConfig) -> Run | None:
     """The run that --resume names: with `auto` the newest of this name that has a checkpoint, or None."""
     if config.resume is None:
@@ -158,7 +162,7 @@ def find_run(config: TrainConfig) -> Run | None:
         if not (folder / "checkpoints" / "last").exists():
             raise InputError(f"resume is {config.resume}, which has no checkpoint to resume from")
         return Run(folder)
-    base = Path(config.output_dir) / f"mmnist-{config.name}"
+    base = _base_folder(config)
     numbered = [p for p in base.parent.glob(f"{base.name}-*") if p.name[len(base.name) + 1 :].isdigit()]
     runs = [p for p in (base, *numbered) if (p / "checkpoints" / "last").exists()]
     return Run(max(runs, key=lambda p: (p / "checkpoints" / "last").stat().st_mtime_ns)) if runs else None

@@ -438,8 +438,10 @@ def main(argv: list[str] | None = None) -> None:
             if getattr(again, name) != getattr(own, name):
                 raise InputError(f"{name.replace('_', '-')} cannot change in a resumed run ({run.folder})")
         config = again
-    folder = Trainer(config, run).fit()
-    print(f"done: {folder}")
+    trainer = Trainer(config, run)
+    folder = trainer.fit()
+    if trainer.accelerator.is_main_process:
+        print("\n".join([*trainer.run.summary(), f"done: {folder}"]))
 
 
 if __name__ == "__main__":

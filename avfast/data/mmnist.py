@@ -1,7 +1,7 @@
 """Multimodal MovingMNIST, regenerated: digits bounce about a black canvas, tones tell the digit, its place and its
 bounces.
 
-The set is Sound2Sight's M3SO (Cherian, Chatterjee and Ahuja, ECCV 2020), from its published description, with named
+The set is Sound2Sight's M3SO (Chatterjee and Cherian, ECCV 2020), from its published description, with named
 variants. Ten frames a second, 440 samples of sound each:
 
 - A digit starts uniformly on the canvas with a uniform direction and a speed of 2, 3, 4, 5 or 6 px a frame. A
