@@ -182,19 +182,23 @@ class TrainConfig:
 _MMNIST = TrainConfig()
 PRESETS: dict[str, TrainConfig] = {
     "mmnist": _MMNIST,
+    # about an hour on 2 cores. The paper's 1e-4 is for longer training; at 1e-3 the motion stage settles higher: after
+    # 150 steps of batch 8 its validation loss is 135 at 1e-3 and 124 at 3e-4
     "mmnist-small": replace(
         _MMNIST,
+        name="small",
         model=ModelConfig(unet_width=16),
         data=MMNISTConfig(train_clips=4000),
-        mme_steps=2000,
-        car_steps=800,
-        mme_lr=1e-3,
+        batch_size=8,
+        mme_steps=2600,
+        car_steps=1200,
+        mme_lr=3e-4,
         schedule="cosine",
-        clip_grad=10.0,
-        eval_every=250,
+        eval_every=200,
         eval_clips=64,
-        save_every=250,
+        save_every=200,
     ),
+    # minutes on 2 cores: shorter clips, a narrow U-Net
     "demo": replace(
         _MMNIST,
         name="demo",
@@ -205,9 +209,8 @@ PRESETS: dict[str, TrainConfig] = {
         batch_size=8,
         mme_steps=500,
         car_steps=300,
-        mme_lr=1e-3,
+        mme_lr=5e-4,
         schedule="cosine",
-        clip_grad=10.0,
         eval_every=100,
         eval_clips=32,
         save_every=100,
