@@ -91,8 +91,11 @@ class TrainConfig:
     eval_frames: int = 20
     """Frames predicted in evaluation."""
 
-    batch_size: int = 16
-    """Clips per step and process."""
+    batch_size: int = 32
+    """Clips per step and process. In the motion stage BatchNorm takes the batch's mean motion away: with TV-L1 flow
+    that fills the background, 8 clips hardly learn (see the preset mmnist-small)."""
+    car_batch_size: int | None = None
+    """The same for the appearance stage, where it is not batch-size."""
     mme_steps: int = 100_000
     """Optimiser steps of the motion stage."""
     car_steps: int = 50_000
@@ -107,6 +110,8 @@ class TrainConfig:
     """Learning rate over a stage: constant, or after 2 % of linear warm-up half a cosine down to zero."""
     clip_grad: float | None = None
     """Largest norm of the whole gradient."""
+    curriculum: float = 0.0
+    """Share of each stage's steps over which the frames predicted in training grow from 1 to pred-frames."""
     smooth_weight: float = 0.01
     """Lambda of Eq. 8."""
     flow_preset: str = "chambolle-pock"
@@ -171,8 +176,13 @@ class TrainConfig:
                 raise InputError(f"{flag.replace('_', '-')} is {getattr(self, flag)}, expected at least 1")
         if self.max_steps is not None and self.max_steps < 1:
             raise InputError(f"max-steps is {self.max_steps}, expected at least 1")
-        if self.batch_size > self.data.train_clips:
-            raise InputError(f"batch-size is {self.batch_size}, more than the {self.data.train_clips} training clips")
+        if self.car_batch_size is not None and self.car_batch_size < 1:
+            raise InputError(f"car-batch-size is {self.car_batch_size}, expected at least 1")
+        if not 0 <= self.curriculum <= 1:
+            raise InputError(f"curriculum is {self.curriculum}, expected a share between 0 and 1")
+        largest = max(self.batch_size, self.car_batch_size or 1)
+        if largest > self.data.train_clips:
+            raise InputError(f"batch-size is {largest}, more than the {self.data.train_clips} training clips")
         if self.stage == "car" and self.model.refinement == "none":
             raise InputError("refinement is none, which has nothing to train in stage car")
         if (self.stage == "car") != (self.mme is not None) and self.resume is None:
@@ -182,39 +192,43 @@ class TrainConfig:
 _MMNIST = TrainConfig()
 PRESETS: dict[str, TrainConfig] = {
     "mmnist": _MMNIST,
-    # about an hour on 2 cores. The paper's 1e-4 is for longer training; at 1e-3 the motion stage settles higher: after
-    # 150 steps of batch 8 its validation loss is 135 at 1e-3 and 124 at 3e-4
+    # about an hour on 2 cores. Batch and curriculum decide whether the motion stage learns: on one or two predicted
+    # frames, after 60 s of training on 2 cores, the squared flow error per step was 14.7 with batch 8, 9.1 with 64 (no
+    # sound), 6.2 with 32 and sound; 18 is no motion at all
     "mmnist-small": replace(
         _MMNIST,
         name="small",
         model=ModelConfig(unet_width=16),
         data=MMNISTConfig(train_clips=4000),
-        batch_size=8,
-        mme_steps=2600,
-        car_steps=1200,
-        mme_lr=3e-4,
+        car_batch_size=8,
+        mme_steps=1300,
+        car_steps=1000,
+        mme_lr=5e-4,
         schedule="cosine",
+        curriculum=0.7,
         eval_every=200,
         eval_clips=64,
-        save_every=200,
+        save_every=100,
+        bn_recalibrate=10,
     ),
     # minutes on 2 cores: shorter clips, a narrow U-Net
     "demo": replace(
         _MMNIST,
         name="demo",
         model=ModelConfig(unet_width=8),
-        data=MMNISTConfig(clip_frames=20, train_clips=600, val_clips=64, test_clips=128),
+        data=MMNISTConfig(clip_frames=20, train_clips=1000, val_clips=64, test_clips=128),
         pred_frames=10,
         eval_frames=15,
-        batch_size=8,
-        mme_steps=500,
-        car_steps=300,
+        car_batch_size=8,
+        mme_steps=250,
+        car_steps=200,
         mme_lr=5e-4,
         schedule="cosine",
-        eval_every=100,
+        curriculum=0.7,
+        eval_every=50,
         eval_clips=32,
-        save_every=100,
-        bn_recalibrate=10,
+        save_every=50,
+        bn_recalibrate=5,
     ),
 }
 

@@ -219,11 +219,12 @@ class ConvLSTM(nn.Module):
 
     def __init__(self, layers: int = 4) -> None:
         super().__init__()
-        self.cells = nn.ModuleList(nn.Conv2d(2 * FEATURES, 4 * FEATURES, 3, padding=1) for _ in range(layers))
-        for cell in self.cells:
-            nn.init.normal_(cell.weight, std=(2 / (9 * FEATURES)) ** 0.5)
-            nn.init.zeros_(cell.bias)
-            nn.init.ones_(cell.bias[FEATURES : 2 * FEATURES])
+        cells = [nn.Conv2d(2 * FEATURES, 4 * FEATURES, 3, padding=1) for _ in range(layers)]
+        with torch.no_grad():
+            for cell in cells:
+                cell.weight.normal_(std=(2 / (9 * FEATURES)) ** 0.5)
+                cell.bias.zero_()[FEATURES : 2 * FEATURES] = 1
+        self.cells = nn.ModuleList(cells)
 
     def forward(
         self, x: Tensor, state: list[tuple[Tensor, Tensor]] | None = None

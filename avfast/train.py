@@ -69,12 +69,13 @@ class MotionStage:
         self.config = config
         self.model = model.motion_only()
         self.trained: nn.Module = model.mme
-        self.steps, self.lr = config.mme_steps, config.mme_lr
+        self.lr, self.batch_size = config.mme_lr, config.batch_size
 
-    def loss(self, batch: Batch, key: tuple[np.ndarray, np.ndarray]) -> Tensor:
-        k = self.config.context_frames
-        motion = self.trained(batch.frames[:, :k], batch.flow[:, :k], batch.audio)
-        return losses.motion_loss(motion.flow, batch.flow[:, k:], batch.frames[:, k:], self.config.smooth_weight)
+    def loss(self, batch: Batch, key: tuple[np.ndarray, np.ndarray], horizon: int) -> Tensor:
+        k, end = self.config.context_frames, self.config.context_frames + horizon
+        motion = self.trained(batch.frames[:, :k], batch.flow[:, :k], batch.audio[:, :end])
+        weight = self.config.smooth_weight
+        return losses.motion_loss(motion.flow, batch.flow[:, k:end], batch.frames[:, k:end], weight)
 
     def validation_loss(self, rollout: Rollout, frames: Tensor, flow: Tensor) -> Tensor:
         return losses.motion_loss(rollout.flow, flow, frames, self.config.smooth_weight)
@@ -94,7 +95,7 @@ class AppearanceStage:
         model.mme.requires_grad_(False).eval()
         assert model.car is not None
         self.trained: nn.Module = model.car
-        self.steps, self.lr = config.car_steps, config.car_lr
+        self.lr, self.batch_size = config.car_lr, config.car_batch_size or config.batch_size
         self._cache: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._free = int(config.flow_cache_gb * 2**30)
 
@@ -117,11 +118,11 @@ class AppearanceStage:
                 self._free -= size
         return motion.flow, audio
 
-    def loss(self, batch: Batch, key: tuple[np.ndarray, np.ndarray]) -> Tensor:
+    def loss(self, batch: Batch, key: tuple[np.ndarray, np.ndarray], horizon: int) -> Tensor:
         k = self.config.context_frames
         flow, audio = self._motion(batch, key)
-        frames = self.trained(batch.frames[:, k - 1], flow, audio, self.model.mme.encoder)
-        return losses.frame_loss(frames, batch.frames[:, k:])
+        frames = self.trained(batch.frames[:, k - 1], flow[:, :horizon], audio, self.model.mme.encoder)
+        return losses.frame_loss(frames, batch.frames[:, k : k + horizon])
 
     def validation_loss(self, rollout: Rollout, frames: Tensor, flow: Tensor) -> Tensor:
         return losses.frame_loss(rollout.frames, frames)
@@ -148,14 +149,6 @@ class Trainer:
         self.model = AVModel(config.model).to(self.accelerator.device)
         self.resumed = resumed
         self.length = config.context_frames + config.pred_frames
-        self.order = DataOrder(
-            len(self.train_data),
-            config.data.clip_frames - self.length + 1,
-            config.batch_size,
-            config.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
 
     def _load(self, split: Literal["train", "val"]) -> ClipStore:
         with Progress(f"data set, {split}", quiet=not self.accelerator.is_local_main_process) as progress:
@@ -228,6 +221,14 @@ class Trainer:
             torch.set_rng_state(self.resumed["rng"])
             if accelerator.scaler:
                 accelerator.scaler.load_state_dict(self.resumed["scaler"])
+        self.order = DataOrder(
+            len(self.train_data),
+            config.data.clip_frames - self.length + 1,
+            stage.batch_size,
+            config.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
         norms = batch_norms(stage.trained)
         stage.trained, optimizer = accelerator.prepare(stage.trained, optimizer)
         parameters = list(stage.trained.parameters())
@@ -235,7 +236,7 @@ class Trainer:
             best = self._evaluate(stage, first, best)
 
         pending: list[tuple[int, Tensor, Tensor]] = []
-        clips = config.batch_size * accelerator.num_processes
+        clips = stage.batch_size * accelerator.num_processes
         description = f"stage {stage.name}"
         with Progress(description, total=steps, done=start, quiet=not accelerator.is_local_main_process) as progress:
             began, counted = time.perf_counter(), start
@@ -245,7 +246,7 @@ class Trainer:
                 key = self.order[index]
                 batch = self.train_data.batch(*key, self.length, accelerator.device)
                 with accelerator.autocast():
-                    loss = stage.loss(batch, key)
+                    loss = stage.loss(batch, key, _horizon(config, index, steps))
                 optimizer.zero_grad(set_to_none=True)
                 accelerator.backward(loss)
                 norm = accelerator.clip_grad_norm_(parameters, config.clip_grad or math.inf)
@@ -331,7 +332,8 @@ class Trainer:
             with torch.no_grad():
                 for index in range(self.config.bn_recalibrate):
                     key = self.order[index]
-                    stage.loss(self.train_data.batch(*key, self.length, self.accelerator.device), key)
+                    batch = self.train_data.batch(*key, self.length, self.accelerator.device)
+                    stage.loss(batch, key, self.config.pred_frames)
             for module in norms:
                 module.sums = self.accelerator.reduce(module.sums, "sum")
                 module.calls = self.accelerator.reduce(module.calls, "sum")
@@ -353,7 +355,7 @@ class Trainer:
         metrics = VideoMetrics(config.eval_frames, protocol="paper")
         total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         sample = None
-        parts = np.array_split(clips, math.ceil(len(clips) / config.batch_size))
+        parts = np.array_split(clips, math.ceil(len(clips) / stage.batch_size))
         for part in parts[accelerator.process_index :: accelerator.num_processes]:
             batch = self.val_data.batch(part, np.zeros_like(part), length, accelerator.device)
             with accelerator.autocast():
@@ -418,6 +420,14 @@ def _schedule(config: TrainConfig, index: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (index - warmup) / max(1, steps - warmup)))
 
 
+def _horizon(config: TrainConfig, index: int, steps: int) -> int:
+    """Frames predicted at optimiser step `index` (from 0) of a stage."""
+    growing = config.curriculum * steps
+    if index >= growing:
+        return config.pred_frames
+    return 1 + int((config.pred_frames - 1) * index / growing)
+
+
 def _time(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
 
@@ -434,7 +444,17 @@ def main(argv: list[str] | None = None) -> None:
         # the run's own settings, with the flags given now on top
         own = load_run_config(run.checkpoints)
         again = parse(TrainConfig, prog="avfast train", argv=argv, presets=PRESETS, default=own)
-        for name in ("data", "model", "stage", "context_frames", "pred_frames", "batch_size", "seed"):
+        for name in (
+            "data",
+            "model",
+            "stage",
+            "context_frames",
+            "pred_frames",
+            "batch_size",
+            "car_batch_size",
+            "curriculum",
+            "seed",
+        ):
             if getattr(again, name) != getattr(own, name):
                 raise InputError(f"{name.replace('_', '-')} cannot change in a resumed run ({run.folder})")
         config = again
