@@ -222,6 +222,7 @@ class ConvLSTM(nn.Module):
         cells = [nn.Conv2d(2 * FEATURES, 4 * FEATURES, 3, padding=1) for _ in range(layers)]
         with torch.no_grad():
             for cell in cells:
+                assert cell.bias is not None
                 cell.weight.normal_(std=(2 / (9 * FEATURES)) ** 0.5)
                 cell.bias.zero_()[FEATURES : 2 * FEATURES] = 1
         self.cells = nn.ModuleList(cells)

@@ -44,7 +44,7 @@ class Run:
 
         try:
             run = cls(new_folder(_base_folder(config)))
-        except FileExistsError:
+        except (FileExistsError, NotADirectoryError):
             raise InputError(f"output-dir is {config.output_dir}, which is not a folder") from None
         run.checkpoints.mkdir()
         (run.folder / "samples").mkdir()
