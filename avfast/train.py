@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
@@ -399,6 +400,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     # every process computes its own batch statistics, averaged when they are re-estimated
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     cpu = config.device == "cpu" or not torch.cuda.is_available()
+    # accelerate keeps the first precision of a process and refuses another
+    AcceleratorState._reset_state()
     return Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, kwargs_handlers=[ddp])
 
 
