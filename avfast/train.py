@@ -268,10 +268,10 @@ class Trainer:
                         lr = optimizer.param_groups[0]["lr"]
                         self.run.log({"stage": stage.name, "step": step, "loss": value, "lr": lr, "clips_per_s": rate})
                     if index == start and accelerator.device.type == "cpu":
-                        seconds = time.perf_counter() - began
-                        progress.note(
-                            f"a step takes {seconds:.1f} s: about {_time(seconds * (steps - start))} for this stage"
-                        )
+                        # a step's work grows with its frames
+                        frames = [config.context_frames + _horizon(config, i, steps) for i in range(start, steps)]
+                        total = (time.perf_counter() - began) * sum(frames) / frames[0]
+                        progress.note(f"about {_time(total)} for the {steps - start} steps of stage {stage.name}")
                 if evaluate:
                     best = self._evaluate(stage, step, best, progress)
                 if save:
