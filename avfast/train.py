@@ -266,7 +266,8 @@ class Trainer:
                     progress.update(index + 1, steps, f"loss {value:.4f}  {rate:.1f} clips/s")
                     if accelerator.is_main_process:
                         lr = optimizer.param_groups[0]["lr"]
-                        self.run.log({"stage": stage.name, "step": step, "loss": value, "lr": lr, "clips_per_s": rate})
+                        record = {"stage": stage.name, "step": step, "loss": value, "lr": lr, "clips_per_s": rate}
+                        self.run.log(record | {"horizon": _horizon(config, index, steps)})
                     if index == start and accelerator.device.type == "cpu":
                         # a step's work grows with its frames
                         frames = [config.context_frames + _horizon(config, i, steps) for i in range(start, steps)]
