@@ -15,6 +15,7 @@ import math
 import random
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 
 from avfast import losses, plots
@@ -141,8 +142,12 @@ class Trainer:
         self.accelerator = _accelerator(config)
         _seed(config)
         resumed = None if run is None else run.load_state()
+        if run is None:
+            # made by the main process, known to all; only the main process writes
+            made = [str(Run.create(config).folder) if self.accelerator.is_main_process else ""]
+            run = Run(Path(broadcast_object_list(made)[0]))
+        self.run = run
         if self.accelerator.is_main_process:
-            self.run = Run.create(config) if run is None else run
             self._describe(resumed)
         with self.accelerator.main_process_first():
             self.train_data = self._load("train")
@@ -187,19 +192,13 @@ class Trainer:
                 done += steps
                 continue
             if kind is AppearanceStage and config.stage == "both" and not (resumed and resumed["stage"] == "car"):
-                self._load_mme(self._best_mme())
+                self.accelerator.wait_for_everyone()
+                self._load_mme(self.run.checkpoints / "best-mme")
             stage = kind(config, self.model)
             self._train(stage, first=done, steps=steps)
             done += steps
         self.accelerator.end_training()
         return self.run.folder
-
-    def _best_mme(self) -> Path:
-        self.accelerator.wait_for_everyone()
-        folder = [str(self.run.checkpoints / "best-mme")] if self.accelerator.is_main_process else [""]
-        if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast_object_list(folder)
-        return Path(folder[0])
 
     def _load_mme(self, checkpoint: Path) -> None:
         config, weights = read_pretrained(checkpoint)
@@ -288,7 +287,7 @@ class Trainer:
             if not math.isfinite(loss.item()) or (self.config.mixed_precision != "fp16" and not math.isfinite(norm)):
                 what = "loss" if not math.isfinite(loss.item()) else "gradient"
                 kept = "no checkpoint was written yet"
-                if self.accelerator.is_main_process and (self.run.checkpoints / "last").exists():
+                if (self.run.checkpoints / "last").exists():
                     kept = f"the last good checkpoint is {(self.run.checkpoints / 'last').resolve().name}"
                 raise InputError(f"the {what} of stage {stage.name} is not finite at step {step}; {kept}")
         return sum(loss.item() for _, loss, _ in pending) / len(pending)
@@ -320,8 +319,9 @@ class Trainer:
                     self._save_sample(stage, step, *sample)
                 if metrics["val_loss"] < best:
                     self.run.save(stage.link, step, stage.model, metrics)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        (progress.note if progress else print)(f"stage {stage.name}, step {step}: {text}")
+            text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            if self.accelerator.is_main_process:
+                (progress.note if progress else print)(f"stage {stage.name}, step {step}: {text}")
         return min(best, metrics["val_loss"])
 
     @contextmanager
@@ -399,6 +399,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device is 'cuda', but PyTorch sees no CUDA device here")
     # every process computes its own batch statistics, averaged when they are re-estimated
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # PyTorch 2.11 knows no other name
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     # accelerate keeps the first precision of a process and refuses another
