@@ -373,6 +373,7 @@ def test_a_half_written_last_record_is_dropped(tmp_path):
     assert run.records() == [{"step": 1, "loss": 2.0}]
 
 
+@pytest.mark.slow
 def test_two_processes(cache, tmp_path):
     flags = ["--data-cache", str(cache), "--output-dir", str(tmp_path), "--max-steps", "2", "--batch-size", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
