@@ -53,7 +53,7 @@ $(VENV)/bin/pip:
 $(VENV)/.torch: constraints.txt | $(VENV)/bin/pip
 	@echo "installing PyTorch"
 	@$(PIP) torch triton
-	@$(PIP) setuptools pybind11
+	@$(PIP) setuptools pybind11 ninja
 	@touch $@
 
 $(VENV)/.installed: $(INPUTS) $(VENV)/.torch

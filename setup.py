@@ -5,25 +5,30 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
+import ninja
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CompileError, ExecError, LinkError
 
-CPP_SOURCES = ["csrc/bindings.cpp", "csrc/tvl1.cpp"]
+HEADERS = sorted(glob.glob("csrc/*.h"))
 CUDA_SOURCES = ["csrc/cuda_info.cu"]
-HEADERS = ["csrc/tvl1.h", "csrc/tvl1_pixel.h"]
 
-# contraction off: the instruction sets, and later the GPU, give the same bits
-CPP_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno"]
+# contraction off: the instruction sets give the same bits
+CPP_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# the loops that are compiled once per instruction set; which one runs is chosen at run time
+ISA_SOURCES = ["csrc/tvl1_kernels.cpp"]
+ISA_FLAGS = {"avx512": ["-mavx512f"], "avx2": ["-mavx2"], "baseline": []}
 CUDA_FLAGS = [
     "-O3",
     "-std=c++17",
-    "--fmad=false",
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
     "-Xcompiler=-fPIC",
@@ -54,43 +59,64 @@ def cudart_folder(nvcc: str) -> str:
     raise SystemExit(f"libcudart_static.a was not found beside {nvcc}; AVFAST_CUDA=0 builds without CUDA")
 
 
+def write_ninja(folder: Path, compiler: list[str], nvcc: str | None) -> list[str]:
+    """Write build.ninja for everything but the binding; returns the object files it makes."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    objects: dict[str, tuple[str, str, list[str]]] = {f"{folder}/tvl1.o": ("cxx", "csrc/tvl1.cpp", [])}
+    for isa, flags in ISA_FLAGS.items():
+        if x86 or isa == "baseline":
+            for source in ISA_SOURCES:
+                objects[f"{folder}/{Path(source).stem}_{isa}.o"] = ("cxx", source, [f"-DAVFAST_ISA={isa}", *flags])
+    if nvcc is not None:
+        objects |= {f"{folder}/{Path(s).stem}.cu.o": ("nvcc", s, []) for s in CUDA_SOURCES}
+    lines = [
+        f"builddir = {folder}",
+        "rule cxx",
+        f"  command = {shlex.join([*compiler, *CPP_FLAGS, '-fPIC'])} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule nvcc",
+        f"  command = {shlex.join([nvcc or 'nvcc', *CUDA_FLAGS])} $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    for target, (rule, source, flags) in objects.items():
+        lines += [f"build {target}: {rule} {source}", f"  flags = {shlex.join(flags)}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    return list(objects)
+
+
 class BuildExt(build_ext):
-    """Compiles the .cu files first, then builds the extension with their objects."""
+    """Has ninja build the objects of csrc/, then builds the binding and links them."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         # setuptools compares file times only, and would keep the objects of a build with the other AVFAST_CUDA
         self.force = True
         nvcc = find_nvcc()
+        folder = Path(self.build_temp) / "csrc"
+        ext.extra_objects = write_ninja(folder, shlex.split(os.environ.get("CXX", "c++")), nvcc)
         if nvcc is not None:
-            ext.extra_objects = [self._compile_cuda(nvcc, source) for source in CUDA_SOURCES]
             ext.define_macros = [*ext.define_macros, ("AVFAST_WITH_CUDA", None)]
             ext.library_dirs = [cudart_folder(nvcc)]
             ext.libraries = ["cudart_static", "dl", "rt", "pthread"]
         try:
+            self.spawn([os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(folder / "build.ninja")])
             super().build_extension(ext)
         except (CompileError, ExecError, LinkError) as error:
             raise SystemExit(
                 f"avfast._C could not be built: {error}\n"
                 "A C++17 compiler and the Python headers are needed (Debian, Ubuntu: apt install g++ python3-dev; "
-                "CXX names another compiler). The compiler's own messages are above."
+                "CXX names another compiler). AVFAST_CUDA=0 leaves CUDA out. The compilers' own messages are above."
             ) from error
-
-    def _compile_cuda(self, nvcc: str, source: str) -> str:
-        target = Path(self.build_temp) / f"{source}.o"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        command = [nvcc, *CUDA_FLAGS, "-c", source, "-o", str(target)]
-        print(*command)
-        if subprocess.run(command).returncode != 0:
-            raise SystemExit(f"nvcc could not compile {source} (its messages are above); AVFAST_CUDA=0 leaves CUDA out")
-        return str(target)
 
 
 extension = Pybind11Extension(
     "avfast._C",
-    CPP_SOURCES,
-    depends=[*HEADERS, *CUDA_SOURCES],
+    ["csrc/bindings.cpp"],
+    depends=HEADERS,
     cxx_std=17,
-    extra_compile_args=CPP_FLAGS,
+    extra_compile_args=["-O2"],
     extra_link_args=["-pthread"],
 )
 

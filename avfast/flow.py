@@ -24,18 +24,30 @@ class TVL1Params:
 
     solver: Literal["zach", "chambolle-pock"] = "zach"
     """`zach`: relaxed by theta, as published and as in OpenCV; `chambolle-pock`: primal-dual on the energy itself."""
+    scheme: Literal["avfast", "opencv"] = "avfast"
+    """What surrounds the solver. `avfast`: pyramid by area average, no data term where a point leaves the image, median
+    after a warp's iterations. `opencv`: bilinear pyramid, black around the image, median before them."""
     tau: float = 0.25
     """Step: of the dual (zach; at most 0.25 is known to converge), of the primal (chambolle-pock; any)."""
     lambda_: float = 0.15
     """Weight of the data term for grey levels 0..255; smaller is smoother."""
     theta: float = 0.3
     """Coupling of zach's relaxation; chambolle-pock does not use it."""
+    scale_step: float = 0.5
+    """Size of a pyramid level as a share of the next finer one, 0.5 to 0.95."""
+    scales: int = 100
+    """Largest number of pyramid levels; the shorter side never falls below 16 pixels."""
     warps: int = 5
     """Linearisations per pyramid level."""
+    outer_iterations: int = 1
+    """Rounds of iterations per warp; in scheme `opencv` each begins with the median filter."""
     iterations: int = 20
-    """Iterations per warp; all of them are done."""
+    """Iterations per round."""
+    epsilon: float = 0.0
+    """A warp ends when the root mean squared change of the flow in one iteration, in pixels, is not above it; 0: all
+    iterations are done, always the same work whatever the content."""
     median: int = 3
-    """Side of the median filter of the flow after each warp: 1 (off), 3 or 5 pixels."""
+    """Side of the median filter of the flow: 1 (off), 3 or 5 pixels."""
     presmooth: float = 0.0
     """Standard deviation of the Gaussian applied to both images first, in pixels; 0 is off."""
 
@@ -46,7 +58,13 @@ class TVL1Params:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} is {value}, expected a positive number")
-        for name in ("warps", "iterations"):
+        if self.scheme not in ("avfast", "opencv"):
+            raise InputError(f"scheme is {self.scheme!r}, expected 'avfast' or 'opencv'")
+        if not 0.5 <= self.scale_step <= 0.95:
+            raise InputError(f"scale_step is {self.scale_step}, expected 0.5 to 0.95")
+        if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
+            raise InputError(f"epsilon is {self.epsilon}, expected 0 (off) or more pixels")
+        for name in ("scales", "warps", "outer_iterations", "iterations"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value}, expected a whole number of at least 1")
@@ -60,6 +78,9 @@ class TVL1Params:
 # on the digit in px: fast 1.94, 0.75; chambolle-pock 0.07, 0.06; OpenCV's default 0.25, 0.06
 PRESETS = {
     "fast": TVL1Params(),
+    "opencv": TVL1Params(
+        scheme="opencv", scale_step=0.8, scales=5, outer_iterations=10, iterations=30, epsilon=0.01, median=5
+    ),
     "chambolle-pock": TVL1Params(solver="chambolle-pock", tau=0.35, warps=10, presmooth=0.8),
 }
 
@@ -87,7 +108,8 @@ def tvl1_flow(
     The result is float32 on a's device, in pixels, x then y, without a gradient.
 
     preset: name in PRESETS, or a TVL1Params. "chambolle-pock" is the one for textureless scenes such as moving digits.
-    threads: CPU threads over pairs, default torch.get_num_threads(); the result does not depend on it.
+    threads: CPU threads, over pairs or over the rows of a large one, default torch.get_num_threads(); neither they nor
+    the instruction set (AVFAST_ISA=avx512|avx2|baseline asks for one) change a bit of the result.
     backend: "cpp" (the compiled engine, on the CPU) or "reference" (PyTorch, on a's device); default: AVFAST_BACKEND if
     set, else cpp where it was built.
 
@@ -97,8 +119,7 @@ def tvl1_flow(
     Source: Zach, Pock and Bischof (DAGM 2007); Chambolle and Pock (JMIV 2011).
     """
     params = _params(preset)
-    threads = torch.get_num_threads() if threads is None else threads
-    if not isinstance(threads, int) or threads < 1:
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads}, expected a whole number of at least 1")
     if direction not in ("backward", "forward"):
         raise InputError(f"direction is {direction!r}, expected 'backward' or 'forward'")
@@ -147,7 +168,9 @@ def _grey(name: str, images: Tensor | np.ndarray, clip: bool = False) -> Tensor:
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which TV-L1 has not: pass {name}.detach()")
     images = images.detach()
-    if images.dtype != torch.uint8 and images.numel() > 0:
+    # a compiled program cannot look at values, on a GPU looking would wait for it: the engine takes whatever comes
+    looks = images.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and images.dtype != torch.uint8 and images.numel() > 0:
         low, high = (float(v) for v in torch.aminmax(images))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{name} holds values that are not finite, expected [0, 1]")
@@ -163,8 +186,8 @@ def _grey(name: str, images: Tensor | np.ndarray, clip: bool = False) -> Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def _solve(a: Tensor, b: Tensor, params: TVL1Params, threads: int, backend: str | None) -> Tensor:
+def _solve(a: Tensor, b: Tensor, params: TVL1Params, threads: int | None, backend: str | None) -> Tensor:
     """Flow (..., 2, H, W) on a's device of grey images (..., H, W)."""
     size = a.shape[-2:]
-    flow = tvl1_op(a.reshape(-1, *size), b.reshape(-1, *size), params, threads, backend=backend)
+    flow = tvl1_op(a.reshape(-1, *size), b.reshape(-1, *size), params, threads or 0, backend)
     return flow.reshape(*a.shape[:-2], 2, *size)

@@ -3,547 +3,500 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstddef>
-#include <functional>
+#include <cstdlib>
 #include <memory>
-#include <system_error>
-#include <thread>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "resample.h"
+#include "threads.h"
+#include "tvl1_kernels.h"
 #include "tvl1_pixel.h"
-
-// the row loops are compiled once per instruction set and chosen when the library is loaded.
-// with contraction off (setup.py) all of them give the same bits.
-#ifndef AVFAST_CLONES
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12
-#define AVFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define AVFAST_CLONES
-#endif
-#endif
-
-// the rows a loop reads and writes never overlap: tells the vectoriser so.
-#if defined(__GNUC__) && !defined(__clang__)
-#define AVFAST_IVDEP _Pragma("GCC ivdep")
-#else
-#define AVFAST_IVDEP
-#endif
 
 namespace avfast::tvl1 {
 namespace {
 
-// floats in the widest register. Rows have this much room before column 0, and at least as much as the median reads
-// past the last column, so that blocks of lanes need no tail.
-constexpr int kLanes = 16;
 // the pyramid ends before the shorter side falls below this many pixels.
 constexpr int kMinSide = 16;
+// border around the texels: bicubic taps reach 3 past a point that may lie 2 outside the image.
+constexpr int kTexelMargin = 5;
+// rows of one pair are shared out only from this many pixels on; below, waiting for each other costs more.
+constexpr int64_t kTeamArea = 160 * 120;
+constexpr int kTeamRows = 32;
+// what the rows of consecutive iterations in flight may occupy: they have to stay in a core's level 2 cache.
+constexpr int64_t kWaveBytes = 320 << 10;
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// zeroed floats on a cache line of their own.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(static_cast<float*>(std::aligned_alloc(64, round_up(size * 4 + 1, 64)))) {
+    if (!data_) throw std::bad_alloc();
+    std::fill_n(data_.get(), size, 0.0f);
+  }
+  float* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
 
 struct Size {
   int height, width;
+  int64_t stride() const { return round_up(width, kMaxLanes); }
 };
 
-std::vector<Size> pyramid_sizes(Size size) {
-  std::vector<Size> sizes{size};
-  for (;;) {
-    size = {(size.height + 1) / 2, (size.width + 1) / 2};
-    if (std::min(size.height, size.width) < kMinSide) return sizes;
-    sizes.push_back(size);
-  }
-}
+// one thread's place in a team, and the memory that is its own.
+struct Member {
+  Team& team;
+  int rank;
+  float* scratch;
 
-// a field with one row of room above row 0.
-class Plane {
- public:
-  explicit Plane(Size largest) : data_(stride_for(largest) * (largest.height + 1) + kLanes) { resize(largest); }
-
-  void resize(Size size) {
-    size_ = size;
-    stride_ = stride_for(size);
-  }
-  void zero() { std::fill(data_.begin(), data_.end(), 0.0f); }
-  Size size() const { return size_; }
-  float* row(int y) { return data_.data() + stride_ * (y + 1) + kLanes; }
-  const float* row(int y) const { return data_.data() + stride_ * (y + 1) + kLanes; }
-
- private:
-  static ptrdiff_t stride_for(Size size) {
-    return kLanes + (size.width + 2 + kLanes - 1) / kLanes * static_cast<ptrdiff_t>(kLanes);
-  }
-
-  std::vector<float> data_;
-  Size size_{};
-  ptrdiff_t stride_ = 0;
+  // this member's share of `rows` rows.
+  int begin(int rows) const { return static_cast<int>(static_cast<int64_t>(rows) * rank / team.size()); }
+  int end(int rows) const { return static_cast<int>(static_cast<int64_t>(rows) * (rank + 1) / team.size()); }
 };
 
-// an image beside its two derivatives, so that the three share the addresses and weights of a warp. Borders are
-// repeated by as much as the bicubic taps reach over them.
-class Texels {
- public:
-  static constexpr int kChannels = 4;  // image, d/dx, d/dy, nothing
+int64_t scratch_size(Size size) { return 5 * (size.width + 2 * kMaxLanes); }
 
-  explicit Texels(Size largest) : data_(stride_for(largest) * (largest.height + 3)) { resize(largest); }
-
-  void resize(Size size) { stride_ = stride_for(size); }
-  float* at(int y, int x) { return data_.data() + stride_ * (y + 1) + (x + 1) * kChannels; }
-  const float* at(int y, int x) const { return data_.data() + stride_ * (y + 1) + (x + 1) * kChannels; }
-  ptrdiff_t stride() const { return stride_; }
-
- private:
-  static ptrdiff_t stride_for(Size size) { return (size.width + 3) * static_cast<ptrdiff_t>(kChannels); }
-
-  std::vector<float> data_;
-  ptrdiff_t stride_ = 0;
-};
-
-// one axis of the area average from `from` to `to` pixels: the at most three source pixels under each target pixel.
-struct AreaTap {
-  int index[3];
-  float weight[3];
-};
-
-std::vector<AreaTap> area_taps(int from, int to) {
-  std::vector<AreaTap> taps(to);
-  for (int i = 0; i < to; ++i) {
-    // in units of 1/to of a source pixel everything is an integer
-    const int64_t begin = static_cast<int64_t>(i) * from;
-    const int64_t end = begin + from;
-    for (int k = 0; k < 3; ++k) {
-      const int64_t source = begin / to + k;
-      const int64_t overlap = std::min(end, (source + 1) * to) - std::max(begin, source * to);
-      taps[i].index[k] = static_cast<int>(std::min<int64_t>(source, from - 1));
-      taps[i].weight[k] = static_cast<float>(std::max<int64_t>(overlap, 0)) / static_cast<float>(from);
-    }
-  }
-  return taps;
-}
-
-// one axis of bilinear enlargement, pixel centres at half integers.
-struct LinearTap {
-  int index[2];
-  float weight;
-};
-
-std::vector<LinearTap> linear_taps(int from, int to) {
-  std::vector<LinearTap> taps(to);
-  const float ratio = static_cast<float>(from) / static_cast<float>(to);
-  for (int i = 0; i < to; ++i) {
-    const float centre = (static_cast<float>(i) + 0.5f) * ratio - 0.5f;
-    const float position = clamp(centre, 0.0f, static_cast<float>(from - 1));
-    const int index = static_cast<int>(position);
-    taps[i] = {{index, std::min(index + 1, from - 1)}, position - static_cast<float>(index)};
-  }
-  return taps;
-}
-
-std::vector<float> gaussian(float sigma) {
-  const int radius = static_cast<int>(std::ceil(3.0 * sigma));
-  std::vector<double> weights(2 * radius + 1);
-  double sum = 0.0;
-  for (int i = -radius; i <= radius; ++i) {
-    sum += weights[i + radius] = std::exp(-0.5 * i * i / (static_cast<double>(sigma) * sigma));
-  }
-  std::vector<float> kernel(weights.size());
-  std::transform(weights.begin(), weights.end(), kernel.begin(),
-                 [sum](double w) { return static_cast<float>(w / sum); });
-  return kernel;
-}
-
-struct DataRow {
-  float *ix, *iy, *rho_c, *inv_grad;
-};
-
-struct FlowRow {
-  float *u1, *u2;
-};
-
-// the dual of one row; q12 and q22 also of the row above, which the backward difference needs.
-struct DualRow {
-  float *q11, *q12, *q21, *q22;
-  const float *q12_above, *q22_above;
-};
-
-AVFAST_CLONES void linearise_row(const Texels& source, Size size, int y, const float* target, FlowRow flow,
-                                 DataRow out) {
-  const float max_x = static_cast<float>(size.width - 1);
-  const float max_y = static_cast<float>(size.height - 1);
-  for (int x = 0; x < size.width; ++x) {
-    const float u1 = flow.u1[x];
-    const float u2 = flow.u2[x];
-    const float px = static_cast<float>(x) + u1;
-    const float py = static_cast<float>(y) + u2;
-    const float cx = clamp(px, 0.0f, max_x);
-    const float cy = clamp(py, 0.0f, max_y);
-    const int x0 = static_cast<int>(cx);
-    const int y0 = static_cast<int>(cy);
-    const CubicWeights wx = cubic_weights(cx - static_cast<float>(x0));
-    const CubicWeights wy = cubic_weights(cy - static_cast<float>(y0));
-
-    constexpr int kChannels = Texels::kChannels;
-    float value[kChannels] = {};
-    for (int j = 0; j < 4; ++j) {
-      const float* t = source.at(y0 - 1 + j, x0 - 1);
-      for (int c = 0; c < kChannels; ++c) {
-        value[c] += wy.w[j] * (wx.w[0] * t[c] + wx.w[1] * t[c + kChannels] + wx.w[2] * t[c + 2 * kChannels] +
-                               wx.w[3] * t[c + 3 * kChannels]);
-      }
-    }
-    const float inside = px == cx && py == cy ? 1.0f : 0.0f;
-    const DataTerm d = linearise(value[0], value[1], value[2], target[x], u1, u2, inside);
-    out.ix[x] = d.ix;
-    out.iy[x] = d.iy;
-    out.rho_c[x] = d.rho_c;
-    out.inv_grad[x] = d.inv_grad;
-  }
-}
-
-AVFAST_CLONES void zach_primal_row(int width, DataRow d, DualRow q, FlowRow flow, float limit) {
-  AVFAST_IVDEP
-  for (int x = 0; x < width; ++x) {
-    const float div1 = q.q11[x] - q.q11[x - 1] + (q.q12[x] - q.q12_above[x]);
-    const float div2 = q.q21[x] - q.q21[x - 1] + (q.q22[x] - q.q22_above[x]);
-    zach_primal(flow.u1[x], flow.u2[x], {d.ix[x], d.iy[x], d.rho_c[x], d.inv_grad[x]}, div1, div2, limit);
-  }
-}
-
-AVFAST_CLONES void zach_dual_row(int width, FlowRow flow, FlowRow below, DualRow q, float tau, float tau_over_theta) {
-  AVFAST_IVDEP
-  for (int x = 0; x < width; ++x) {
-    zach_dual(q.q11[x], q.q12[x], flow.u1[x + 1] - flow.u1[x], below.u1[x] - flow.u1[x], tau, tau_over_theta);
-    zach_dual(q.q21[x], q.q22[x], flow.u2[x + 1] - flow.u2[x], below.u2[x] - flow.u2[x], tau, tau_over_theta);
-  }
-}
-
-AVFAST_CLONES void chambolle_pock_primal_row(int width, DataRow d, DualRow q, FlowRow flow, FlowRow bar, float limit) {
-  AVFAST_IVDEP
-  for (int x = 0; x < width; ++x) {
-    const float div1 = q.q11[x] - q.q11[x - 1] + (q.q12[x] - q.q12_above[x]);
-    const float div2 = q.q21[x] - q.q21[x - 1] + (q.q22[x] - q.q22_above[x]);
-    chambolle_pock_primal(flow.u1[x], flow.u2[x], bar.u1[x], bar.u2[x], {d.ix[x], d.iy[x], d.rho_c[x], d.inv_grad[x]},
-                          div1, div2, limit);
-  }
-}
-
-AVFAST_CLONES void chambolle_pock_dual_row(int width, FlowRow bar, FlowRow below, DualRow q, float inv_tau) {
-  AVFAST_IVDEP
-  for (int x = 0; x < width; ++x) {
-    chambolle_pock_dual(q.q11[x], q.q12[x], bar.u1[x + 1] - bar.u1[x], below.u1[x] - bar.u1[x], inv_tau);
-    chambolle_pock_dual(q.q21[x], q.q22[x], bar.u2[x + 1] - bar.u2[x], below.u2[x] - bar.u2[x], inv_tau);
-  }
-}
-
-// moves the smaller of two blocks of lanes to `a` and the larger to `b`.
-AVFAST_HD void sort_lanes(float* a, float* b) {
-  for (int l = 0; l < kLanes; ++l) {
-    const float low = a[l] < b[l] ? a[l] : b[l];
-    const float high = a[l] < b[l] ? b[l] : a[l];
-    a[l] = low;
-    b[l] = high;
-  }
-}
-
-// pixel `sample` of the kSide x kSide neighbourhoods of a block of lanes.
-template <int kSide>
-AVFAST_HD void load_sample(const float* const* rows, int x, int sample, float* lanes) {
-  const float* from = rows[sample / kSide] + x + sample % kSide - kSide / 2;
-  for (int l = 0; l < kLanes; ++l) lanes[l] = from[l];
-}
-
-// median of kSide x kSide pixels by forgetful selection: of n/2 + 2 values the smallest and the largest cannot be the
-// median of n, so both are dropped and the next value is taken in, until three are left. No branch depends on the data.
-template <int kSide>
-AVFAST_HD void median_block(const float* const* rows, int x, float* out) {
-  constexpr int kCount = kSide * kSide;
-  constexpr int kLast = kCount / 2 + 1;
-  float held[kLast + 1][kLanes];
-  for (int k = 0; k <= kLast; ++k) load_sample<kSide>(rows, x, k, held[k]);
-  for (int first = 0;; ++first) {
-    for (int k = first + 1; k <= kLast; ++k) sort_lanes(held[first], held[k]);
-    for (int k = first + 1; k < kLast; ++k) sort_lanes(held[k], held[kLast]);
-    const int next = kLast + 1 + first;
-    if (next == kCount) break;
-    load_sample<kSide>(rows, x, next, held[kLast]);
-  }
-  for (int l = 0; l < kLanes; ++l) out[x + l] = held[kCount / 2][l];
-}
-
-// `rows` are readable for side / 2 pixels before column 0 and for a block of lanes past the last column.
-AVFAST_CLONES void median_row(const float* const* rows, int side, int width, float* out) {
-  if (side == 3) {
-    for (int x = 0; x < width; x += kLanes) median_block<3>(rows, x, out);
-  } else {
-    for (int x = 0; x < width; x += kLanes) median_block<5>(rows, x, out);
-  }
-}
-
-// solves pairs of one size, one at a time; owns all the memory that takes.
+// solves pairs of one size, one at a time; owns all the memory that takes. Every public call is made by all members of
+// a team at once.
 class Workspace {
  public:
-  Workspace(Size size, const Params& params)
+  Workspace(Size size, const Params& params, const Kernels& kernels)
       : params_(params),
-        sizes_(pyramid_sizes(size)),
-        texels_(size),
-        u_{Plane(size), Plane(size)},
-        // filtered or enlarged flow; while Chambolle-Pock iterates, its extrapolated flow
-        spare_{Plane(size), Plane(size)},
-        q_{Plane(size), Plane(size), Plane(size), Plane(size)},
-        data_{Plane(size), Plane(size), Plane(size), Plane(size)} {
+        kernels_(kernels),
+        levels_(make_levels(size, params)),
+        fields_(params.solver == Solver::kZach && params.scheme == Scheme::kAvfast ? kBar1 : kFields),
+        texels_((size.width + 2 * kTexelMargin) * static_cast<int64_t>(kTexelChannels) *
+                (size.height + 2 * kTexelMargin)),
+        coarse_(levels_.size() > 1 ? 2 * levels_[1].size.stride() * levels_[1].size.height : 0),
+        // one row of room above the image and one below it
+        state_((size.height + 2) * row_stride_of(size) + kMaxLanes) {
     if (params.presmooth > 0.0f) {
       kernel_ = gaussian(params.presmooth);
-      smoothing_rows_.resize(static_cast<size_t>(size.height) * size.width);
+      smoothed_.emplace_back(size.stride() * size.height + kMaxLanes);
     }
-    for (const Size& s : sizes_) {
-      a_.emplace_back(static_cast<size_t>(s.height) * s.width);
-      b_.emplace_back(static_cast<size_t>(s.height) * s.width);
-    }
-    for (size_t i = 0; i + 1 < sizes_.size(); ++i) {
-      shrink_x_.push_back(area_taps(sizes_[i].width, sizes_[i + 1].width));
-      shrink_y_.push_back(area_taps(sizes_[i].height, sizes_[i + 1].height));
-      grow_x_.push_back(linear_taps(sizes_[i + 1].width, sizes_[i].width));
-      grow_y_.push_back(linear_taps(sizes_[i + 1].height, sizes_[i].height));
+    for (const Level& level : levels_) {
+      const int64_t area = level.size.stride() * level.size.height + kMaxLanes;
+      a_.emplace_back(area);
+      b_.emplace_back(area);
     }
   }
 
   // a, b [height, width] -> flow [2, height, width]
-  void solve(const float* a, const float* b, float* flow) {
-    fill_pyramid(a, a_);
-    fill_pyramid(b, b_);
-    const int coarsest = static_cast<int>(sizes_.size()) - 1;
+  void solve(const float* a, const float* b, float* flow, Member me) {
+    me.team.barrier();
+    fill_pyramid(a, a_, me);
+    fill_pyramid(b, b_, me);
+    me.team.barrier();
+    const int coarsest = static_cast<int>(levels_.size()) - 1;
     for (int level = coarsest; level >= 0; --level) {
-      if (level == coarsest) {
-        for (Plane& u : u_) {
-          u.resize(sizes_[level]);
-          u.zero();
-        }
-      } else {
-        enlarge_flow(level);
-      }
-      solve_level(level);
+      if (level < coarsest) save_flow(level + 1, me);
+      set_up_level(level, level == coarsest, me);
+      solve_level(level, me);
     }
-    const Size size = sizes_[0];
+    const Size size = levels_[0].size;
     for (int c = 0; c < 2; ++c) {
-      for (int y = 0; y < size.height; ++y, flow += size.width) std::copy_n(u_[c].row(y), size.width, flow);
+      for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
+        std::copy_n(row(level_row(size, y), size, kU1 + c), size.width,
+                    flow + (static_cast<int64_t>(c) * size.height + y) * size.width);
+      }
     }
   }
 
  private:
-  void fill_pyramid(const float* image, std::vector<std::vector<float>>& pyramid) {
-    if (kernel_.empty()) {
-      std::copy_n(image, pyramid[0].size(), pyramid[0].data());
-    } else {
-      smooth(image, pyramid[0].data());
+  struct Level {
+    Size size;
+    // from the next finer level to this one, and back
+    std::vector<Tap> shrink_x, shrink_y, grow_x, grow_y;
+    float grow_u1, grow_u2;
+  };
+
+  static std::vector<Level> make_levels(Size size, const Params& params) {
+    const auto scaled = [&](int n) {
+      return static_cast<int>(std::floor(n * static_cast<double>(params.scale_step) + 0.5));
+    };
+    std::vector<Level> levels(1);
+    levels[0].size = size;
+    while (static_cast<int>(levels.size()) < params.scales) {
+      const Size fine = levels.back().size;
+      Level level;
+      const Size coarse = level.size = {scaled(fine.height), scaled(fine.width)};
+      if (std::min(coarse.height, coarse.width) < kMinSide || coarse.height == fine.height ||
+          coarse.width == fine.width)
+        break;
+      const float ratio_x = static_cast<float>(coarse.width) / static_cast<float>(fine.width);
+      const float ratio_y = static_cast<float>(coarse.height) / static_cast<float>(fine.height);
+      if (params.scheme == Scheme::kOpenCV) {
+        // sampled at the step asked for, not at the ratio of the rounded sizes
+        level.shrink_x = linear_taps(fine.width, coarse.width, 1.0f / params.scale_step);
+        level.shrink_y = linear_taps(fine.height, coarse.height, 1.0f / params.scale_step);
+        level.grow_u1 = level.grow_u2 = 1.0f / params.scale_step;
+      } else {
+        level.shrink_x = area_taps(fine.width, coarse.width);
+        level.shrink_y = area_taps(fine.height, coarse.height);
+        level.grow_u1 = 1.0f / ratio_x;
+        level.grow_u2 = 1.0f / ratio_y;
+      }
+      level.grow_x = linear_taps(coarse.width, fine.width, ratio_x);
+      level.grow_y = linear_taps(coarse.height, fine.height, ratio_y);
+      levels.push_back(std::move(level));
     }
-    for (size_t i = 0; i + 1 < sizes_.size(); ++i) {
-      shrink(pyramid[i].data(), sizes_[i].width, shrink_x_[i], shrink_y_[i], pyramid[i + 1].data());
+    return levels;
+  }
+
+  // ---- images ----
+
+  void fill_pyramid(const float* image, std::vector<Buffer>& pyramid, Member me) {
+    const Size size = levels_[0].size;
+    if (kernel_.empty()) {
+      for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
+        std::copy_n(image + static_cast<int64_t>(y) * size.width, size.width, pyramid[0].get() + y * size.stride());
+      }
+    } else {
+      smooth(image, pyramid[0].get(), me);
+    }
+    for (size_t i = 1; i < levels_.size(); ++i) {
+      me.team.barrier();
+      const Size fine = levels_[i - 1].size;
+      const Size coarse = levels_[i].size;
+      for (int y = me.begin(coarse.height); y < me.end(coarse.height); ++y) {
+        resample_row(pyramid[i - 1].get(), fine, levels_[i].shrink_y[y], levels_[i].shrink_x, me.scratch);
+        std::copy_n(me.scratch + fine.stride(), coarse.width, pyramid[i].get() + y * coarse.stride());
+      }
+    }
+  }
+
+  // one row of a resampled image, into scratch + size.stride(): the rows under it first, then along the row.
+  static void resample_row(const float* image, Size size, const Tap& tap_y, const std::vector<Tap>& taps_x,
+                           float* scratch) {
+    const float* rows[3];
+    for (int k = 0; k < 3; ++k) rows[k] = image + tap_y.index[k] * size.stride();
+    const auto [w0, w1, w2] = tap_y.weight;
+    for (int x = 0; x < size.width; ++x) scratch[x] = w0 * rows[0][x] + w1 * rows[1][x] + w2 * rows[2][x];
+    float* out = scratch + size.stride();
+    for (const Tap& t : taps_x) {
+      *out++ =
+          t.weight[0] * scratch[t.index[0]] + t.weight[1] * scratch[t.index[1]] + t.weight[2] * scratch[t.index[2]];
     }
   }
 
   // separable Gaussian, borders repeated.
-  void smooth(const float* image, float* out) {
-    const auto [height, width] = sizes_[0];
+  void smooth(const float* image, float* out, Member me) {
+    const Size size = levels_[0].size;
     const int radius = static_cast<int>(kernel_.size()) / 2;
-    for (int y = 0; y < height; ++y) {
-      for (int x = 0; x < width; ++x) {
+    float* along = smoothed_[0].get();
+    for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
+      const float* from = image + static_cast<int64_t>(y) * size.width;
+      float* to = along + y * size.stride();
+      for (int x = 0; x < size.width; ++x) {
         float sum = 0.0f;
-        for (int k = -radius; k <= radius; ++k) {
-          sum += kernel_[k + radius] * image[static_cast<ptrdiff_t>(y) * width + std::clamp(x + k, 0, width - 1)];
-        }
-        smoothing_rows_[static_cast<ptrdiff_t>(y) * width + x] = sum;
+        for (int k = -radius; k <= radius; ++k) sum += kernel_[k + radius] * from[std::clamp(x + k, 0, size.width - 1)];
+        to[x] = sum;
       }
     }
-    for (int y = 0; y < height; ++y) {
-      for (int x = 0; x < width; ++x) {
-        float sum = 0.0f;
-        for (int k = -radius; k <= radius; ++k) {
-          sum += kernel_[k + radius] *
-                 smoothing_rows_[static_cast<ptrdiff_t>(std::clamp(y + k, 0, height - 1)) * width + x];
+    me.team.barrier();
+    for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
+      float* to = out + y * size.stride();
+      std::fill_n(to, size.width, 0.0f);
+      for (int k = -radius; k <= radius; ++k) {
+        const float* from = along + std::clamp(y + k, 0, size.height - 1) * size.stride();
+        for (int x = 0; x < size.width; ++x) to[x] += kernel_[k + radius] * from[x];
+      }
+    }
+    // the next image uses the same memory
+    me.team.barrier();
+  }
+
+  // image and central differences; at the border, half the one-sided difference. Around it the border is repeated, or
+  // all is 0.
+  void fill_texels(const float* image, Size size, Member me) {
+    const bool repeat = params_.scheme == Scheme::kAvfast;
+    const int64_t stride = texel_stride(size);
+    const int total = size.height + 2 * kTexelMargin;
+    for (int i = me.begin(total); i < me.end(total); ++i) {
+      const int y = i - kTexelMargin;
+      float* texel = texels_.get() + i * stride;
+      if (!repeat && (y < 0 || y >= size.height)) {
+        std::fill_n(texel, stride, 0.0f);
+        continue;
+      }
+      const int yc = std::clamp(y, 0, size.height - 1);
+      const float* row = image + yc * size.stride();
+      const float* above = image + std::max(yc - 1, 0) * size.stride();
+      const float* below = image + std::min(yc + 1, size.height - 1) * size.stride();
+      const auto put = [&](int x, int xc, int left, int right) {
+        float* t = texel + (x + kTexelMargin) * kTexelChannels;
+        t[0] = row[xc];
+        t[1] = 0.5f * (row[right] - row[left]);
+        t[2] = 0.5f * (below[xc] - above[xc]);
+        t[3] = 0.0f;
+      };
+      const int last = size.width - 1;
+      for (int x = 1; x < last; ++x) put(x, x, x - 1, x + 1);
+      put(0, 0, 0, std::min(1, last));
+      if (last > 0) put(last, last, last - 1, last);
+      for (int k = 1; k <= kTexelMargin; ++k) {
+        float* left = texel + (kTexelMargin - k) * kTexelChannels;
+        float* right = texel + (kTexelMargin + last + k) * kTexelChannels;
+        for (int c = 0; c < kTexelChannels; ++c) {
+          left[c] = repeat ? texel[kTexelMargin * kTexelChannels + c] : 0.0f;
+          right[c] = repeat ? texel[(kTexelMargin + last) * kTexelChannels + c] : 0.0f;
         }
-        out[static_cast<ptrdiff_t>(y) * width + x] = sum;
       }
     }
   }
 
-  static void shrink(const float* in, int in_width, const std::vector<AreaTap>& taps_x,
-                     const std::vector<AreaTap>& taps_y, float* out) {
-    for (const AreaTap& ty : taps_y) {
-      for (const AreaTap& tx : taps_x) {
-        float rows[3];
-        for (int j = 0; j < 3; ++j) {
-          const float* row = in + static_cast<ptrdiff_t>(ty.index[j]) * in_width;
-          rows[j] = tx.weight[0] * row[tx.index[0]] + tx.weight[1] * row[tx.index[1]] + tx.weight[2] * row[tx.index[2]];
-        }
-        *out++ = ty.weight[0] * rows[0] + ty.weight[1] * rows[1] + ty.weight[2] * rows[2];
-      }
-    }
-  }
+  // ---- the fields of one level ----
 
-  // the flow of level + 1 becomes the first guess of `level`; its values grow with the image.
-  void enlarge_flow(int level) {
-    const Size from = sizes_[level + 1];
-    const Size to = sizes_[level];
-    const float scale[2] = {static_cast<float>(to.width) / static_cast<float>(from.width),
-                            static_cast<float>(to.height) / static_cast<float>(from.height)};
+  static int64_t texel_stride(Size size) {
+    return (size.width + 2 * kTexelMargin) * static_cast<int64_t>(kTexelChannels);
+  }
+  // room before pixel 0 of a field is the room past the last pixel of the field before.
+  static int64_t field_stride(Size size) { return size.stride() + kMaxLanes; }
+  int64_t row_stride_of(Size size) const { return fields_ * field_stride(size); }
+  // pixel 0 of field 0 of row y, -1 <= y <= height
+  float* level_row(Size size, int y) { return state_.get() + (y + 1) * row_stride_of(size) + kMaxLanes; }
+  static float* row(float* level_row, Size size, int field) { return level_row + field * field_stride(size); }
+
+  // keeps the flow of a level while its memory is laid out anew for the next finer one.
+  void save_flow(int level, Member me) {
+    const Size size = levels_[level].size;
+    const int64_t area = size.stride() * size.height;
     for (int c = 0; c < 2; ++c) {
-      spare_[c].resize(to);
-      for (int y = 0; y < to.height; ++y) {
-        const LinearTap& ty = grow_y_[level][y];
-        const float* top = u_[c].row(ty.index[0]);
-        const float* bottom = u_[c].row(ty.index[1]);
-        float* out = spare_[c].row(y);
-        for (int x = 0; x < to.width; ++x) {
-          const LinearTap& tx = grow_x_[level][x];
-          const float t = top[tx.index[0]] + tx.weight * (top[tx.index[1]] - top[tx.index[0]]);
-          const float b = bottom[tx.index[0]] + tx.weight * (bottom[tx.index[1]] - bottom[tx.index[0]]);
-          out[x] = scale[c] * (t + ty.weight * (b - t));
-        }
+      for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
+        std::copy_n(row(level_row(size, y), size, kU1 + c), size.width, coarse_.get() + c * area + y * size.stride());
       }
-      std::swap(u_[c], spare_[c]);
     }
+    me.team.barrier();
   }
 
-  void solve_level(int level) {
-    size_ = sizes_[level];
-    fill_texels(b_[level].data());
-    for (Plane& plane : spare_) plane.resize(size_);
-    for (Plane& plane : data_) plane.resize(size_);
-    for (Plane& plane : q_) {
-      plane.resize(size_);
-      plane.zero();
+  // the first guess of the flow: zero, or the flow of the next coarser level, its values grown with the image. Duals of
+  // zero, also in the row above the image.
+  void set_up_level(int level, bool coarsest, Member me) {
+    const Size size = levels_[level].size;
+    for (int y = me.begin(size.height + 1) - 1; y < me.end(size.height + 1) - 1; ++y) {
+      std::fill_n(level_row(size, y) - kMaxLanes, row_stride_of(size), 0.0f);
+      if (coarsest || y < 0) continue;
+      const Level& from = levels_[level + 1];
+      const int64_t area = from.size.stride() * from.size.height;
+      for (int c = 0; c < 2; ++c) {
+        const float grow = c == 0 ? from.grow_u1 : from.grow_u2;
+        resample_row(coarse_.get() + c * area, from.size, from.grow_y[y], from.grow_x, me.scratch);
+        const float* in = me.scratch + from.size.stride();
+        float* out = row(level_row(size, y), size, kU1 + c);
+        for (int x = 0; x < size.width; ++x) out[x] = grow * in[x];
+      }
     }
+    fill_texels(b_[level].get(), size, me);
+    me.team.barrier();
+  }
+
+  void solve_level(int level, Member me) {
+    const Size size = levels_[level].size;
+    const bool median_first = params_.scheme == Scheme::kOpenCV;
+    const float* texels = texels_.get() + kTexelMargin * (texel_stride(size) + kTexelChannels);
+    const float* target = a_[level].get();
     for (int warp = 0; warp < params_.warps; ++warp) {
-      const float* target = a_[level].data();
-      for (int y = 0; y < size_.height; ++y, target += size_.width) {
-        linearise_row(texels_, size_, y, target, flow_row(u_, y), data_row(y));
+      for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
+        kernels_.linearise_row({texels, texel_stride(size), target + y * size.stride(), level_row(size, y),
+                                field_stride(size), y, size.width, size.height, median_first ? 2.0f : 0.0f,
+                                !median_first});
       }
-      for (int i = 0; i < params_.iterations; ++i) iterate();
-      if (params_.median > 1) filter_flow();
+      bool moving = true;
+      for (int outer = 0; moving && outer < params_.outer_iterations; ++outer) {
+        if (median_first) filter_flow(size, me);
+        moving = params_.epsilon > 0.0f ? iterate_until_still(size, me) : iterate(size, me);
+      }
+      if (!median_first) filter_flow(size, me);
     }
   }
 
-  // image and central differences; at the border, half the one-sided difference.
-  void fill_texels(const float* image) {
-    const auto [height, width] = size_;
-    texels_.resize(size_);
-    for (int y = -1; y < height + 2; ++y) {
-      const int yc = std::clamp(y, 0, height - 1);
-      const float* row = image + static_cast<ptrdiff_t>(yc) * width;
-      const float* above = image + static_cast<ptrdiff_t>(std::max(yc - 1, 0)) * width;
-      const float* below = image + static_cast<ptrdiff_t>(std::min(yc + 1, height - 1)) * width;
-      for (int x = -1; x < width + 2; ++x) {
-        const int xc = std::clamp(x, 0, width - 1);
-        float* texel = texels_.at(y, x);
-        texel[0] = row[xc];
-        texel[1] = 0.5f * (row[std::min(xc + 1, width - 1)] - row[std::max(xc - 1, 0)]);
-        texel[2] = 0.5f * (below[xc] - above[xc]);
-        texel[3] = 0.0f;
+  // one step of an iteration: the primal step of row y, the dual step of row y - 1.
+  void step(Size size, int y, float* change) {
+    const Edge edge = y == 0 ? Edge::kFirst : y == size.height ? Edge::kLast : Edge::kInner;
+    const IterateRow r{level_row(size, y), row_stride_of(size), field_stride(size), size.width, edge, change};
+    if (params_.solver == Solver::kZach) {
+      kernels_.zach_row(r, {params_.lambda * params_.theta, params_.tau, params_.tau / params_.theta});
+    } else {
+      kernels_.chambolle_pock_row(r, {params_.lambda * params_.tau, 1.0f / params_.tau});
+    }
+  }
+
+  // all iterations, in sweeps of several at a time: iteration k + 1 does row y - 1 right after iteration k has done row
+  // y, while it is still in the cache. The sweeps are dealt out to the members of the team, each a few rows behind the
+  // one before. Returns true.
+  bool iterate(Size size, Member me) {
+    const int64_t row_bytes = row_stride_of(size) * static_cast<int64_t>(sizeof(float));
+    const bool fits = row_bytes * size.height <= kWaveBytes;
+    const int share = (params_.iterations + me.team.size() - 1) / me.team.size();
+    const int depth =
+        fits && me.team.size() == 1 ? 1 : static_cast<int>(std::clamp<int64_t>(kWaveBytes / row_bytes - 2, 1, share));
+    const int sweeps = (params_.iterations + depth - 1) / depth;
+    const int fronts = size.height + depth;  // rows 0 .. height for the first iteration, depth - 1 more for the last
+    me.team.reset_progress(me.rank);
+    me.team.barrier();
+    for (int sweep = me.rank; sweep < sweeps; sweep += me.team.size()) {
+      const int count = std::min(depth, params_.iterations - sweep * depth);
+      const int64_t mine = static_cast<int64_t>(sweep / me.team.size()) * fronts;
+      const int before = (sweep - 1) % me.team.size();
+      const int64_t theirs = static_cast<int64_t>((sweep - 1) / me.team.size()) * fronts;
+      for (int front = 0; front < fronts; ++front) {
+        if (me.team.size() > 1 && sweep > 0) me.team.wait_for(before, theirs + std::min(front + depth + 1, fronts));
+        for (int k = 0; k < count; ++k) {
+          const int y = front - k;
+          if (y >= 0 && y <= size.height) step(size, y, nullptr);
+        }
+        if (me.team.size() > 1) me.team.publish(me.rank, mine + front + 1);
       }
     }
+    me.team.barrier();
+    return true;
   }
 
-  // one iteration in one sweep: the dual of a row can follow as soon as the primal of the row below is done.
-  void iterate() {
-    const int last = size_.height - 1;
-    for (int y = 0; y <= last; ++y) {
-      primal_row(y);
-      if (y > 0) dual_row(y - 1, y);
-    }
-    dual_row(last, last);
-  }
-
-  void primal_row(int y) {
-    const FlowRow flow = flow_row(u_, y);
-    const int width = size_.width;
-    if (params_.solver == Solver::kZach) {
-      zach_primal_row(width, data_row(y), dual_row_of(y), flow, params_.lambda * params_.theta);
-      repeat_last(flow);
-    } else {
-      const FlowRow bar = flow_row(spare_, y);
-      chambolle_pock_primal_row(width, data_row(y), dual_row_of(y), flow, bar, params_.lambda * params_.tau);
-      repeat_last(bar);
-    }
-  }
-
-  // `below` is y + 1, or y itself at the lower border, where the forward difference is 0.
-  void dual_row(int y, int below) {
-    const int width = size_.width;
-    if (params_.solver == Solver::kZach) {
-      zach_dual_row(width, flow_row(u_, y), flow_row(u_, below), dual_row_of(y), params_.tau,
-                    params_.tau / params_.theta);
-    } else {
-      chambolle_pock_dual_row(width, flow_row(spare_, y), flow_row(spare_, below), dual_row_of(y), 1.0f / params_.tau);
-    }
-  }
-
-  // makes the forward difference 0 in the last column.
-  void repeat_last(FlowRow row) const {
-    row.u1[size_.width] = row.u1[size_.width - 1];
-    row.u2[size_.width] = row.u2[size_.width - 1];
-  }
-
-  void filter_flow() {
-    const int side = params_.median;
-    const int reach = side / 2;
-    for (int c = 0; c < 2; ++c) {
-      for (int y = 0; y < size_.height; ++y) {
-        float* row = u_[c].row(y);
-        for (int k = 1; k <= reach; ++k) {
-          row[-k] = row[0];
-          row[size_.width - 1 + k] = row[size_.width - 1];
+  // iterations until the flow is still; returns whether it moved to the end. Teams of one only.
+  bool iterate_until_still(Size size, Member me) {
+    const double limit = static_cast<double>(params_.epsilon) * params_.epsilon * size.height * size.width;
+    for (int i = 0; i < params_.iterations; ++i) {
+      double total = 0.0;
+      for (int y = 0; y <= size.height; ++y) {
+        step(size, y, y < size.height ? me.scratch : nullptr);
+        if (y < size.height) {
+          // fixed partial sums: the same for every instruction set
+          double sums[4] = {};
+          for (int x = 0; x < size.width; ++x) sums[x % 4] += static_cast<double>(me.scratch[x]);
+          total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
         }
       }
-      for (int y = 0; y < size_.height; ++y) {
-        const float* rows[5];
-        for (int j = 0; j < side; ++j) rows[j] = u_[c].row(std::clamp(y + j - reach, 0, size_.height - 1));
-        median_row(rows, side, size_.width, spare_[c].row(y));
-      }
-      std::swap(u_[c], spare_[c]);
+      if (!(total > limit)) return false;
     }
+    return true;
   }
 
-  static FlowRow flow_row(Plane (&planes)[2], int y) { return {planes[0].row(y), planes[1].row(y)}; }
-  DataRow data_row(int y) { return {data_[0].row(y), data_[1].row(y), data_[2].row(y), data_[3].row(y)}; }
-  DualRow dual_row_of(int y) {
-    return {q_[0].row(y), q_[1].row(y), q_[2].row(y), q_[3].row(y), q_[1].row(y - 1), q_[3].row(y - 1)};
+  // where a filtered row waits: in the place of the extrapolated flow, or of the data term, both made anew after it.
+  float* filtered_row(Size size, int y, int c) {
+    return row(level_row(size, y), size, (fields_ == kFields ? kBar1 : kIx) + c);
+  }
+
+  void filter_flow(Size size, Member me) {
+    const int side = params_.median;
+    if (side == 1) return;
+    const int reach = side / 2;
+    for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
+      for (int c = 0; c < 2; ++c) {
+        float* u = row(level_row(size, y), size, kU1 + c);
+        for (int k = 1; k <= reach; ++k) {
+          u[-k] = u[0];
+          u[size.width - 1 + k] = u[size.width - 1];
+        }
+      }
+    }
+    me.team.barrier();
+    for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
+      for (int c = 0; c < 2; ++c) {
+        const float* rows[5];
+        for (int j = 0; j < side; ++j) {
+          rows[j] = row(level_row(size, std::clamp(y + j - reach, 0, size.height - 1)), size, kU1 + c);
+        }
+        kernels_.median_row({rows, me.scratch, filtered_row(size, y, c), side, size.width});
+      }
+    }
+    me.team.barrier();
+    for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
+      for (int c = 0; c < 2; ++c) {
+        std::copy_n(filtered_row(size, y, c), size.width, row(level_row(size, y), size, kU1 + c));
+      }
+    }
+    me.team.barrier();
   }
 
   const Params params_;
-  const std::vector<Size> sizes_;  // finest first
-  std::vector<std::vector<AreaTap>> shrink_x_, shrink_y_;
-  std::vector<std::vector<LinearTap>> grow_x_, grow_y_;
-  std::vector<float> kernel_, smoothing_rows_;
-  std::vector<std::vector<float>> a_, b_;
-  Size size_{};
-  Texels texels_;
-  Plane u_[2], spare_[2], q_[4], data_[4];
+  const Kernels& kernels_;
+  const std::vector<Level> levels_;  // finest first
+  const int fields_;
+  std::vector<float> kernel_;
+  std::vector<Buffer> smoothed_, a_, b_;
+  Buffer texels_, coarse_, state_;
 };
+
+std::vector<const Kernels*> runnable_kernels() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) found.push_back(&avx512::kTvl1);
+  if (__builtin_cpu_supports("avx2")) found.push_back(&avx2::kTvl1);
+#endif
+  found.push_back(&baseline::kTvl1);
+  return found;
+}
+
+const Kernels& choose_kernels(const char* isa) {
+  for (const Kernels* kernels : runnable_kernels()) {
+    if (isa == nullptr || std::string(isa) == kernels->name) return *kernels;
+  }
+  throw std::invalid_argument(std::string("this CPU or this build has no ") + isa);
+}
 
 }  // namespace
 
-void flow(const float* a, const float* b, float* flow, int64_t pairs, int height, int width, const Params& params,
-          int threads) {
-  if (pairs == 0 || height == 0 || width == 0) return;
-  const int workers = static_cast<int>(std::clamp<int64_t>(threads, 1, pairs));
-  std::vector<std::unique_ptr<Workspace>> workspaces;
-  for (int i = 0; i < workers; ++i) workspaces.push_back(std::make_unique<Workspace>(Size{height, width}, params));
+int instruction_sets(const char* names[3]) {
+  const std::vector<const Kernels*> found = runnable_kernels();
+  for (size_t i = 0; i < found.size(); ++i) names[i] = found[i]->name;
+  return static_cast<int>(found.size());
+}
 
-  const ptrdiff_t area = static_cast<ptrdiff_t>(height) * width;
-  std::atomic<int64_t> next{0};
-  const auto work = [&](Workspace& workspace) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pairs;) {
-      workspace.solve(a + i * area, b + i * area, flow + i * 2 * area);
-    }
-  };
-  // threads live for one call only: nothing is left that a fork could lose.
-  std::vector<std::thread> pool;
-  pool.reserve(workers - 1);
-  for (int i = 1; i < workers; ++i) {
-    try {
-      pool.emplace_back(work, std::ref(*workspaces[i]));
-    } catch (const std::system_error&) {
-      break;  // no more threads to be had: those there are do all the work
-    }
+void flow(const float* a, const float* b, float* flow, int64_t pairs, int height, int width, const Params& params,
+          int threads, const char* isa) {
+  const Kernels& kernels = choose_kernels(isa);
+  if (pairs == 0 || height == 0 || width == 0) return;
+  const Size size{height, width};
+  const int64_t area = static_cast<int64_t>(height) * width;
+  const bool divisible = params.epsilon <= 0.0f && area >= kTeamArea;
+  const int64_t most = divisible ? pairs * std::max(1, height / kTeamRows) : pairs;
+  const int workers = static_cast<int>(std::clamp<int64_t>(threads, 1, most));
+
+  std::vector<std::unique_ptr<Workspace>> workspaces;
+  for (int64_t i = 0; i < std::min<int64_t>(workers, pairs); ++i) {
+    workspaces.push_back(std::make_unique<Workspace>(size, params, kernels));
   }
-  work(*workspaces[0]);
-  for (std::thread& thread : pool) thread.join();
+  std::vector<Buffer> scratch;
+  std::vector<std::unique_ptr<Team>> singles;
+  for (int i = 0; i < workers; ++i) {
+    scratch.emplace_back(scratch_size(size));
+    singles.push_back(std::make_unique<Team>(1));
+  }
+  const auto solve = [&](int64_t pair, Workspace& workspace, Member me) {
+    workspace.solve(a + pair * area, b + pair * area, flow + pair * 2 * area, me);
+  };
+
+  // whole pairs as long as there is one for every thread; what is left over is solved by teams
+  std::atomic<int64_t> next{0};
+  std::vector<std::unique_ptr<Team>> teams;
+  std::once_flag made;
+  run_threads(workers, [&](int rank, int total) {
+    const int64_t left = divisible ? pairs % total : 0;
+    const int64_t whole = pairs - left;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < whole;) {
+      solve(i, *workspaces[rank], {*singles[rank], 0, scratch[rank].get()});
+    }
+    if (left == 0) return;
+    const int members = static_cast<int>(total / left);
+    const int team = rank / members;
+    if (team >= left) return;
+    std::call_once(made, [&] {
+      for (int64_t i = 0; i < left; ++i) teams.push_back(std::make_unique<Team>(members));
+    });
+    // the workspace of the team's first member; of all there are where no whole pair was solved
+    Workspace& workspace = *workspaces[whole > 0 ? team * members : team];
+    solve(whole + team, workspace, {*teams[team], rank % members, scratch[rank].get()});
+  });
 }
 
 }  // namespace avfast::tvl1

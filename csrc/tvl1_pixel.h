@@ -1,98 +1,139 @@
-// the arithmetic of TV-L1 for one pixel, without loops and memory: shared by every engine, on the CPU and under nvcc.
-// built with floating-point contraction off, so that all engines round alike.
+// the arithmetic of TV-L1 for one pixel, without loops and memory, written once for all engines: F is float under nvcc,
+// a register of floats (simd.h) on the CPU. F needs + - * /, min, max, sqrt and where_above.
+//
+// on the CPU contraction is off (setup.py) and every operation is exactly rounded, so that all instruction sets give
+// the same bits; nvcc may contract, which changes the flow by rounding.
 #pragma once
 
-#include <cmath>
-
 #ifdef __CUDACC__
-#define AVFAST_HD __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
-// a function left out of line would be compiled for the baseline only, and stop its caller's loop from vectorising
-#define AVFAST_HD inline __attribute__((always_inline))
+#define AVFAST_HD __device__ __forceinline__
 #else
-#define AVFAST_HD inline
+// a function left out of line would be compiled for one instruction set and used by all
+#define AVFAST_HD inline __attribute__((always_inline))
 #endif
 
 namespace avfast::tvl1 {
 
-AVFAST_HD float clamp(float x, float low, float high) {
-  const float raised = x < low ? low : x;
-  return raised > high ? high : raised;
+template <class F>
+AVFAST_HD F clamp(F x, F low, F high) {
+  return min(max(x, low), high);
 }
 
 // weights of the four taps at -1, 0, 1, 2 for a point `t` in [0, 1) past tap 0: cubic convolution (Keys 1981) with
-// a = -0.75. Over four Middlebury pairs the mean end-point error is 0.273 px with it, 0.291 px with a = -0.5.
+// a = -0.75, as OpenCV's. Over four Middlebury pairs the mean end-point error is 0.273 px with it, 0.291 with a = -0.5.
+template <class F>
 struct CubicWeights {
-  float w[4];
+  F w[4];
 };
 
-AVFAST_HD CubicWeights cubic_weights(float t) {
-  return {{((-0.75f * t + 1.5f) * t - 0.75f) * t, (1.25f * t - 2.25f) * t * t + 1.0f,
-           ((-1.25f * t + 1.5f) * t + 0.75f) * t, (0.75f * t - 0.75f) * t * t}};
+template <class F>
+AVFAST_HD CubicWeights<F> cubic_weights(F t) {
+  return {{((F(-0.75f) * t + F(1.5f)) * t - F(0.75f)) * t, (F(1.25f) * t - F(2.25f)) * t * t + F(1.0f),
+           ((F(-1.25f) * t + F(1.5f)) * t + F(0.75f)) * t, (F(0.75f) * t - F(0.75f)) * t * t}};
 }
 
 // brightness constancy linearised at the flow `u0` used for warping: rho(u) = rho_c + ix u1 + iy u2.
+template <class F>
 struct DataTerm {
-  float ix, iy, rho_c, inv_grad;
+  F ix, iy, rho_c, inv_grad;
 };
 
-// `inside` is 1 where the warped point lies in the image, else 0: the data term is off where nothing is known.
-// the reciprocal is 0 where the gradient vanishes, which makes the step below 0 without a branch.
-AVFAST_HD DataTerm linearise(float warped, float warped_dx, float warped_dy, float target, float u1, float u2,
-                             float inside) {
-  const float ix = warped_dx * inside;
-  const float iy = warped_dy * inside;
-  const float grad = ix * ix + iy * iy;
-  return {ix, iy, (warped - target) * inside - ix * u1 - iy * u2, grad > 1e-9f ? 1.0f / grad : 0.0f};
+// `inside` is 0 where the data term is to be off, because nothing is known of the warped point, else 1.
+// inv_grad = -1/|grad|^2, and 0 where the gradient vanishes, which makes the step below 0 without a branch.
+template <class F>
+AVFAST_HD DataTerm<F> linearise(F warped, F warped_dx, F warped_dy, F target, F u1, F u2, F inside) {
+  const F ix = warped_dx * inside;
+  const F iy = warped_dy * inside;
+  const F grad = ix * ix + iy * iy;
+  const F rho_c = (warped - target) * inside - ix * u1 - iy * u2;
+  return {ix, iy, rho_c, where_above(grad, F(1e-9f), F(-1.0f) / grad)};
 }
 
 // minimiser over v of limit |rho(v)| + |v - u|^2 / 2, as the multiple of (ix, iy) to add to u: the three-case threshold
 // of Zach et al. (2007), Eq. 11, written as a clamp.
-AVFAST_HD float threshold_step(const DataTerm& d, float u1, float u2, float limit) {
-  const float rho = d.rho_c + d.ix * u1 + d.iy * u2;
-  return clamp(-rho * d.inv_grad, -limit, limit);
+template <class F>
+AVFAST_HD F threshold_step(const DataTerm<F>& d, F u1, F u2, F limit) {
+  const F rho = d.rho_c + d.ix * u1 + d.iy * u2;
+  return clamp(rho * d.inv_grad, F(0.0f) - limit, limit);
 }
 
-// the duals below are kept scaled (by theta, or by the primal step tau): the primal step then adds their divergence as
-// it is.
+// what one iteration does to one pixel. The duals are kept scaled (by theta, or by the primal step tau), so that the
+// primal step adds their divergence as it is.
+template <class F>
+struct Flow2 {
+  F u1, u2;
+};
+template <class F>
+struct Dual4 {
+  F q11, q12, q21, q22;
+};
 
 // Zach et al. (2007): v = threshold(u), u = v + theta div p.
-AVFAST_HD void zach_primal(float& u1, float& u2, const DataTerm& d, float div1, float div2, float limit) {
-  const float step = threshold_step(d, u1, u2, limit);
-  u1 = u1 + step * d.ix + div1;
-  u2 = u2 + step * d.iy + div2;
-}
+struct Zach {
+  float limit;           // lambda theta
+  float tau;             // tau
+  float tau_over_theta;  // tau / theta
+  static constexpr bool kExtrapolates = false;
 
-// Chambolle (2004): p = (p + tau/theta grad u) / (1 + tau/theta |grad u|), with q = theta p.
-AVFAST_HD void zach_dual(float& qx, float& qy, float gx, float gy, float tau, float tau_over_theta) {
-  const float scale = 1.0f / (1.0f + tau_over_theta * std::sqrt(gx * gx + gy * gy));
-  qx = (qx + tau * gx) * scale;
-  qy = (qy + tau * gy) * scale;
-}
+  template <class F>
+  AVFAST_HD Flow2<F> primal(Flow2<F> u, const DataTerm<F>& d, F div1, F div2) const {
+    const F step = threshold_step(d, u.u1, u.u2, F(limit));
+    return {u.u1 + step * d.ix + div1, u.u2 + step * d.iy + div2};
+  }
 
-// Chambolle and Pock (2011), algorithm 1: u' = prox(u + tau div p), and the extrapolation bar = 2 u' - u.
-AVFAST_HD void chambolle_pock_primal(float& u1, float& u2, float& bar1, float& bar2, const DataTerm& d, float div1,
-                                     float div2, float limit) {
-  const float w1 = u1 + div1;
-  const float w2 = u2 + div2;
-  const float step = threshold_step(d, w1, w2, limit);
-  const float next1 = w1 + step * d.ix;
-  const float next2 = w2 + step * d.iy;
-  bar1 = next1 + (next1 - u1);
-  bar2 = next2 + (next2 - u2);
-  u1 = next1;
-  u2 = next2;
-}
+  // the field whose gradient drives the dual: the flow itself, or an extrapolated one kept beside it.
+  template <class F>
+  AVFAST_HD static Flow2<F> driver(Flow2<F> next, Flow2<F>) {
+    return next;
+  }
 
-// p = project(p + sigma grad bar) on the unit disc, with q = tau p and tau sigma = 1/8, the largest product that
-// converges for the forward differences used here.
-AVFAST_HD void chambolle_pock_dual(float& qx, float& qy, float gx, float gy, float inv_tau) {
-  const float x = qx + 0.125f * gx;
-  const float y = qy + 0.125f * gy;
-  const float norm = inv_tau * std::sqrt(x * x + y * y);
-  const float scale = 1.0f / (norm > 1.0f ? norm : 1.0f);
-  qx = x * scale;
-  qy = y * scale;
-}
+  // Chambolle (2004): p = (p + tau/theta grad u) / (1 + tau/theta |grad u|), with q = theta p. The two components share
+  // one division, the slowest instruction here.
+  template <class F>
+  AVFAST_HD Dual4<F> dual(Dual4<F> q, F g11, F g12, F g21, F g22) const {
+    const F norm1 = F(1.0f) + F(tau_over_theta) * sqrt(g11 * g11 + g12 * g12);
+    const F norm2 = F(1.0f) + F(tau_over_theta) * sqrt(g21 * g21 + g22 * g22);
+    const F both = F(1.0f) / (norm1 * norm2);
+    const F scale1 = norm2 * both;
+    const F scale2 = norm1 * both;
+    return {(q.q11 + F(tau) * g11) * scale1, (q.q12 + F(tau) * g12) * scale1, (q.q21 + F(tau) * g21) * scale2,
+            (q.q22 + F(tau) * g22) * scale2};
+  }
+};
+
+// Chambolle and Pock (2011), algorithm 1, on the energy itself: u' = prox(u + tau div p), then the projected step of
+// the dual at 2 u' - u, with q = tau p and tau sigma = 1/8, the largest product that converges for forward differences.
+struct ChambollePock {
+  float limit;    // lambda tau
+  float inv_tau;  // 1 / tau
+  static constexpr bool kExtrapolates = true;
+
+  template <class F>
+  AVFAST_HD Flow2<F> primal(Flow2<F> u, const DataTerm<F>& d, F div1, F div2) const {
+    const F w1 = u.u1 + div1;
+    const F w2 = u.u2 + div2;
+    const F step = threshold_step(d, w1, w2, F(limit));
+    return {w1 + step * d.ix, w2 + step * d.iy};
+  }
+
+  template <class F>
+  AVFAST_HD static Flow2<F> driver(Flow2<F> next, Flow2<F> old) {
+    return {next.u1 + (next.u1 - old.u1), next.u2 + (next.u2 - old.u2)};
+  }
+
+  template <class F>
+  AVFAST_HD Dual4<F> dual(Dual4<F> q, F g11, F g12, F g21, F g22) const {
+    const F x1 = q.q11 + F(0.125f) * g11;
+    const F y1 = q.q12 + F(0.125f) * g12;
+    const F x2 = q.q21 + F(0.125f) * g21;
+    const F y2 = q.q22 + F(0.125f) * g22;
+    const F norm1 = max(F(inv_tau) * sqrt(x1 * x1 + y1 * y1), F(1.0f));
+    const F norm2 = max(F(inv_tau) * sqrt(x2 * x2 + y2 * y2), F(1.0f));
+    const F both = F(1.0f) / (norm1 * norm2);
+    const F scale1 = norm2 * both;
+    const F scale2 = norm1 * both;
+    return {x1 * scale1, y1 * scale1, x2 * scale2, y2 * scale2};
+  }
+};
 
 }  // namespace avfast::tvl1

@@ -4,10 +4,13 @@ Energy, for images a and b and the flow u = (u1, u2) on a's grid (Zach, Pock and
 
     sum over pixels of  |grad u1| + |grad u2| + lambda |b(p + u(p)) - a(p)|
 
-Coarse to fine over a pyramid (step 1/2, area average, as long as the shorter side keeps 16 pixels). Per level and warp,
-b and its derivatives are warped bicubically and the brightness difference is linearised around the flow so far:
-rho(u) = rho_c + ix u1 + iy u2. A fixed number of primal-dual iterations, then one median filter of the flow. Where the
-warped point leaves the image the data term is off.
+Coarse to fine over a pyramid, as long as the shorter side keeps 16 pixels. Per level and warp, b and its derivatives
+are warped bicubically and the brightness difference is linearised around the flow so far: rho(u) = rho_c + ix u1 +
+iy u2. Primal-dual iterations follow, and a median filter of the flow. Two schemes differ in what surrounds this:
+
+              pyramid          warped point outside the image   median                      number of iterations
+    avfast    area average     data term off                    after a warp's iterations   fixed
+    opencv    bilinear         black there                      before every round          until still, or fixed
 
 Shapes: N pairs, H W pixels; flow in pixels, x then y. Grey levels 0..255. Every step is elementwise and in the compiled
 engine's order, so that the two differ by rounding at most.
@@ -16,6 +19,7 @@ engine's order, so that the two differ by rounding at most.
 from __future__ import annotations
 
 import math
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -37,15 +41,24 @@ def tvl1_flow_reference(a: Tensor, b: Tensor, params: TVL1Params) -> Tensor:
     a, b: (N,H,W) float32, grey levels 0..255. Returns (N,2,H,W) float32, pixels, x then y.
     Source: Zach, Pock and Bischof (DAGM 2007); solver "chambolle-pock": Chambolle and Pock (JMIV 2011), algorithm 1.
     """
-    n, height, width = a.shape
+    n = len(a)
     if a.numel() == 0:
-        return a.new_zeros(n, 2, height, width)
+        return a.new_zeros(n, 2, *a.shape[1:])
+    if params.epsilon > 0 and n > 1:
+        # every pair stops for itself
+        return torch.cat([tvl1_flow_reference(a[i : i + 1], b[i : i + 1], params) for i in range(n)])
     pyramid = [(_smooth(a, params.presmooth), _smooth(b, params.presmooth))]
-    while min((s + 1) // 2 for s in pyramid[-1][0].shape[1:]) >= MIN_SIDE:
-        pyramid.append((_shrink(pyramid[-1][0]), _shrink(pyramid[-1][1])))
+    while len(pyramid) < params.scales:
+        fine = pyramid[-1][0].shape[1:]
+        height, width = (math.floor(size * _float32(params.scale_step).item() + 0.5) for size in fine)
+        if min(height, width) < MIN_SIDE or height == fine[0] or width == fine[1]:
+            break
+        finer_a, finer_b = pyramid[-1]
+        pyramid.append((_shrink(finer_a, height, width, params), _shrink(finer_b, height, width, params)))
     flow = a.new_zeros(n, 2, *pyramid[-1][0].shape[1:])
     for level_a, level_b in reversed(pyramid):
-        flow = _solve_level(level_a, level_b, _enlarge(flow, *level_a.shape[1:]), params)
+        height, width = level_a.shape[1:]
+        flow = _solve_level(level_a, level_b, _enlarge(flow, height, width, params), params)
     return flow
 
 
@@ -54,13 +67,24 @@ def _solve_level(a: Tensor, b: Tensor, flow: Tensor, params: TVL1Params) -> Tens
     dy = 0.5 * (_shift(b, 1, 1) - _shift(b, 1, -1))
     fields = torch.stack([b, dx, dy], 1)
     iterate = _zach if params.solver == "zach" else _chambolle_pock
+    opencv = params.scheme == "opencv"
+    still = params.epsilon**2 * a[0].numel()
     # the dual of (grad u1, grad u2): N, flow component, derivative, H, W
     dual = flow.new_zeros(flow.shape[0], 2, 2, *flow.shape[2:])
     for _ in range(params.warps):
-        grad, rho_c, inv_grad = _linearise(a, fields, flow)
-        for _ in range(params.iterations):
-            flow, dual = iterate(flow, dual, grad, rho_c, inv_grad, params)
-        flow = _median(flow, params.median)
+        grad, rho_c, inv_grad = _linearise(a, fields, flow, opencv)
+        moving = True
+        for _ in range(params.outer_iterations):
+            if opencv and moving:
+                flow = _median(flow, params.median)
+            for _ in range(params.iterations if moving else 0):
+                before = flow
+                flow, dual = iterate(flow, dual, grad, rho_c, inv_grad, params)
+                moving = params.epsilon == 0 or bool((flow - before).square().double().sum() > still)
+                if not moving:
+                    break
+        if not opencv:
+            flow = _median(flow, params.median)
     return flow
 
 
@@ -70,10 +94,9 @@ def _zach(
     """v = threshold(u), u = v + theta div p, then Chambolle's step of the dual, kept as theta p."""
     rho = rho_c + grad[:, 0] * u[:, 0] + grad[:, 1] * u[:, 1]
     limit = (_float32(params.lambda_) * _float32(params.theta)).item()
-    u = u + (-rho * inv_grad).clamp(-limit, limit)[:, None] * grad + _divergence(dual)
+    u = u + (rho * inv_grad).clamp(-limit, limit)[:, None] * grad + _divergence(dual)
     g = _gradient(u)
-    norm = _norm(g)
-    scale = 1 / (1 + (_float32(params.tau) / _float32(params.theta)) * norm)
+    scale = _reciprocals(1 + (_float32(params.tau) / _float32(params.theta)) * _norm(g))
     return u, (dual + params.tau * g) * scale[:, :, None]
 
 
@@ -84,10 +107,10 @@ def _chambolle_pock(
     w = u + _divergence(dual)
     rho = rho_c + grad[:, 0] * w[:, 0] + grad[:, 1] * w[:, 1]
     limit = (_float32(params.lambda_) * _float32(params.tau)).item()
-    new = w + (-rho * inv_grad).clamp(-limit, limit)[:, None] * grad
+    new = w + (rho * inv_grad).clamp(-limit, limit)[:, None] * grad
     q = dual + 0.125 * _gradient(new + (new - u))
     norm = (1 / _float32(params.tau)) * _norm(q)
-    return new, q * (1 / norm.clamp(min=1))[:, :, None]
+    return new, q * _reciprocals(norm.clamp(min=1))[:, :, None]
 
 
 def _float32(value: float) -> Tensor:
@@ -118,36 +141,48 @@ def _norm(g: Tensor) -> Tensor:
     return (g[:, :, 0] * g[:, :, 0] + g[:, :, 1] * g[:, :, 1]).double().sqrt().float()
 
 
-def _linearise(a: Tensor, fields: Tensor, flow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Warp (b, b_x, b_y) by the flow; returns grad (N,2,H,W), rho_c and 1/|grad|^2 (0 for no gradient), (N,H,W)."""
+def _reciprocals(norm: Tensor) -> Tensor:
+    """1 / norm (N,2,H,W) by one division for both components."""
+    both = 1 / (norm[:, 0] * norm[:, 1])
+    return torch.stack([norm[:, 1] * both, norm[:, 0] * both], 1)
+
+
+def _linearise(a: Tensor, fields: Tensor, flow: Tensor, opencv: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Warp (b, b_x, b_y) by the flow; returns grad (N,2,H,W), rho_c and -1/|grad|^2 (0 for no gradient), (N,H,W)."""
     height, width = a.shape[1:]
     x = torch.arange(width, device=a.device) + flow[:, 0]
     y = torch.arange(height, device=a.device)[:, None] + flow[:, 1]
-    cx, cy = x.clamp(0, width - 1), y.clamp(0, height - 1)
-    inside = ((x == cx) & (y == cy)).to(a.dtype)
-    warped, warped_x, warped_y = _bicubic(fields, cx, cy).unbind(1)
+    # a point 2 outside has all its taps outside
+    reach = 2 if opencv else 0
+    cx, cy = x.clamp(-reach, width - 1 + reach), y.clamp(-reach, height - 1 + reach)
+    inside = 1.0 if opencv else ((x == cx) & (y == cy)).to(a.dtype)
+    warped, warped_x, warped_y = _bicubic(fields, cx, cy, "zeros" if opencv else "border").unbind(1)
     ix, iy = warped_x * inside, warped_y * inside
     squared = ix * ix + iy * iy
     rho_c = (warped - a) * inside - ix * flow[:, 0] - iy * flow[:, 1]
-    inv_grad = torch.where(squared > 1e-9, 1 / squared, 0.0)
+    inv_grad = torch.where(squared > 1e-9, -1 / squared, 0.0)
     return torch.stack([ix, iy], 1), rho_c, inv_grad
 
 
-def _bicubic(fields: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """fields (N,C,H,W) at the points x, y (N,H,W) inside the image: cubic convolution, a = -0.75, border repeated."""
+def _bicubic(fields: Tensor, x: Tensor, y: Tensor, padding: str) -> Tensor:
+    """fields (N,C,H,W) at the points x, y (N,H,W): cubic convolution, a = -0.75; down the columns first. Around the
+    image the border is repeated (`border`) or all is 0 (`zeros`)."""
     n, channels, height, width = fields.shape
     x0, y0 = x.floor(), y.floor()
     weights_x, weights_y = _cubic_weights(x - x0), _cubic_weights(y - y0)
     flat = fields.flatten(2)
     total = torch.zeros_like(fields)
-    for j in range(4):
-        rows = (y0.long() + j - 1).clamp(0, height - 1) * width
+    for i in range(4):
+        column = x0.long() + i - 1
         line = torch.zeros_like(fields)
-        for i in range(4):
-            index = rows + (x0.long() + i - 1).clamp(0, width - 1)
+        for j in range(4):
+            row = y0.long() + j - 1
+            index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
             tap = flat.gather(2, index.reshape(n, 1, -1).expand(-1, channels, -1)).view_as(fields)
-            line = line + weights_x[i][:, None] * tap
-        total = total + weights_y[j][:, None] * line
+            if padding == "zeros":
+                tap = tap * ((row >= 0) & (row < height) & (column >= 0) & (column < width))[:, None]
+            line = line + weights_y[j][:, None] * tap
+        total = total + weights_x[i][:, None] * line
     return total
 
 
@@ -185,45 +220,63 @@ def _smooth(image: Tensor, sigma: float) -> Tensor:
     return image
 
 
-def _shrink(image: Tensor) -> Tensor:
-    """Half size, rounded up: every new pixel is the mean of the area it covers, at most 3 x 3 pixels; first along x."""
-    for dim in (2, 1):
-        size = image.shape[dim]
-        half = (size + 1) // 2
-        begin = torch.arange(half, device=image.device) * size
-        total = torch.zeros((), device=image.device)
-        for k in range(3):
-            # in units of 1/half of a pixel everything is an integer
-            source = begin // half + k
-            overlap = torch.minimum(begin + size, (source + 1) * half) - torch.maximum(begin, source * half)
-            weight = overlap.clamp(min=0).float() / size
-            tap = image.index_select(dim, source.clamp(max=size - 1))
-            total = total + (weight if dim == 2 else weight[:, None]) * tap
-        image = total
+def _shrink(image: Tensor, height: int, width: int, params: TVL1Params) -> Tensor:
+    """The next coarser level: every new pixel the mean of the area it covers, or (opencv) a bilinear sample at the step
+    asked for, whatever the rounded sizes; first along y."""
+    for dim, new in ((1, height), (2, width)):
+        if params.scheme == "opencv":
+            taps = _linear_taps(image.shape[dim], new, (1 / _float32(params.scale_step)).item(), image.device)
+        else:
+            taps = _area_taps(image.shape[dim], new, image.device)
+        image = _resample(image, dim, taps)
     return image
 
 
-def _enlarge(flow: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear, pixel centres at half integers; the values grow with the image."""
-    n, _, from_height, from_width = flow.shape
-    for dim, old, new in ((3, from_width, width), (2, from_height, height)):
-        position = (torch.arange(new, device=flow.device) + 0.5) * (_float32(old) / _float32(new)) - 0.5
-        position = position.clamp(0, old - 1)
-        first = position.long()
-        weight = position - first
-        low, high = flow.index_select(dim, first), flow.index_select(dim, (first + 1).clamp(max=old - 1))
-        flow = low + (weight if dim == 3 else weight[:, None]) * (high - low)
-    scale = torch.tensor([width / from_width, height / from_height], dtype=flow.dtype, device=flow.device)
-    return scale[:, None, None] * flow
+def _enlarge(flow: Tensor, height: int, width: int, params: TVL1Params) -> Tensor:
+    """Bilinear, pixel centres at half integers, first along y; the values grow with the image."""
+    from_height, from_width = flow.shape[2:]
+    if (from_height, from_width) == (height, width):
+        return flow
+    for dim, old, new in ((2, from_height, height), (3, from_width, width)):
+        flow = _resample(flow, dim, _linear_taps(old, new, (_float32(old) / _float32(new)).item(), flow.device))
+    if params.scheme == "opencv":
+        return (1 / _float32(params.scale_step)).item() * flow
+    grow = [(1 / (_float32(old) / _float32(new))).item() for old, new in ((from_width, width), (from_height, height))]
+    return torch.tensor(grow, device=flow.device)[:, None, None] * flow
 
 
-def _reference(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
-    # PyTorch has its own number of threads
-    return tvl1_flow_reference(a, b, params)
+def _resample(image: Tensor, dim: int, taps: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """One axis of a linear map: the sum over taps (index, weight) of weight * image at index."""
+    shape = [-1] + [1] * (image.dim() - dim - 1)
+    parts = [weight.view(shape) * image.index_select(dim, index) for index, weight in taps]
+    return sum(parts[1:], parts[0])
+
+
+def _area_taps(size: int, new: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Area average from `size` to `new` pixels: at most three pixels lie under each new one."""
+    taps = []
+    # in units of 1/new of a pixel everything is an integer
+    begin = torch.arange(new, device=device) * size
+    for k in range(3):
+        source = begin // new + k
+        overlap = torch.minimum(begin + size, (source + 1) * new) - torch.maximum(begin, source * new)
+        taps.append((source.clamp(max=size - 1), overlap.clamp(min=0).float() / size))
+    return taps
+
+
+def _linear_taps(size: int, new: int, ratio: float, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Bilinear samples every `ratio` pixels, pixel centres at half integers, the border repeated."""
+    position = ((torch.arange(new, device=device) + 0.5) * ratio - 0.5).clamp(0, size - 1)
+    first = position.long()
+    weight = position - first
+    return [(first, 1 - weight), ((first + 1).clamp(max=size - 1), weight)]
 
 
 def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
     engine = import_module("avfast._C")
+    isa = os.environ.get("AVFAST_ISA") or None
+    if isa is not None and isa not in engine.instruction_sets():
+        raise ValueError(f"AVFAST_ISA is {isa!r}, expected one of {', '.join(engine.instruction_sets())} on this CPU")
     # held by name until the engine returns: it is given bare addresses
     cpu_a, cpu_b = a.cpu().contiguous(), b.cpu().contiguous()
     flow = torch.empty(len(a), 2, *a.shape[1:])
@@ -233,14 +286,20 @@ def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
         flow.data_ptr(),
         *a.shape,
         chambolle_pock=params.solver == "chambolle-pock",
+        opencv=params.scheme == "opencv",
         tau=params.tau,
         lambda_=params.lambda_,
         theta=params.theta,
+        scale_step=params.scale_step,
+        scales=params.scales,
         warps=params.warps,
+        outer_iterations=params.outer_iterations,
         iterations=params.iterations,
+        epsilon=params.epsilon,
         median=params.median,
         presmooth=params.presmooth,
         threads=threads,
+        isa=isa,
     )
     return flow.to(a.device)
 
@@ -253,6 +312,37 @@ def _not_built(*_arguments: object) -> str | None:
     return None
 
 
-tvl1_op = registry.define("tvl1_flow", _reference, cpp=registry.Backend(_native, _not_built, _not_built))
-"""(a, b (N,H,W) float32 grey levels 0..255, params, threads) -> flow (N,2,H,W) on a's device: `avfast.tvl1_flow` checks
-its arguments. The compiled engine works on the CPU, wherever the images are."""
+def _reference(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
+    # PyTorch has its own number of threads
+    return tvl1_flow_reference(a, b, params)
+
+
+# the compiled engine works on the CPU, wherever the images are
+_OP = registry.define("tvl1_flow", _reference, cpp=registry.Backend(_native, _not_built, _not_built))
+
+_LIBRARY = torch.library.Library("avfast", "FRAGMENT")
+_LIBRARY.define(
+    "tvl1_flow(Tensor a, Tensor b, str solver, str scheme, float tau, float lambda_, float theta, float scale_step, "
+    "int scales, int warps, int outer_iterations, int iterations, float epsilon, int median, float presmooth, *, "
+    "int threads, str? backend) -> Tensor"
+)
+
+
+def _run(a: Tensor, b: Tensor, *fields: object, threads: int, backend: str | None) -> Tensor:
+    params = import_module("avfast.flow").TVL1Params(*fields)
+    return _OP(a, b, params, threads or torch.get_num_threads(), backend=backend)
+
+
+def _fake(a: Tensor, b: Tensor, *fields: object, threads: int, backend: str | None) -> Tensor:
+    return a.new_empty(a.shape[0], 2, a.shape[1], a.shape[2])
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("tvl1_flow", _run, _device)
+torch.library.register_fake("avfast::tvl1_flow", _fake, lib=_LIBRARY)
+
+
+def tvl1_op(a: Tensor, b: Tensor, params: TVL1Params, threads: int, backend: str | None) -> Tensor:
+    """Flow (N,2,H,W) on a's device of grey images a, b (N,H,W), float32, 0..255, as the torch op avfast::tvl1_flow:
+    one node in a compiled or exported program. threads 0: torch.get_num_threads(). `avfast.tvl1_flow` checks."""
+    return torch.ops.avfast.tvl1_flow(a, b, *vars(params).values(), threads=threads, backend=backend)

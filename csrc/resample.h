@@ -1,0 +1,61 @@
+// linear maps between pixel grids, one axis at a time.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace avfast {
+
+// one axis of a linear map between two grids: the at most three source pixels under each target pixel.
+struct Tap {
+  int index[3];
+  float weight[3];
+};
+
+// area average from `from` to `to` pixels, at most halving.
+inline std::vector<Tap> area_taps(int from, int to) {
+  std::vector<Tap> taps(to);
+  for (int i = 0; i < to; ++i) {
+    // in units of 1/to of a source pixel everything is an integer
+    const int64_t begin = static_cast<int64_t>(i) * from;
+    const int64_t end = begin + from;
+    for (int k = 0; k < 3; ++k) {
+      const int64_t source = begin / to + k;
+      const int64_t overlap = std::min(end, (source + 1) * to) - std::max(begin, source * to);
+      taps[i].index[k] = static_cast<int>(std::min<int64_t>(source, from - 1));
+      taps[i].weight[k] = static_cast<float>(std::max<int64_t>(overlap, 0)) / static_cast<float>(from);
+    }
+  }
+  return taps;
+}
+
+// bilinear interpolation at every `ratio` source pixels, pixel centres at half integers, the border repeated.
+inline std::vector<Tap> linear_taps(int from, int to, float ratio) {
+  std::vector<Tap> taps(to);
+  for (int i = 0; i < to; ++i) {
+    const float centre = (static_cast<float>(i) + 0.5f) * ratio - 0.5f;
+    const float position = std::min(std::max(centre, 0.0f), static_cast<float>(from - 1));
+    const int index = static_cast<int>(position);
+    const float weight = position - static_cast<float>(index);
+    taps[i] = {{index, std::min(index + 1, from - 1), index}, {1.0f - weight, weight, 0.0f}};
+  }
+  return taps;
+}
+
+// weights of a Gaussian over three standard deviations each way; they add up to 1.
+inline std::vector<float> gaussian(float sigma) {
+  const int radius = static_cast<int>(std::ceil(3.0 * sigma));
+  std::vector<double> weights(2 * radius + 1);
+  double sum = 0.0;
+  for (int i = -radius; i <= radius; ++i) {
+    sum += weights[i + radius] = std::exp(-0.5 * i * i / (static_cast<double>(sigma) * sigma));
+  }
+  std::vector<float> kernel(weights.size());
+  std::transform(weights.begin(), weights.end(), kernel.begin(),
+                 [sum](double w) { return static_cast<float>(w / sum); });
+  return kernel;
+}
+
+}  // namespace avfast

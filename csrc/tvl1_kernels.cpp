@@ -1,0 +1,261 @@
+// compiled once per instruction set (setup.py): see simd.h for what must not be used here.
+#include "tvl1_kernels.h"
+
+#include "simd.h"
+#include "tvl1_pixel.h"
+
+namespace avfast::AVFAST_ISA {
+namespace {
+
+using tvl1::Edge;
+using tvl1::Field;
+using tvl1::IterateRow;
+using tvl1::LineariseRow;
+using tvl1::MedianRow;
+
+// a vector of pixels in every field of one row. A pointer to each third field is kept, the two that follow are one and
+// two strides on, which an address can hold: a pointer to each field would not fit the registers.
+template <int kGroups>
+struct Cursor {
+  float* group[kGroups];
+  int64_t stride;
+
+  AVFAST_INLINE Cursor(float* row, int64_t field_stride) : stride(field_stride) {
+    for (int i = 0; i < kGroups; ++i) group[i] = row + 3 * i * field_stride;
+  }
+  template <Field kField>
+  AVFAST_INLINE float* at() const {
+    return group[kField / 3] + kField % 3 * stride;
+  }
+  template <Field kField>
+  AVFAST_INLINE Vec load(int dx = 0) const {
+    return Vec::load(at<kField>() + dx);
+  }
+  AVFAST_INLINE void advance() {
+    for (float*& p : group) p += kLanes;
+  }
+};
+
+// the primal step of a row and the dual step of the row above, in one loop: what the two share stays in registers, and
+// the divisions of one overlap with the arithmetic of the other.
+template <class Solver, Edge kEdge, bool kChange>
+void iterate_row(const IterateRow& r, const Solver& parameters) {
+  constexpr bool kPrimal = kEdge != Edge::kLast;
+  constexpr bool kDual = kEdge != Edge::kFirst;
+  constexpr bool kBar = Solver::kExtrapolates;
+  // the dual is driven by the flow itself, or by the extrapolated one beside it
+  constexpr Field kDrive1 = kBar ? tvl1::kBar1 : tvl1::kU1;
+  constexpr Field kDrive2 = kBar ? tvl1::kBar2 : tvl1::kU2;
+
+  // copies: the compiler must assume that a store changes what a reference shows
+  const Solver solver = parameters;
+  const int width = r.width;
+  float* change = r.change;
+  Cursor<4> row(r.row, r.stride);
+  Cursor<kBar ? 4 : 2> above(r.row - r.row_stride, r.stride);
+
+  for (int x = 0; x < width; x += kLanes, row.advance(), above.advance()) {
+    tvl1::Flow2<Vec> drive{};
+    // at the upper border the row above is one of zeros
+    const Vec q12 = above.template load<tvl1::kQ12>();
+    const Vec q22 = above.template load<tvl1::kQ22>();
+    if constexpr (kPrimal) {
+      const tvl1::Flow2<Vec> u{row.load<tvl1::kU1>(), row.load<tvl1::kU2>()};
+      const tvl1::DataTerm<Vec> d{row.load<tvl1::kIx>(), row.load<tvl1::kIy>(), row.load<tvl1::kRhoC>(),
+                                  row.load<tvl1::kInvGrad>()};
+      const Vec div1 = row.load<tvl1::kQ11>() - row.load<tvl1::kQ11>(-1) + (row.load<tvl1::kQ12>() - q12);
+      const Vec div2 = row.load<tvl1::kQ21>() - row.load<tvl1::kQ21>(-1) + (row.load<tvl1::kQ22>() - q22);
+      const tvl1::Flow2<Vec> next = solver.primal(u, d, div1, div2);
+      next.u1.store(row.at<tvl1::kU1>());
+      next.u2.store(row.at<tvl1::kU2>());
+      drive = solver.driver(next, u);
+      if constexpr (kBar) {
+        drive.u1.store(row.at<tvl1::kBar1>());
+        drive.u2.store(row.at<tvl1::kBar2>());
+      }
+      if constexpr (kChange) {
+        const Vec du1 = next.u1 - u.u1;
+        const Vec du2 = next.u2 - u.u2;
+        (du1 * du1 + du2 * du2).store(change + x);
+      }
+    }
+    if constexpr (kDual) {
+      const Vec u1 = above.template load<kDrive1>();
+      const Vec u2 = above.template load<kDrive2>();
+      const Vec g12 = kPrimal ? drive.u1 - u1 : Vec(0.0f);
+      const Vec g22 = kPrimal ? drive.u2 - u2 : Vec(0.0f);
+      const tvl1::Dual4<Vec> q{above.template load<tvl1::kQ11>(), q12, above.template load<tvl1::kQ21>(), q22};
+      const tvl1::Dual4<Vec> next =
+          solver.dual(q, above.template load<kDrive1>(1) - u1, g12, above.template load<kDrive2>(1) - u2, g22);
+      next.q11.store(above.template at<tvl1::kQ11>());
+      next.q12.store(above.template at<tvl1::kQ12>());
+      next.q21.store(above.template at<tvl1::kQ21>());
+      next.q22.store(above.template at<tvl1::kQ22>());
+    }
+  }
+  if constexpr (kPrimal) {
+    // makes the forward difference 0 in the last column
+    float* drive1 = r.row + kDrive1 * r.stride;
+    float* drive2 = r.row + kDrive2 * r.stride;
+    drive1[width] = drive1[width - 1];
+    drive2[width] = drive2[width - 1];
+  }
+}
+
+template <class Solver>
+void iterate(const IterateRow& r, const Solver& solver) {
+  if (r.edge == Edge::kLast) return iterate_row<Solver, Edge::kLast, false>(r, solver);
+  if (r.edge == Edge::kFirst) {
+    return r.change ? iterate_row<Solver, Edge::kFirst, true>(r, solver)
+                    : iterate_row<Solver, Edge::kFirst, false>(r, solver);
+  }
+  return r.change ? iterate_row<Solver, Edge::kInner, true>(r, solver)
+                  : iterate_row<Solver, Edge::kInner, false>(r, solver);
+}
+
+// a texel in a register of its own.
+using Texel = float __attribute__((vector_size(tvl1::kTexelChannels * sizeof(float))));
+
+void linearise_row(const LineariseRow& given) {
+  constexpr int kTaps = 4;
+  constexpr int kParts = kTaps * tvl1::kTexelChannels / kLanes;  // registers for four texels in a row
+  // copies: the compiler must assume that a store changes what a reference shows
+  const LineariseRow r = given;
+  const int64_t down = r.texel_stride;
+  const Vec low(-r.reach);
+  const Vec high_x(static_cast<float>(r.width - 1) + r.reach);
+  const Vec high_y(static_cast<float>(r.height - 1) + r.reach);
+  Cursor<4> row(r.row, r.stride);
+
+  for (int x = 0; x < r.width; x += kLanes, row.advance()) {
+    const Vec u1 = row.load<tvl1::kU1>();
+    const Vec u2 = row.load<tvl1::kU2>();
+    const Vec px = Vec(static_cast<float>(x)) + Vec::iota() + u1;
+    const Vec py = Vec(static_cast<float>(r.y)) + u2;
+    const Vec cx = tvl1::clamp(px, low, high_x);
+    const Vec cy = tvl1::clamp(py, low, high_y);
+    const Vec::Int x0 = floor_int(cx);
+    const Vec::Int y0 = floor_int(cy);
+    const tvl1::CubicWeights<Vec> wx = tvl1::cubic_weights(cx - to_float(x0));
+    const tvl1::CubicWeights<Vec> wy = tvl1::cubic_weights(cy - to_float(y0));
+    const Vec::Int first = (y0 - 1) * static_cast<int32_t>(down) + (x0 - 1) * tvl1::kTexelChannels;
+
+    // pixel by pixel from here: down the columns of four rows of four texels first, then along the row
+    Texel value[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float* from = r.texels + first[lane];
+      float column[kTaps * tvl1::kTexelChannels];
+      for (int part = 0; part < kParts; ++part) {
+        const float* t = from + part * kLanes;
+        const Vec sum = Vec(wy.w[0].raw[lane]) * Vec::load(t) + Vec(wy.w[1].raw[lane]) * Vec::load(t + down) +
+                        Vec(wy.w[2].raw[lane]) * Vec::load(t + 2 * down) +
+                        Vec(wy.w[3].raw[lane]) * Vec::load(t + 3 * down);
+        sum.store(column + part * kLanes);
+      }
+      Texel taps[kTaps];
+      __builtin_memcpy(taps, column, sizeof taps);
+      value[lane] = wx.w[0].raw[lane] * taps[0] + wx.w[1].raw[lane] * taps[1] + wx.w[2].raw[lane] * taps[2] +
+                    wx.w[3].raw[lane] * taps[3];
+    }
+    Vec channel[3];
+    for (int c = 0; c < 3; ++c) {
+      for (int lane = 0; lane < kLanes; ++lane) channel[c].raw[lane] = value[lane][c];
+    }
+
+    const Vec inside = r.gate ? equal(px, cx) * equal(py, cy) : Vec(1.0f);
+    const tvl1::DataTerm<Vec> d =
+        tvl1::linearise(channel[0], channel[1], channel[2], Vec::load(r.target + x), u1, u2, inside);
+    d.ix.store(row.at<tvl1::kIx>());
+    d.iy.store(row.at<tvl1::kIy>());
+    d.rho_c.store(row.at<tvl1::kRhoC>());
+    d.inv_grad.store(row.at<tvl1::kInvGrad>());
+  }
+}
+
+AVFAST_INLINE void sort(Vec& a, Vec& b) {
+  const Vec low = min(a, b);
+  b = max(a, b);
+  a = low;
+}
+
+AVFAST_INLINE Vec median_of_3(Vec a, Vec b, Vec c) { return max(min(a, b), min(max(a, b), c)); }
+
+// sorts each column of kSide rows into the scratch rows, lowest first; columns -kSide / 2 .. width - 1 + kSide / 2.
+template <int kSide>
+AVFAST_INLINE void sort_columns(const MedianRow& r, int64_t scratch_stride) {
+  constexpr int kReach = kSide / 2;
+  for (int x = -kReach; x < r.width + kReach; x += kLanes) {
+    Vec v[kSide];
+    for (int i = 0; i < kSide; ++i) v[i] = Vec::load(r.rows[i] + x);
+    // insertion by exchanges of neighbours; the compiler drops nothing, each of the kSide results is needed
+#pragma GCC unroll 8
+    for (int i = 1; i < kSide; ++i) {
+#pragma GCC unroll 8
+      for (int j = i; j > 0; --j) sort(v[j - 1], v[j]);
+    }
+    for (int i = 0; i < kSide; ++i) v[i].store(r.scratch + i * scratch_stride + kReach + x);
+  }
+}
+
+// of three sorted columns the median is the middle one of the largest low, the middle mid and the smallest high.
+void median3_row(const MedianRow& r, int64_t scratch_stride) {
+  sort_columns<3>(r, scratch_stride);
+  for (int x = 0; x < r.width; x += kLanes) {
+    Vec v[3][3];
+    for (int i = 0; i < 3; ++i) {
+      for (int k = 0; k < 3; ++k) v[i][k] = Vec::load(r.scratch + i * scratch_stride + x + k);
+    }
+    const Vec low = max(max(v[0][0], v[0][1]), v[0][2]);
+    const Vec high = min(min(v[2][0], v[2][1]), v[2][2]);
+    median_of_3(low, median_of_3(v[1][0], v[1][1], v[1][2]), high).store(r.out + x);
+  }
+}
+
+// five columns sorted, then five rows: of the 25 the median can only be one of 13, because every other value has 13 or
+// more known to lie above it, or below.
+void median5_row(const MedianRow& r, int64_t scratch_stride) {
+  sort_columns<5>(r, scratch_stride);
+  for (int x = 0; x < r.width; x += kLanes) {
+    Vec v[5][5];
+#pragma GCC unroll 8
+    for (int i = 0; i < 5; ++i) {
+#pragma GCC unroll 8
+      for (int k = 0; k < 5; ++k) v[i][k] = Vec::load(r.scratch + i * scratch_stride + x + k);
+#pragma GCC unroll 8
+      for (int k = 1; k < 5; ++k) {
+#pragma GCC unroll 8
+        for (int j = k; j > 0; --j) sort(v[i][j - 1], v[i][j]);
+      }
+    }
+    Vec held[13] = {v[0][3], v[0][4], v[1][2], v[1][3], v[1][4], v[2][1], v[2][2],
+                    v[2][3], v[3][0], v[3][1], v[3][2], v[4][0], v[4][1]};
+    // forgetful selection: of 8 of 13 values the smallest and the largest cannot be the median; both are dropped and
+    // the next one is taken in, until three are left
+    constexpr int kCount = 13;
+    constexpr int kLast = kCount / 2 + 1;
+#pragma GCC unroll 16
+    for (int first = 0; first <= kCount - 1 - kLast; ++first) {
+      if (first > 0) held[kLast] = held[kLast + first];
+#pragma GCC unroll 16
+      for (int k = first + 1; k <= kLast; ++k) sort(held[first], held[k]);
+#pragma GCC unroll 16
+      for (int k = first + 1; k < kLast; ++k) sort(held[k], held[kLast]);
+    }
+    held[kCount / 2].store(r.out + x);
+  }
+}
+
+void median_row(const MedianRow& r) {
+  const int64_t scratch_stride = r.width + 2 * tvl1::kMaxLanes;
+  r.side == 3 ? median3_row(r, scratch_stride) : median5_row(r, scratch_stride);
+}
+
+}  // namespace
+
+#define AVFAST_STRING_(x) #x
+#define AVFAST_STRING(x) AVFAST_STRING_(x)
+
+extern const tvl1::Kernels kTvl1 = {AVFAST_STRING(AVFAST_ISA), iterate<tvl1::Zach>, iterate<tvl1::ChambollePock>,
+                                    linearise_row, median_row};
+
+}  // namespace avfast::AVFAST_ISA
