@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 PIP := $(RUN) pip --disable-pip-version-check install -qq --constraint constraints.txt
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/native/*)
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py) $(NATIVE)
 
 .PHONY: help demo test check lint format wheel

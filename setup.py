@@ -18,8 +18,8 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CompileError, ExecError, LinkError
 
-HEADERS = sorted(glob.glob("csrc/*.h"))
-CUDA_SOURCES = ["csrc/cuda_info.cu"]
+HEADERS = sorted([*glob.glob("csrc/*.h"), *glob.glob("csrc/*.cuh")])
+CUDA_SOURCES = ["csrc/cuda_info.cu", "csrc/tvl1.cu"]
 
 # contraction off: the instruction sets give the same bits
 CPP_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]

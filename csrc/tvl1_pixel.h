@@ -1,5 +1,5 @@
 // the arithmetic of TV-L1 for one pixel, without loops and memory, written once for all engines: F is float under nvcc,
-// a register of floats (simd.h) on the CPU. F needs + - * /, min, max, sqrt and where_above.
+// a register of floats (simd.h) on the CPU. F needs + - *, min, max, sqrt, reciprocal and where_above.
 //
 // on the CPU contraction is off (setup.py) and every operation is exactly rounded, so that all instruction sets give
 // the same bits; nvcc may contract, which changes the flow by rounding.
@@ -46,7 +46,7 @@ AVFAST_HD DataTerm<F> linearise(F warped, F warped_dx, F warped_dy, F target, F 
   const F iy = warped_dy * inside;
   const F grad = ix * ix + iy * iy;
   const F rho_c = (warped - target) * inside - ix * u1 - iy * u2;
-  return {ix, iy, rho_c, where_above(grad, F(1e-9f), F(-1.0f) / grad)};
+  return {ix, iy, rho_c, where_above(grad, F(1e-9f), F(0.0f) - reciprocal(grad))};
 }
 
 // minimiser over v of limit |rho(v)| + |v - u|^2 / 2, as the multiple of (ix, iy) to add to u: the three-case threshold
@@ -93,7 +93,7 @@ struct Zach {
   AVFAST_HD Dual4<F> dual(Dual4<F> q, F g11, F g12, F g21, F g22) const {
     const F norm1 = F(1.0f) + F(tau_over_theta) * sqrt(g11 * g11 + g12 * g12);
     const F norm2 = F(1.0f) + F(tau_over_theta) * sqrt(g21 * g21 + g22 * g22);
-    const F both = F(1.0f) / (norm1 * norm2);
+    const F both = reciprocal(norm1 * norm2);
     const F scale1 = norm2 * both;
     const F scale2 = norm1 * both;
     return {(q.q11 + F(tau) * g11) * scale1, (q.q12 + F(tau) * g12) * scale1, (q.q21 + F(tau) * g21) * scale2,
@@ -129,7 +129,7 @@ struct ChambollePock {
     const F y2 = q.q22 + F(0.125f) * g22;
     const F norm1 = max(F(inv_tau) * sqrt(x1 * x1 + y1 * y1), F(1.0f));
     const F norm2 = max(F(inv_tau) * sqrt(x2 * x2 + y2 * y2), F(1.0f));
-    const F both = F(1.0f) / (norm1 * norm2);
+    const F both = reciprocal(norm1 * norm2);
     const F scale1 = norm2 * both;
     const F scale2 = norm1 * both;
     return {x1 * scale1, y1 * scale1, x2 * scale2, y2 * scale2};

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import os
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from avfast.flow import TVL1Params
 
 MIN_SIDE = 16
+_SCRATCH_FLOATS = 2**28
 
 
 def tvl1_flow_reference(a: Tensor, b: Tensor, params: TVL1Params) -> Tensor:
@@ -274,34 +275,36 @@ def _linear_taps(size: int, new: int, ratio: float, device: torch.device) -> lis
 
 def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
     engine = import_module("avfast._C")
+    fields = dict(vars(params))
+    native = engine.TVL1Params(
+        chambolle_pock=fields.pop("solver") == "chambolle-pock", opencv=fields.pop("scheme") == "opencv", **fields
+    )
+    if a.is_cuda and engine.with_cuda and params.scheme == "avfast" and params.epsilon == 0:
+        return _native_cuda(engine, a.contiguous(), b.contiguous(), native)
     isa = os.environ.get("AVFAST_ISA") or None
     if isa is not None and isa not in engine.instruction_sets():
         raise ValueError(f"AVFAST_ISA is {isa!r}, expected one of {', '.join(engine.instruction_sets())} on this CPU")
     # held by name until the engine returns: it is given bare addresses
     cpu_a, cpu_b = a.cpu().contiguous(), b.cpu().contiguous()
     flow = torch.empty(len(a), 2, *a.shape[1:])
-    engine.tvl1_flow(
-        cpu_a.data_ptr(),
-        cpu_b.data_ptr(),
-        flow.data_ptr(),
-        *a.shape,
-        chambolle_pock=params.solver == "chambolle-pock",
-        opencv=params.scheme == "opencv",
-        tau=params.tau,
-        lambda_=params.lambda_,
-        theta=params.theta,
-        scale_step=params.scale_step,
-        scales=params.scales,
-        warps=params.warps,
-        outer_iterations=params.outer_iterations,
-        iterations=params.iterations,
-        epsilon=params.epsilon,
-        median=params.median,
-        presmooth=params.presmooth,
-        threads=threads,
-        isa=isa,
-    )
+    engine.tvl1_flow(cpu_a.data_ptr(), cpu_b.data_ptr(), flow.data_ptr(), *a.shape, native, threads, isa)
     return flow.to(a.device)
+
+
+def _native_cuda(engine: Any, a: Tensor, b: Tensor, native: Any) -> Tensor:
+    flow = torch.empty(len(a), 2, *a.shape[1:], device=a.device)
+    one = engine.tvl1_cuda_scratch(1, *a.shape[1:], native)
+    # pairs that fit a thread block need no scratch memory; of others as many at a time as 1 GiB holds
+    chunk = max(1, _SCRATCH_FLOATS // one) if one else max(1, len(a))
+    scratch = torch.empty(one * min(chunk, len(a)), device=a.device)
+    with torch.cuda.device(a.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        for first in range(0, len(a), chunk):
+            part = slice(first, first + chunk)
+            addresses = (x[part].data_ptr() for x in (a, b, flow))
+            count = len(a[part])
+            engine.tvl1_flow_cuda(*addresses, count, *a.shape[1:], native, scratch.data_ptr(), stream)
+    return flow
 
 
 def _not_built(*_arguments: object) -> str | None:
@@ -317,7 +320,7 @@ def _reference(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor
     return tvl1_flow_reference(a, b, params)
 
 
-# the compiled engine works on the CPU, wherever the images are
+# the compiled engine works where the images are; scheme opencv and early stopping are the CPU's alone
 _OP = registry.define("tvl1_flow", _reference, cpp=registry.Backend(_native, _not_built, _not_built))
 
 _LIBRARY = torch.library.Library("avfast", "FRAGMENT")

@@ -1,0 +1,582 @@
+// two ways to solve pairs on a GPU:
+//
+// - a pair that fits one thread block (about 64 x 64) is solved whole by one, from the pyramid to the output in one
+// launch:
+//   all state in registers and shared memory. The limit at 64 x 64 is arithmetic, some 60 instructions per pixel and
+//   iteration, 131 full-size iterations with preset fast: 0.25 ms per pair and multiprocessor, 500 thousand pairs/s on
+//   132 of them.
+// - larger pairs live in global memory. An iteration moves 64 bytes per pixel there; a tile is kept in registers for
+//   kTileIterations of them, which leaves 64 / 5 / 0.71 = 18 bytes.
+#include "tvl1_cuda.h"
+
+// tests/native/cuda_on_host.h stands in for CUDA where there is no GPU
+#ifndef AVFAST_CUDA_ON_HOST
+#include <cuda_runtime.h>
+#define AVFAST_SHARED(name) extern __shared__ float name[]
+#endif
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tvl1_tile.cuh"
+
+namespace avfast::tvl1 {
+namespace {
+
+constexpr int kMinSide = 16;
+constexpr int kMaxLevels = 24;
+// side of a tile of a large pair, and the iterations it makes before its outer pixels have to be read again.
+constexpr int kTile = 64;
+constexpr int kTileIterations = 5;
+constexpr int kMaxRadius = 30;
+
+struct Level {
+  int height, width;
+  __host__ __device__ int64_t area() const { return static_cast<int64_t>(height) * width; }
+  __host__ __device__ int apron_width() const { return width + 2 * kApron; }
+  __host__ __device__ int64_t apron_area() const { return static_cast<int64_t>(height + 2 * kApron) * apron_width(); }
+};
+
+struct Gauss {
+  int radius;
+  float weight[2 * kMaxRadius + 1];
+};
+
+struct Job {
+  const float *a, *b;
+  float* flow;
+  Level levels[kMaxLevels];  // finest first
+  int count;
+  int warps, iterations, median;
+};
+
+// ---- one block per pair ----
+
+// how many rows the strips of a level have: few where there are threads enough.
+__host__ __device__ int strip_rows(const Level& level) {
+  if (level.area() <= kThreads) return 1;
+  return level.width * ((level.height + 1) / 2) <= kThreads ? 2 : kStripRows;
+}
+
+// shared memory of the small kernel, in floats: the exchange, one level of b with its apron, then the images a and b of
+// level 1, of level 2, ... Places are worked out where they are needed: a register kept for one would be missing in the
+// iterations.
+__host__ __device__ int64_t small_image(const Job& job, int level) {
+  int64_t place = Exchange::kFloats + job.levels[0].apron_area();
+  for (int i = 1; i < level; ++i) place += 2 * job.levels[i].area();
+  return place;
+}
+
+// image a or b of a level; the finest stays in global memory.
+__device__ const float* small_level(const Job& job, const float* shared, int level, bool b) {
+  const int64_t area = job.levels[level].area();
+  if (level == 0) return (b ? job.b : job.a) + blockIdx.x * area;
+  return shared + small_image(job, level) + (b ? area : 0);
+}
+
+// the same number, of which the compiler knows nothing: what is worked out from it is not moved out of a loop.
+__device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// the flow of the next coarser level, in the exchange, is the first guess of this one.
+template <int kRows>
+__device__ __forceinline__ void enlarge(const Job& job, int index, const Exchange& e, Strip<kRows>& s) {
+  const Level& level = job.levels[index];
+  const Level& coarse = job.levels[index + 1];
+  const Strides from{Exchange::column(coarse.height, strip_rows(coarse)), 1};
+  const float grow_x = static_cast<float>(level.width) / static_cast<float>(coarse.width);
+  const float grow_y = static_cast<float>(level.height) / static_cast<float>(coarse.height);
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (r < s.rows()) {
+      const Tap2 tx = linear_tap(thread % level.width, level.width, coarse.width);
+      const Tap2 ty = linear_tap(thread / level.width * kRows + r, level.height, coarse.height);
+      s.u[r] = {grow_x * sample2(e.drive1, from, tx, ty), grow_y * sample2(e.drive2, from, tx, ty)};
+    }
+  }
+}
+
+template <int kRows>
+__device__ __forceinline__ void linearise_small(const Job& job, int index, float* shared, Strip<kRows>& s) {
+  const Exchange e(shared);
+  const Level& level = job.levels[index];
+  const int stride = level.apron_width();
+  const float* origin = shared + Exchange::kFloats + kApron * stride + kApron;
+  const int thread = opaque(static_cast<int>(threadIdx.x));
+  const int x = thread % level.width;
+  const int y = thread / level.width * kRows;
+  const float* a = small_level(job, shared, index, false) + y * level.width + x;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (r < s.rows()) {
+      s.set_data(e, r,
+                 sample_and_linearise(origin, stride, level.width, level.height, x, y + r, s.u[r], a[r * level.width]));
+    }
+  }
+}
+
+// filters the flow in the exchange. The duals are in registers: their place holds the result for a moment.
+template <int kRows>
+__device__ __forceinline__ void filter_small(const Job& job, int index, const Exchange& e, Strip<kRows>& s) {
+  const Level& level = job.levels[index];
+  for (int i = static_cast<int>(threadIdx.x); i < level.height * level.width; i += kThreads) {
+    const int x = i % level.width;
+    const int y = i / level.width;
+    for (int c = 0; c < 2; ++c) {
+      const float* field = c == 0 ? e.drive1 : e.drive2;
+      (c == 0 ? e.q11 : e.q21)[x * s.column + y] =
+          job.median == 3 ? median<3>(field, {s.column, 1}, level.width, level.height, x, y)
+                          : median<5>(field, {s.column, 1}, level.width, level.height, x, y);
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (r < s.rows()) s.u[r] = {e.q11[s.own + r], e.q21[s.own + r]};
+  }
+  s.publish_flow(e);
+  __syncthreads();
+  s.publish_dual(e);
+}
+
+// one level: the flow comes from the coarser level's in the exchange (drive1, drive2), and goes back there.
+template <class Solver, int kRows>
+__device__ __forceinline__ void solve_small_level(const Job& job, const Solver& solver, int index) {
+  AVFAST_SHARED(shared);
+  const Exchange e(shared);
+  Strip<kRows> s(static_cast<int>(threadIdx.x), job.levels[index].width, job.levels[index].height);
+  if (index + 1 < job.count) {
+    enlarge(job, index, e, s);
+    __syncthreads();
+  }
+  s.publish_dual(e);
+  for (int warp = 0; warp < job.warps; ++warp) {
+    linearise_small(job, opaque(index), shared, s);
+    __syncthreads();
+    iterate(s, solver, e, job.iterations);
+    s.publish_flow(e);
+    __syncthreads();
+    if (job.median > 1) filter_small(job, opaque(index), e, s);
+  }
+  __syncthreads();
+}
+
+template <class Solver>
+__global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constant__ Job job, const Solver solver) {
+  AVFAST_SHARED(shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int level = 1; level < job.count; ++level) {
+    const Level& from = job.levels[level - 1];
+    const Level& to = job.levels[level];
+    const int size = static_cast<int>(to.area());
+    for (int i = thread; i < 2 * size; i += kThreads) {
+      shared[small_image(job, level) + i] =
+          area_average(small_level(job, shared, level - 1, i >= size), from.width, from.width, from.height, to.width,
+                       to.height, i % size % to.width, i % size / to.width);
+    }
+    __syncthreads();
+  }
+  for (int index = job.count - 1; index >= 0; --index) {
+    {
+      const Level& level = job.levels[index];
+      const float* b = small_level(job, shared, index, true);
+      for (int i = thread; i < static_cast<int>(level.apron_area()); i += kThreads) {
+        const Tap2 tx = apron_tap(i % level.apron_width() - kApron, level.width);
+        const Tap2 ty = apron_tap(i / level.apron_width() - kApron, level.height);
+        shared[Exchange::kFloats + i] = sample2(b, {1, level.width}, tx, ty);
+      }
+      __syncthreads();
+    }
+    const int rows = strip_rows(job.levels[index]);
+    if (rows == 1) {
+      solve_small_level<Solver, 1>(job, solver, index);
+    } else if (rows == 2) {
+      solve_small_level<Solver, 2>(job, solver, index);
+    } else {
+      solve_small_level<Solver, kStripRows>(job, solver, index);
+    }
+  }
+  const Level& level = job.levels[0];
+  const int area = static_cast<int>(level.area());
+  const int column = Exchange::column(level.height, strip_rows(level));
+  float* to = job.flow + static_cast<int64_t>(blockIdx.x) * 2 * area;
+  for (int i = thread; i < 2 * area; i += kThreads) {
+    const int p = i % area;
+    to[i] = shared[i / area * kFieldFloats + p % level.width * column + p / level.width];
+  }
+}
+
+// ---- pairs in global memory ----
+
+// the scratch memory of one pair, field by field.
+struct Large {
+  float* scratch;
+  int64_t per_pair;
+
+  // fields of the finest level's area: both flows and duals before and after a pass, then the data term
+  enum Slot { kU = 0, kQ = 2, kStateB = 6, kData = 12, kSlots = 16 };
+  __host__ __device__ float* field(int64_t pair, int slot, int64_t area) const {
+    return scratch + pair * per_pair + slot * area;
+  }
+};
+
+int64_t large_floats(const Job& job) {
+  int64_t floats = Large::kSlots * job.levels[0].area();
+  for (int i = 0; i < job.count; ++i) floats += (i > 0 ? job.levels[i].area() : 0) + job.levels[i].apron_area();
+  return floats;
+}
+
+// pixel of this thread in a grid of 32 x 8 blocks; the pair is blockIdx.z.
+struct Pixel {
+  int x, y;
+  bool inside;
+  __device__ Pixel(int width, int height)
+      : x(static_cast<int>(blockIdx.x * 32 + threadIdx.x)), y(static_cast<int>(blockIdx.y * 8 + threadIdx.y)) {
+    inside = x < width && y < height;
+  }
+};
+
+// one axis of the Gaussian, along the rows or down the columns; the border is repeated.
+__global__ void smooth_kernel(const float* from, float* to, Level level, bool along, const Gauss gauss) {
+  const Pixel p(level.width, level.height);
+  if (!p.inside) return;
+  const float* image = from + blockIdx.z * level.area();
+  const int i = along ? p.x : p.y;
+  const int size = along ? level.width : level.height;
+  const int64_t stride = along ? 1 : level.width;
+  const float* line = image + (along ? static_cast<int64_t>(p.y) * level.width : p.x);
+  float sum = 0.0f;
+  for (int k = -gauss.radius; k <= gauss.radius; ++k) {
+    sum += gauss.weight[k + gauss.radius] * line[::min(::max(i + k, 0), size - 1) * stride];
+  }
+  to[blockIdx.z * level.area() + static_cast<int64_t>(p.y) * level.width + p.x] = sum;
+}
+
+__global__ void shrink_kernel(const float* from, int64_t from_pair, Level fine, float* to, int64_t to_pair,
+                              Level coarse) {
+  const Pixel p(coarse.width, coarse.height);
+  if (!p.inside) return;
+  to[blockIdx.z * to_pair + static_cast<int64_t>(p.y) * coarse.width + p.x] = area_average(
+      from + blockIdx.z * from_pair, fine.width, fine.width, fine.height, coarse.width, coarse.height, p.x, p.y);
+}
+
+__global__ void apron_kernel(const float* from, int64_t from_pair, float* to, int64_t to_pair, Level level) {
+  const Pixel p(level.apron_width(), level.height + 2 * kApron);
+  if (!p.inside) return;
+  const Tap2 tx = apron_tap(p.x - kApron, level.width);
+  const Tap2 ty = apron_tap(p.y - kApron, level.height);
+  to[blockIdx.z * to_pair + static_cast<int64_t>(p.y) * level.apron_width() + p.x] =
+      sample2(from + blockIdx.z * from_pair, {1, level.width}, tx, ty);
+}
+
+// the first guess of a level's flow, from `coarse` (of width 0: zero), and duals of zero. Fields lie an `area` of the
+// finest level apart.
+__global__ void set_up_kernel(const float* coarse_u, Level coarse, float* u, float* q, int64_t area, int64_t per_pair,
+                              Level level) {
+  const Pixel p(level.width, level.height);
+  if (!p.inside) return;
+  const int64_t i = blockIdx.z * per_pair + static_cast<int64_t>(p.y) * level.width + p.x;
+  for (int c = 0; c < 2; ++c) {
+    float value = 0.0f;
+    if (coarse.width > 0) {
+      const Tap2 tx = linear_tap(p.x, level.width, coarse.width);
+      const Tap2 ty = linear_tap(p.y, level.height, coarse.height);
+      const float grow = c == 0 ? static_cast<float>(level.width) / static_cast<float>(coarse.width)
+                                : static_cast<float>(level.height) / static_cast<float>(coarse.height);
+      value = grow * sample2(coarse_u + blockIdx.z * per_pair + c * area, {1, coarse.width}, tx, ty);
+    }
+    u[i + c * area] = value;
+  }
+  for (int c = 0; c < 4; ++c) q[i + c * area] = 0.0f;
+}
+
+__global__ void linearise_kernel(const float* a, int64_t a_pair, const float* b, const float* u, float* d, int64_t area,
+                                 int64_t per_pair, Level level) {
+  const Pixel p(level.width, level.height);
+  if (!p.inside) return;
+  const int64_t pixel = static_cast<int64_t>(p.y) * level.width + p.x;
+  const int64_t i = blockIdx.z * per_pair + pixel;
+  const float* origin = b + blockIdx.z * per_pair + kApron * level.apron_width() + kApron;
+  const DataTerm<float> term = sample_and_linearise(origin, level.apron_width(), level.width, level.height, p.x, p.y,
+                                                    {u[i], u[i + area]}, a[blockIdx.z * a_pair + pixel]);
+  d[i] = term.ix;
+  d[i + area] = term.iy;
+  d[i + 2 * area] = term.rho_c;
+  d[i + 3 * area] = term.inv_grad;
+}
+
+// up to kTileIterations iterations on the tile that this block reads, of which it writes what no error from the edges
+// has reached. `in` and `out` hold the flow, then the duals.
+template <class Solver>
+__global__ void __launch_bounds__(kThreads, 1)
+    tile_kernel(const float* in, float* out, const float* d, int64_t area, int64_t per_pair, Level level, int count,
+                const Solver solver) {
+  AVFAST_SHARED(shared);
+  const Exchange e(shared);
+  constexpr int kInner = kTile - 2 * kTileIterations;
+  const int inner_x = static_cast<int>(blockIdx.x) * kInner;
+  const int inner_y = static_cast<int>(blockIdx.y) * kInner;
+  const int left = ::max(inner_x - kTileIterations, 0);
+  const int top = ::max(inner_y - kTileIterations, 0);
+  const int width = ::min(inner_x + kInner + kTileIterations, level.width) - left;
+  const int height = ::min(inner_y + kInner + kTileIterations, level.height) - top;
+  Strip<kStripRows> s(static_cast<int>(threadIdx.x), width, height);
+  const int x = left + static_cast<int>(threadIdx.x) % width;
+  const int y = top + static_cast<int>(threadIdx.x) / width * kStripRows;
+  const int64_t first = blockIdx.z * per_pair + static_cast<int64_t>(y) * level.width + x;
+#pragma unroll
+  for (int r = 0; r < kStripRows; ++r) {
+    if (r < s.rows()) {
+      const int64_t i = first + static_cast<int64_t>(r) * level.width;
+      s.u[r] = {in[i], in[i + area]};
+      s.q[r] = {in[i + 2 * area], in[i + 3 * area], in[i + 4 * area], in[i + 5 * area]};
+      s.set_data(e, r, {d[i], d[i + area], d[i + 2 * area], d[i + 3 * area]});
+    }
+  }
+  s.publish_dual(e);
+  __syncthreads();
+  iterate(s, solver, e, count);
+#pragma unroll
+  for (int r = 0; r < kStripRows; ++r) {
+    if (r < s.rows() && x >= inner_x && x < inner_x + kInner && y + r >= inner_y && y + r < inner_y + kInner) {
+      const int64_t i = first + static_cast<int64_t>(r) * level.width;
+      out[i] = s.u[r].u1;
+      out[i + area] = s.u[r].u2;
+      out[i + 2 * area] = s.q[r].q11;
+      out[i + 3 * area] = s.q[r].q12;
+      out[i + 4 * area] = s.q[r].q21;
+      out[i + 5 * area] = s.q[r].q22;
+    }
+  }
+}
+
+template <int kSide>
+__global__ void median_kernel(const float* in, int64_t in_pair, int64_t in_field, float* out, int64_t out_pair,
+                              int64_t out_field, Level level) {
+  const Pixel p(level.width, level.height);
+  if (!p.inside) return;
+  for (int c = 0; c < 2; ++c) {
+    const float* field = in + blockIdx.z * in_pair + c * in_field;
+    out[blockIdx.z * out_pair + c * out_field + static_cast<int64_t>(p.y) * level.width + p.x] =
+        median<kSide>(field, {1, level.width}, level.width, level.height, p.x, p.y);
+  }
+}
+
+// both components of the flow from one place to another.
+__global__ void copy_fields_kernel(const float* in, int64_t in_pair, int64_t in_field, float* out, int64_t out_pair,
+                                   int64_t out_field, Level level) {
+  const Pixel p(level.width, level.height);
+  if (!p.inside) return;
+  const int64_t pixel = static_cast<int64_t>(p.y) * level.width + p.x;
+  for (int c = 0; c < 2; ++c)
+    out[blockIdx.z * out_pair + c * out_field + pixel] = in[blockIdx.z * in_pair + c * in_field + pixel];
+}
+
+// ---- host ----
+
+#ifndef AVFAST_CUDA_ON_HOST
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared, void* stream,
+            Arguments... arguments) {
+  if (shared > 0)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  kernel<<<grid, block, static_cast<size_t>(shared), static_cast<cudaStream_t>(stream)>>>(arguments...);
+  check(cudaGetLastError());
+}
+#endif
+
+// weights of a Gaussian over three standard deviations each way; radius 0 for none.
+Gauss make_gauss(float sigma) {
+  Gauss gauss{};
+  gauss.radius = static_cast<int>(std::ceil(3.0 * sigma));
+  double sum = 0.0;
+  const auto weight = [&](int k) { return std::exp(-0.5 * k * k / (static_cast<double>(sigma) * sigma)); };
+  for (int k = -gauss.radius; k <= gauss.radius; ++k) sum += weight(k);
+  for (int k = -gauss.radius; k <= gauss.radius; ++k)
+    gauss.weight[k + gauss.radius] = static_cast<float>(weight(k) / sum);
+  return gauss;
+}
+
+Job make_job(int height, int width, const Params& params) {
+  Job job{};
+  job.warps = params.warps;
+  job.iterations = params.iterations * params.outer_iterations;
+  job.median = params.median;
+  job.levels[0] = {height, width};
+  job.count = 1;
+  const auto scaled = [&](int n) {
+    return static_cast<int>(std::floor(n * static_cast<double>(params.scale_step) + 0.5));
+  };
+  while (job.count < params.scales && job.count < kMaxLevels) {
+    const Level fine = job.levels[job.count - 1];
+    const Level coarse{scaled(fine.height), scaled(fine.width)};
+    if (coarse.height < kMinSide || coarse.width < kMinSide || coarse.height == fine.height ||
+        coarse.width == fine.width) {
+      break;
+    }
+    job.levels[job.count++] = coarse;
+  }
+  return job;
+}
+
+bool fits_a_block(const Job& job) {
+  const Level& level = job.levels[0];
+  const int64_t strips = (level.height + kStripRows - 1) / kStripRows;
+  // 160 KiB: what a block may have on sm_80 and on everything later
+  return level.width * strips <= kThreads && small_image(job, job.count) * 4 <= (160 << 10);
+}
+
+dim3 pixel_grid(int width, int height, int64_t pairs) {
+  return dim3(static_cast<unsigned>((width + 31) / 32), static_cast<unsigned>((height + 7) / 8),
+              static_cast<unsigned>(pairs));
+}
+
+template <class Solver>
+void solve_large(const Job& job, const Solver& solver, int64_t pairs, float* scratch, void* stream) {
+  const dim3 block(32, 8);
+  const int64_t per_pair = large_floats(job);
+  const Large large{scratch, per_pair};
+  const int64_t area = job.levels[0].area();
+  // images: a's coarser levels, and every level of b with an apron
+  std::vector<float*> image_a(job.count), image_b(job.count);
+  float* next = large.field(0, Large::kSlots, area);
+  for (int i = 0; i < job.count; ++i) {
+    image_a[i] = next;
+    image_b[i] = next + (i > 0 ? job.levels[i].area() : 0);
+    next = image_b[i] + job.levels[i].apron_area();
+  }
+  float* state[2] = {large.field(0, Large::kU, area), large.field(0, Large::kStateB, area)};
+  float* data = large.field(0, Large::kData, area);
+
+  // b's plain levels pass through the place of the state, two of them at a time
+  for (int image = 0; image < 2; ++image) {
+    const float* from = image == 0 ? job.a : job.b;
+    int64_t from_pair = area;
+    for (int i = 0; i < job.count; ++i) {
+      const Level level = job.levels[i];
+      if (i > 0) {
+        float* to = image == 0 ? image_a[i] : state[i % 2];
+        launch(shrink_kernel, pixel_grid(level.width, level.height, pairs), block, 0, stream, from, from_pair,
+               job.levels[i - 1], to, per_pair, level);
+        from = to;
+        from_pair = per_pair;
+      }
+      if (image == 1) {
+        launch(apron_kernel, pixel_grid(level.apron_width(), level.height + 2 * kApron, pairs), block, 0, stream, from,
+               from_pair, image_b[i], per_pair, level);
+      }
+    }
+  }
+
+  Level coarse{0, 0};
+  for (int i = job.count - 1; i >= 0; --i) {
+    const Level level = job.levels[i];
+    const dim3 grid = pixel_grid(level.width, level.height, pairs);
+    const float* a = i == 0 ? job.a : image_a[i];
+    const int64_t a_pair = i == 0 ? area : per_pair;
+    // the coarser level's flow is in state[0]
+    launch(set_up_kernel, grid, block, 0, stream, static_cast<const float*>(state[0]), coarse, state[1],
+           state[1] + 2 * area, area, per_pair, level);
+    std::swap(state[0], state[1]);
+    constexpr int kInner = kTile - 2 * kTileIterations;
+    const dim3 tiles(static_cast<unsigned>((level.width + kInner - 1) / kInner),
+                     static_cast<unsigned>((level.height + kInner - 1) / kInner), static_cast<unsigned>(pairs));
+    for (int warp = 0; warp < job.warps; ++warp) {
+      launch(linearise_kernel, grid, block, 0, stream, a, a_pair, static_cast<const float*>(image_b[i]),
+             static_cast<const float*>(state[0]), data, area, per_pair, level);
+      for (int left = job.iterations; left > 0; left -= kTileIterations) {
+        launch(tile_kernel<Solver>, tiles, dim3(kThreads), Exchange::kFloats * 4, stream,
+               static_cast<const float*>(state[0]), state[1], static_cast<const float*>(data), area, per_pair, level,
+               left < kTileIterations ? left : kTileIterations, solver);
+        std::swap(state[0], state[1]);
+      }
+      if (job.median > 1) {
+        const bool last = i == 0 && warp + 1 == job.warps;
+        // filtered into the place of the data term, which the next warp makes anew, and copied back; or to the output
+        float* to = last ? job.flow : data;
+        launch(job.median == 3 ? median_kernel<3> : median_kernel<5>, grid, block, 0, stream,
+               static_cast<const float*>(state[0]), per_pair, area, to, last ? 2 * area : per_pair, area, level);
+        if (!last) {
+          launch(copy_fields_kernel, grid, block, 0, stream, static_cast<const float*>(data), per_pair, area, state[0],
+                 per_pair, area, level);
+        }
+      } else if (i == 0 && warp + 1 == job.warps) {
+        launch(copy_fields_kernel, grid, block, 0, stream, static_cast<const float*>(state[0]), per_pair, area,
+               job.flow, 2 * area, area, level);
+      }
+    }
+    coarse = level;
+  }
+}
+
+// both images smoothed into scratch memory; of the three fields of `count` pixels the last is for the way.
+void smooth_images(Job& job, const Gauss& gauss, int64_t pairs, float* scratch, void* stream) {
+  const Level level = job.levels[0];
+  const dim3 grid = pixel_grid(level.width, level.height, pairs);
+  const int64_t count = pairs * level.area();
+  float* way = scratch + 2 * count;
+  for (int image = 0; image < 2; ++image) {
+    const float*& from = image == 0 ? job.a : job.b;
+    float* to = scratch + image * count;
+    launch(smooth_kernel, grid, dim3(32, 8), 0, stream, from, way, level, true, gauss);
+    launch(smooth_kernel, grid, dim3(32, 8), 0, stream, static_cast<const float*>(way), to, level, false, gauss);
+    from = to;
+  }
+}
+
+int64_t smooth_floats(const Job& job, const Params& params) {
+  return params.presmooth > 0.0f ? 3 * job.levels[0].area() : 0;
+}
+
+template <class Solver>
+void solve(const Job& job, const Solver& solver, int64_t pairs, float* scratch, void* stream) {
+  if (fits_a_block(job)) {
+    launch(small_kernel<Solver>, dim3(static_cast<unsigned>(pairs)), dim3(kThreads), small_image(job, job.count) * 4,
+           stream, job, solver);
+  } else {
+    solve_large(job, solver, pairs, scratch, stream);
+  }
+}
+
+}  // namespace
+
+int64_t cuda_scratch(int64_t pairs, int height, int width, const Params& params) {
+  const Job job = make_job(height, width, params);
+  return pairs * (smooth_floats(job, params) + (fits_a_block(job) ? 0 : large_floats(job)));
+}
+
+void flow_cuda(const float* a, const float* b, float* flow, int64_t pairs, int height, int width, const Params& params,
+               float* scratch, void* stream) {
+  if (height == 0 || width == 0) return;
+  // the number of a pair is a blockIdx.z, of 16 bits
+  constexpr int64_t kMost = 65535;
+  for (int64_t done = 0; done < pairs; done += kMost) {
+    Job job = make_job(height, width, params);
+    const int64_t area = job.levels[0].area();
+    const int64_t count = pairs - done < kMost ? pairs - done : kMost;
+    job.a = a + done * area;
+    job.b = b + done * area;
+    job.flow = flow + done * 2 * area;
+    if (params.presmooth > 0.0f) smooth_images(job, make_gauss(params.presmooth), count, scratch, stream);
+    float* rest = scratch + count * smooth_floats(job, params);
+    if (params.solver == Solver::kZach) {
+      solve(job, Zach{params.lambda * params.theta, params.tau, params.tau / params.theta}, count, rest, stream);
+    } else {
+      solve(job, ChambollePock{params.lambda * params.tau, 1.0f / params.tau}, count, rest, stream);
+    }
+  }
+}
+
+}  // namespace avfast::tvl1

@@ -1,0 +1,328 @@
+// what one thread block does with a tile of pixels, in registers and shared memory: shared by the kernel that solves a
+// small pair whole and by the one that iterates on a large pair tile by tile.
+//
+// a thread owns a strip: `kRows` pixels of one column, all their fields in registers. Its neighbours' values come
+// through shared memory (`Exchange`): per pixel and iteration 4 stores and 4 loads along the row, and per strip 2 + 4
+// down the column, where a kernel with its state in shared memory would make 26.
+#pragma once
+
+#include <cstdint>
+
+namespace avfast::tvl1 {
+
+// one instruction each, within 2 units in the last place; the exact ones are 8 and more. Denormals count as 0.
+#ifdef __CUDACC__
+__device__ __forceinline__ float sqrt(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#else
+inline float sqrt(float x) { return sqrtf(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+#endif
+__device__ __forceinline__ float min(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ float max(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ float where_above(float above, float limit, float a) { return above > limit ? a : 0.0f; }
+
+}  // namespace avfast::tvl1
+
+#include "tvl1_pixel.h"
+
+namespace avfast::tvl1 {
+
+constexpr int kThreads = 512;
+// the longest strip: 64 of a thread's 128 registers hold its fields.
+constexpr int kStripRows = 8;
+// pixels of a field in shared memory: kThreads strips, and one more float per column, of which there are at most as
+// many.
+constexpr int kFieldFloats = kThreads * (kStripRows + 1);
+// columns and rows around an image that bicubic sampling and its derivatives may read.
+constexpr int kApron = 3;
+
+// a tile's shared memory: four fields, column by column, and the lowest row of every strip, kept at the
+// number of the thread that has the strip below.
+// the fields lie a constant apart and a strip's pixels follow each other, so that three addresses serve a whole strip
+// and its neighbours; columns of an odd length keep the threads of a warp in different banks.
+struct Exchange {
+  float *drive1, *drive2, *q11, *q21;
+  float *rho_c, *inv_grad;  // each thread's own: in registers there is no room for them
+  float *q12, *q22;
+
+  static constexpr int kFloats = 6 * kFieldFloats + 4 * kThreads;
+
+  __device__ explicit Exchange(float* memory)
+      : drive1(memory),
+        drive2(memory + kFieldFloats),
+        q11(memory + 2 * kFieldFloats),
+        q21(memory + 3 * kFieldFloats),
+        rho_c(memory + 4 * kFieldFloats),
+        inv_grad(memory + 5 * kFieldFloats),
+        q12(memory + 6 * kFieldFloats),
+        q22(memory + 6 * kFieldFloats + 2 * kThreads) {}
+
+  // floats from one column of a tile in strips of `rows` to the next.
+  __host__ __device__ static int column(int height, int rows) { return (height + rows - 1) / rows * rows | 1; }
+};
+
+// a thread's pixels. The last strip of a column may reach below the tile: what it computes there reaches nobody.
+template <int kRows>
+struct Strip {
+  static constexpr int kLeft = 1, kRight = 2, kAbove = 4, kBelow = 8;
+  int own;     // place of the first pixel in a field of the exchange
+  int column;  // floats from column to column there
+  int place;   // the neighbours it has, rows() << 4 and the tile's width << 8: three registers would be too many
+  Flow2<float> u[kRows];
+  Dual4<float> q[kRows];
+  float ix[kRows], iy[kRows];
+
+  __device__ Strip(int thread, int width, int height) : column(Exchange::column(height, kRows)) {
+    const int x = thread % width;
+    const int y = thread / width * kRows;
+    own = x * column + y;
+    place = (x > 0 ? kLeft : 0) | (x + 1 < width ? kRight : 0) | (y > 0 ? kAbove : 0) |
+            (y + kRows < height ? kBelow : 0) | ::max(0, ::min(kRows, height - y)) << 4 | width << 8;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      u[r] = {};
+      q[r] = {};
+      ix[r] = iy[r] = 0.0f;
+    }
+  }
+
+  // how many of the strip's pixels lie in the tile: 0 for a thread without work.
+  __device__ int rows() const { return place >> 4 & 15; }
+
+  // the data term of a pixel; no barrier is needed.
+  __device__ void set_data(const Exchange& e, int r, const DataTerm<float>& d) {
+    ix[r] = d.ix;
+    iy[r] = d.iy;
+    e.rho_c[own + r] = d.rho_c;
+    e.inv_grad[own + r] = d.inv_grad;
+  }
+
+  // gives the duals to the neighbours; a barrier has to follow.
+  __device__ void publish_dual(const Exchange& e) const {
+    if (rows() == 0) return;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      e.q11[own + r] = q[r].q11;
+      e.q21[own + r] = q[r].q21;
+    }
+    if (place & kBelow) {
+      e.q12[threadIdx.x + (place >> 8)] = q[kRows - 1].q12;
+      e.q22[threadIdx.x + (place >> 8)] = q[kRows - 1].q22;
+    }
+  }
+
+  // puts the flow where all see it; a barrier has to follow.
+  __device__ void publish_flow(const Exchange& e) const {
+    if (rows() == 0) return;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      e.drive1[own + r] = u[r].u1;
+      e.drive2[own + r] = u[r].u2;
+    }
+  }
+};
+
+// `count` iterations on a tile. Beyond its edges the duals count as 0 and the flow as constant: right where the tile
+// ends with the image, else an error that moves one pixel inwards per iteration. All threads of the block come here;
+// the duals have been published.
+template <class Solver, int kRows>
+__device__ __forceinline__ void iterate(Strip<kRows>& s, const Solver& solver, const Exchange& e, int count) {
+  for (int n = 0; n < count; ++n) {
+    if (s.rows() > 0) {
+      float up12 = 0.0f, up22 = 0.0f;
+      if (s.place & s.kAbove) {
+        up12 = e.q12[threadIdx.x];
+        up22 = e.q22[threadIdx.x];
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Dual4<float>& q = s.q[r];
+        const float left11 = s.place & s.kLeft ? e.q11[s.own - s.column + r] : 0.0f;
+        const float left21 = s.place & s.kLeft ? e.q21[s.own - s.column + r] : 0.0f;
+        const DataTerm<float> d{s.ix[r], s.iy[r], e.rho_c[s.own + r], e.inv_grad[s.own + r]};
+        const Flow2<float> next =
+            solver.primal(s.u[r], d, q.q11 - left11 + (q.q12 - up12), q.q21 - left21 + (q.q22 - up22));
+        up12 = q.q12;
+        up22 = q.q22;
+        const Flow2<float> drive = Solver::driver(next, s.u[r]);
+        s.u[r] = next;
+        e.drive1[s.own + r] = drive.u1;
+        e.drive2[s.own + r] = drive.u2;
+      }
+    }
+    __syncthreads();
+    if (s.rows() > 0) {
+      // read back what is not the flow itself: it would be 16 registers more
+      const auto drive = [&](int r) -> Flow2<float> {
+        if (Solver::kExtrapolates) return {e.drive1[s.own + r], e.drive2[s.own + r]};
+        return s.u[r];
+      };
+      Flow2<float> here = drive(0);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        Flow2<float> under = here;
+        if (r + 1 < kRows) {
+          if (r + 1 < s.rows()) under = drive(r + 1 < kRows ? r + 1 : 0);
+        } else if (s.place & s.kBelow) {
+          under = {e.drive1[s.own + kRows], e.drive2[s.own + kRows]};
+        }
+        float g11 = 0.0f, g21 = 0.0f;
+        if (s.place & s.kRight) {
+          g11 = e.drive1[s.own + s.column + r] - here.u1;
+          g21 = e.drive2[s.own + s.column + r] - here.u2;
+        }
+        s.q[r] = solver.dual(s.q[r], g11, under.u1 - here.u1, g21, under.u2 - here.u2);
+        here = under;
+      }
+      s.publish_dual(e);
+    }
+    __syncthreads();
+  }
+}
+
+// weights of the six taps -2 .. 3 whose sum is the interpolated central difference: that of the cubic weights `w`.
+struct DerivativeWeights {
+  float w[6];
+};
+__device__ __forceinline__ DerivativeWeights derivative_weights(const CubicWeights<float>& c) {
+  return {{-0.5f * c.w[0], -0.5f * c.w[1], 0.5f * (c.w[0] - c.w[2]), 0.5f * (c.w[1] - c.w[3]), 0.5f * c.w[2],
+           0.5f * c.w[3]}};
+}
+
+// the data term of one pixel: the image and its derivatives at (x, y) + u. `image` points at pixel (0, 0) of an image
+// with an apron (`apron_tap`), `stride` floats from row to row. 32 loads for what 48 would take from three fields.
+__device__ inline DataTerm<float> sample_and_linearise(const float* image, int stride, int width, int height, int x,
+                                                       int y, Flow2<float> u, float target) {
+  const float px = static_cast<float>(x) + u.u1;
+  const float py = static_cast<float>(y) + u.u2;
+  // a NaN becomes 0 here: nothing outside the image is read
+  const float cx = clamp(px, 0.0f, static_cast<float>(width - 1));
+  const float cy = clamp(py, 0.0f, static_cast<float>(height - 1));
+  const float floor_x = floorf(cx);
+  const float floor_y = floorf(cy);
+  const CubicWeights<float> wx = cubic_weights(cx - floor_x);
+  const CubicWeights<float> wy = cubic_weights(cy - floor_y);
+  const DerivativeWeights dx = derivative_weights(wx);
+  const DerivativeWeights dy = derivative_weights(wy);
+  const float* from = image + (static_cast<int64_t>(floor_y) - 2) * stride + static_cast<int64_t>(floor_x) - 2;
+  // taken off every pixel, so that the derivatives round with the contrast and not with the brightness
+  const float centre = from[2 * static_cast<int64_t>(stride) + 2];
+  float value = centre, value_dx = 0.0f, value_dy = 0.0f;
+#pragma unroll
+  for (int j = 0; j < 6; ++j) {
+    const float* row = from + static_cast<int64_t>(j) * stride;
+    const float v1 = row[1] - centre, v2 = row[2] - centre, v3 = row[3] - centre, v4 = row[4] - centre;
+    const float along = wx.w[0] * v1 + wx.w[1] * v2 + wx.w[2] * v3 + wx.w[3] * v4;
+    value_dy += dy.w[j] * along;
+    if (j > 0 && j < 5) {
+      value += wy.w[j > 0 && j < 5 ? j - 1 : 0] * along;
+      value_dx += wy.w[j > 0 && j < 5 ? j - 1 : 0] * (dx.w[0] * (row[0] - centre) + dx.w[1] * v1 + dx.w[2] * v2 +
+                                                      dx.w[3] * v3 + dx.w[4] * v4 + dx.w[5] * (row[5] - centre));
+    }
+  }
+  const float inside = px == cx && py == cy ? 1.0f : 0.0f;
+  return linearise(value, value_dx, value_dy, target, u.u1, u.u2, inside);
+}
+
+// two weighted source pixels along one axis.
+struct Tap2 {
+  int first, second;
+  float weight1, weight2;
+};
+
+// what stands at -kApron .. size - 1 + kApron of an image with an apron: its border repeated, and two pixels out what
+// makes the central difference one pixel out that of the border itself.
+__device__ __forceinline__ Tap2 apron_tap(int i, int size) {
+  if (i == -2) return {0, ::min(1, size - 1), 2.0f, -1.0f};
+  if (i == size + 1) return {size - 1, ::max(size - 2, 0), 2.0f, -1.0f};
+  const int inside = ::min(::max(i, 0), size - 1);
+  return {inside, inside, 1.0f, 0.0f};
+}
+
+// bilinear enlargement by size / `from`, pixel centres at half integers, the border repeated.
+__device__ __forceinline__ Tap2 linear_tap(int i, int size, int from) {
+  const float ratio = static_cast<float>(from) / static_cast<float>(size);
+  const float position = clamp((static_cast<float>(i) + 0.5f) * ratio - 0.5f, 0.0f, static_cast<float>(from - 1));
+  const int first = static_cast<int>(position);
+  const float weight = position - static_cast<float>(first);
+  return {first, ::min(first + 1, from - 1), 1.0f - weight, weight};
+}
+
+// floats from column to column and from row to row of an image.
+struct Strides {
+  int64_t x, y;
+};
+
+__device__ __forceinline__ float sample2(const float* image, Strides s, Tap2 x, Tap2 y) {
+  const float* a = image + y.first * s.y;
+  const float* b = image + y.second * s.y;
+  return x.weight1 * (y.weight1 * a[x.first * s.x] + y.weight2 * b[x.first * s.x]) +
+         x.weight2 * (y.weight1 * a[x.second * s.x] + y.weight2 * b[x.second * s.x]);
+}
+
+// the mean of the area that pixel (x, y) of a width x height grid covers in an image of from_width x from_height.
+__device__ inline float area_average(const float* image, int64_t stride, int from_width, int from_height, int width,
+                                     int height, int x, int y) {
+  float sum = 0.0f;
+  for (int j = 0; j < 3; ++j) {
+    const int64_t begin_y = static_cast<int64_t>(y) * from_height;
+    const int64_t source_y = begin_y / height + j;
+    const int64_t over_y = ::min(begin_y + from_height, (source_y + 1) * height) - ::max(begin_y, source_y * height);
+    if (over_y <= 0) continue;
+    float row = 0.0f;
+    for (int i = 0; i < 3; ++i) {
+      const int64_t begin_x = static_cast<int64_t>(x) * from_width;
+      const int64_t source_x = begin_x / width + i;
+      const int64_t over_x = ::min(begin_x + from_width, (source_x + 1) * width) - ::max(begin_x, source_x * width);
+      if (over_x > 0)
+        row += static_cast<float>(over_x) / static_cast<float>(from_width) * image[source_y * stride + source_x];
+    }
+    sum += static_cast<float>(over_y) / static_cast<float>(from_height) * row;
+  }
+  return sum;
+}
+
+// median over kSide x kSide pixels around (x, y), the border repeated, by forgetful selection: of n/2 + 2 of n values
+// the smallest and the largest cannot be the median; both are dropped and the next is taken in, until three are left. A
+// call of its own: inline it costs the small kernel a few spilled registers.
+template <int kSide>
+__device__ __noinline__ float median(const float* field, Strides strides, int width, int height, int x, int y) {
+  constexpr int kCount = kSide * kSide;
+  constexpr int kLast = kCount / 2 + 1;
+  const auto at = [&](int k) {
+    const int sx = ::min(::max(x + k % kSide - kSide / 2, 0), width - 1);
+    const int sy = ::min(::max(y + k / kSide - kSide / 2, 0), height - 1);
+    return field[sx * strides.x + sy * strides.y];
+  };
+  float held[kLast + 1];
+#pragma unroll
+  for (int k = 0; k <= kLast; ++k) held[k] = at(k);
+#pragma unroll
+  for (int first = 0; first <= kCount - 1 - kLast; ++first) {
+    if (first > 0) held[kLast] = at(kLast + first);
+#pragma unroll
+    for (int k = first + 1; k <= kLast; ++k) {
+      const float low = fminf(held[first], held[k]);
+      held[k] = fmaxf(held[first], held[k]);
+      held[first] = low;
+    }
+#pragma unroll
+    for (int k = first + 1; k < kLast; ++k) {
+      const float low = fminf(held[k], held[kLast]);
+      held[kLast] = fmaxf(held[k], held[kLast]);
+      held[k] = low;
+    }
+  }
+  return held[kCount / 2];
+}
+
+}  // namespace avfast::tvl1
