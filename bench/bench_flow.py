@@ -1,0 +1,183 @@
+"""TV-L1: against OpenCV and scikit-image at equal work and at their defaults, end-point error beside every time.
+
+Equal work with OpenCV, as its parameters allow it: protocol A is 5 scales x 5 warps x 30 iterations without a median,
+371 full-size iterations; protocol B is 5 x 5 x 300 with 250 medians of 5x5. Images are Middlebury pairs, resized;
+OpenCV's time depends on the content, so both always get the same pair.
+
+The limit of an iteration: 51 floating-point operations a pixel (22 multiplications, 27 additions and comparisons, 2
+roots and 1 division counted as one each), of which a core can do as many as it does in a matrix product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import lzma
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from avfast.flow import PRESETS, TVL1Params, tvl1_flow
+
+cv2 = pytest.importorskip("cv2")
+
+MIDDLEBURY = Path(__file__).parents[2] / "shared" / "data" / "middlebury"
+NAMES = ("RubberWhale", "Venus", "Grove2", "Urban2")
+SIZES = [(48, 48), (64, 64), (96, 96), (320, 240), (640, 480), (1280, 720)]
+FLOPS = 51
+
+OPENCV = {
+    "default": {},
+    "A": {"Epsilon": 0.0, "InnerIterations": 30, "OuterIterations": 1, "MedianFiltering": 1},
+    "B": {"Epsilon": 0.0},
+}
+SAME_WORK = {
+    "A": dataclasses.replace(PRESETS["opencv"], epsilon=0.0, outer_iterations=1, median=1),
+    "B": dataclasses.replace(PRESETS["opencv"], epsilon=0.0),
+}
+
+
+def pairs(width: int, height: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The four pairs and their true flow (2,H,W), NaN where it is unknown, resized by area average."""
+    if not MIDDLEBURY.exists():
+        pytest.skip("the Middlebury pairs are not there")
+    found = []
+    for name in NAMES:
+        folder = MIDDLEBURY / name
+        a, b = (cv2.imread(str(folder / f), cv2.IMREAD_GRAYSCALE) for f in ("frame10.png", "frame11.png"))
+        words = np.frombuffer(lzma.decompress((folder / "flow10.flo.xz").read_bytes()), "<f4")
+        truth = words[3:].reshape(*a.shape, 2).copy()
+        truth[(np.abs(truth) > 1e9).any(2)] = np.nan
+        scale = np.array([width / a.shape[1], height / a.shape[0]], np.float32)
+        a, b, truth = (cv2.resize(x, (width, height), interpolation=cv2.INTER_AREA) for x in (a, b, truth))
+        found.append((a, b, (truth * scale).transpose(2, 0, 1)))
+    return found
+
+
+def opencv_solver(settings: dict[str, float]) -> Any:
+    solver = cv2.optflow.DualTVL1OpticalFlow_create()
+    for name, value in settings.items():
+        getattr(solver, f"set{name}")(value)
+    return solver
+
+
+def opencv_flow(a: np.ndarray, b: np.ndarray, settings: dict[str, float]) -> np.ndarray:
+    # a solver for every call: it keeps the number of scales of the smallest pair it has seen
+    return opencv_solver(settings).calc(a, b, None).transpose(2, 0, 1)
+
+
+def scikit_flow(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    from skimage.registration import optical_flow_tvl1
+
+    return optical_flow_tvl1(a, b)[::-1]
+
+
+def end_point_error(flow: np.ndarray, truth: np.ndarray) -> float:
+    known = np.isfinite(truth).all(0)
+    return float(np.hypot(*(flow - truth)[:, known]).mean())
+
+
+def core_gflops() -> float:
+    """What one core does in a matrix product."""
+    x = torch.rand(768, 768)
+    best = 1e9
+    for _ in range(10):
+        began = time.perf_counter()
+        x @ x
+        best = min(best, time.perf_counter() - began)
+    return 2 * 768**3 / best / 1e9
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Any:
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(request.param)
+    cv2.setNumThreads(request.param)
+    yield request.param
+    torch.set_num_threads(before[0])
+    cv2.setNumThreads(before[1])
+
+
+def rounds_for(width: int, height: int, seconds: float) -> int:
+    """As many rounds as fit about `seconds`, at 25 us a pixel for OpenCV's default on four pairs."""
+    return max(3, min(15, round(seconds / (width * height * 1e-4))))
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("protocol", ["A", "B"])
+def bench_equal_work(compare: Callable, threads: int, protocol: str, width: int, height: int) -> None:
+    if protocol == "B" and width > 320:
+        pytest.skip("minutes per pair in OpenCV")
+    data, settings, params = pairs(width, height), OPENCV[protocol], SAME_WORK[protocol]
+    for a, b, _ in data:
+        apart = np.abs(tvl1_flow(a, b, preset=params).numpy() - opencv_flow(a, b, settings)).max(0)
+        assert (apart <= 0.1).mean() >= 0.95
+    error = np.mean([end_point_error(tvl1_flow(a, b, preset=params).numpy(), t) for a, b, t in data])
+    row = compare(
+        f"equal work {protocol}: {width}x{height}, {threads} threads",
+        lambda: [tvl1_flow(a, b, preset=params, threads=threads) for a, b, _ in data],
+        {"opencv": lambda: [opencv_flow(a, b, settings) for a, b, _ in data]},
+        rounds=rounds_for(width, height, 20 if protocol == "A" else 60),
+        epe=float(error),
+    )
+    row["ms_per_pair"] = 1e3 * row["ours_s"] / len(data)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "opencv"])
+def bench_presets_against_defaults(compare: Callable, threads: int, preset: str, width: int, height: int) -> None:
+    data = pairs(width, height)
+    errors = {
+        "epe": [end_point_error(tvl1_flow(a, b, preset=preset).numpy(), t) for a, b, t in data],
+        "opencv_epe": [end_point_error(opencv_flow(a, b, {}), t) for a, b, t in data],
+        "skimage_epe": [end_point_error(scikit_flow(a, b), t) for a, b, t in data],
+    }
+    row = compare(
+        f"{preset}: {width}x{height}, {threads} threads",
+        lambda: [tvl1_flow(a, b, preset=preset, threads=threads) for a, b, _ in data],
+        {
+            "opencv": lambda: [opencv_flow(a, b, {}) for a, b, _ in data],
+            "skimage": lambda: [scikit_flow(a, b) for a, b, _ in data],
+        },
+        rounds=rounds_for(width, height, 20),
+        **{name: float(np.mean(values)) for name, values in errors.items()},
+    )
+    row["ms_per_pair"] = 1e3 * row["ours_s"] / len(data)
+
+
+@pytest.mark.parametrize(("width", "height"), [(48, 48), (64, 64), (96, 96)])
+def bench_batch_on_two_threads(compare: Callable, width: int, height: int) -> None:
+    """256 pairs at a time: two threads against one."""
+    data = pairs(width, height)
+    a, b = (torch.from_numpy(np.stack([d[i] for d in data] * 64))[:, None] for i in (0, 1))
+    assert torch.equal(tvl1_flow(a, b, threads=2), tvl1_flow(a, b, threads=1))
+    row = compare(
+        f"batch of 256: {width}x{height}",
+        lambda: tvl1_flow(a, b, threads=2),
+        {"one_thread": lambda: tvl1_flow(a, b, threads=1)},
+        rounds=7,
+    )
+    row["pairs_per_s"] = 256 / row["ours_s"]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def bench_iteration(compare: Callable, width: int, height: int) -> None:
+    """One iteration alone, from the difference of 300 and 100: its share of the core's limit."""
+    a, b, _ = pairs(width, height)[0]
+    gflops = core_gflops()
+    short, long = (TVL1Params(scales=1, warps=1, iterations=n, median=1) for n in (100, 300))
+    row = compare(
+        f"iteration: {width}x{height}",
+        lambda: tvl1_flow(a, b, preset=long, threads=1),
+        {"short": lambda: tvl1_flow(a, b, preset=short, threads=1)},
+        rounds=7,
+    )
+    seconds = (row["ours_s"] - row["short_s"]) / 200
+    row["ns_per_px"] = 1e9 * seconds / (width * height)
+    row["share_of_limit"] = FLOPS * width * height / seconds / 1e9 / gflops

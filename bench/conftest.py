@@ -1,0 +1,94 @@
+"""What every benchmark shares: paired timing, and the results as a table and a JSON file.
+
+    pytest bench/ --benchmark-only [--results FILE.json]
+
+A case first checks that all contenders agree, then times them in turns, round by round, so that what else the machine
+does hits all alike. A ratio is the median over the rounds of (the rival's time / ours): above 1 we are faster. On CUDA
+every call is followed by a synchronisation.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROWS: list[dict[str, Any]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, default=None, help="write all rows and the environment to this JSON file")
+
+
+def _timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+@pytest.fixture
+def compare(benchmark: Any) -> Callable[..., dict[str, Any]]:
+    """compare(case, ours, rivals, rounds=5, **facts): time `ours` and each rival in turns and record a row.
+
+    The row: the case, the facts, seconds (median) of all, and for every rival the ratio.
+    """
+
+    def run(
+        case: str, ours: Callable[[], object], rivals: dict[str, Callable[[], object]], rounds: int = 5, **facts: Any
+    ) -> dict[str, Any]:
+        theirs: dict[str, list[float]] = {name: [] for name in rivals}
+
+        def turn() -> None:
+            for name, call in rivals.items():
+                theirs[name].append(_timed(call))
+
+        _timed(ours)
+        for call in rivals.values():
+            _timed(call)
+        own: list[float] = []
+        benchmark.pedantic(lambda: own.append(_timed(ours)), setup=turn, rounds=rounds)
+        row = {"case": case, **facts, "rounds": rounds, "ours_s": statistics.median(own)}
+        for name, times in theirs.items():
+            row[f"{name}_s"] = statistics.median(times)
+            row[f"{name}_ratio"] = statistics.median(t / o for t, o in zip(times, own, strict=True))
+        benchmark.extra_info.update(row)
+        ROWS.append(row)
+        return row
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not ROWS:
+        return
+    write = terminalreporter.write_line
+    for suite in dict.fromkeys(row["case"].split(":")[0] for row in ROWS):
+        rows = [row for row in ROWS if row["case"].split(":")[0] == suite]
+        names = list(dict.fromkeys(name for row in rows for name in row if name != "case"))
+        table = [["case", *names]]
+        for row in rows:
+            cells = (row.get(name, "") for name in names)
+            table.append([row["case"], *(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells)])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        write("")
+        for line in table:
+            write("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    path = config.getoption("--results")
+    if path is not None:
+        from avfast.env import environment
+        from avfast.files import replacing
+
+        about = {"date": datetime.date.today().isoformat(), "environment": environment(), "rows": ROWS}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(about, indent=1) + "\n")
+        write(f"written: {path}")
