@@ -144,6 +144,7 @@ def _native() -> dict[str, Any]:
         return {
             "available": False,
             "with_cuda": False,
+            "instruction_sets": [],
             "reason": _reason(error),
             "devices": "none: avfast._C is missing",
         }
@@ -153,7 +154,15 @@ def _native() -> dict[str, Any]:
             devices = list(module.cuda_devices()) or "none: no device or driver"
         except Exception as error:
             devices = f"unknown: {_reason(error)}"
-    return {"available": True, "with_cuda": with_cuda, "reason": None, "devices": devices}
+    # best first; AVFAST_ISA asks for another
+    sets = list(module.instruction_sets())
+    return {
+        "available": True,
+        "with_cuda": with_cuda,
+        "instruction_sets": sets,
+        "reason": None,
+        "devices": devices,
+    }
 
 
 def _backends() -> list[dict[str, Any]] | str:
@@ -184,7 +193,8 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]
         return value if isinstance(value, str) else "; ".join(value)
 
     cpu, native = report["cpu"], report["native"]
-    built = f"loads, built {'with' if native['with_cuda'] else 'without'} CUDA"
+    sets = ", ".join(native["instruction_sets"])
+    built = f"loads, built {'with' if native['with_cuda'] else 'without'} CUDA; instruction sets, best first: {sets}"
     machine = [
         ("avfast", f"{report['avfast']}, commit {report['commit'] or 'unknown'}"),
         ("python", report["python"]),

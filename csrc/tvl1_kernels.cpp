@@ -7,9 +7,8 @@
 namespace avfast::AVFAST_ISA {
 namespace {
 
-using tvl1::Edge;
 using tvl1::Field;
-using tvl1::IterateRow;
+using tvl1::Iterate;
 using tvl1::LineariseRow;
 using tvl1::MedianRow;
 
@@ -38,10 +37,8 @@ struct Cursor {
 
 // the primal step of a row and the dual step of the row above, in one loop: what the two share stays in registers, and
 // the divisions of one overlap with the arithmetic of the other.
-template <class Solver, Edge kEdge, bool kChange>
-void iterate_row(const IterateRow& r, const Solver& parameters) {
-  constexpr bool kPrimal = kEdge != Edge::kLast;
-  constexpr bool kDual = kEdge != Edge::kFirst;
+template <class Solver, bool kPrimal, bool kDual, bool kChange>
+AVFAST_INLINE void iterate_row(const Iterate& r, float* first, const Solver& parameters) {
   constexpr bool kBar = Solver::kExtrapolates;
   // the dual is driven by the flow itself, or by the extrapolated one beside it
   constexpr Field kDrive1 = kBar ? tvl1::kBar1 : tvl1::kU1;
@@ -51,8 +48,8 @@ void iterate_row(const IterateRow& r, const Solver& parameters) {
   const Solver solver = parameters;
   const int width = r.width;
   float* change = r.change;
-  Cursor<4> row(r.row, r.stride);
-  Cursor<kBar ? 4 : 2> above(r.row - r.row_stride, r.stride);
+  Cursor<4> row(first, r.stride);
+  Cursor<kBar ? 4 : 2> above(first - r.row_stride, r.stride);
 
   for (int x = 0; x < width; x += kLanes, row.advance(), above.advance()) {
     tvl1::Flow2<Vec> drive{};
@@ -95,22 +92,29 @@ void iterate_row(const IterateRow& r, const Solver& parameters) {
   }
   if constexpr (kPrimal) {
     // makes the forward difference 0 in the last column
-    float* drive1 = r.row + kDrive1 * r.stride;
-    float* drive2 = r.row + kDrive2 * r.stride;
+    float* drive1 = first + kDrive1 * r.stride;
+    float* drive2 = first + kDrive2 * r.stride;
     drive1[width] = drive1[width - 1];
     drive2[width] = drive2[width - 1];
   }
 }
 
 template <class Solver>
-void iterate(const IterateRow& r, const Solver& solver) {
-  if (r.edge == Edge::kLast) return iterate_row<Solver, Edge::kLast, false>(r, solver);
-  if (r.edge == Edge::kFirst) {
-    return r.change ? iterate_row<Solver, Edge::kFirst, true>(r, solver)
-                    : iterate_row<Solver, Edge::kFirst, false>(r, solver);
+void iterate(const Iterate& given, const Solver& parameters) {
+  const Iterate r = given;
+  const Solver solver = parameters;
+  float* row = r.row;
+  for (int y = r.begin; y < r.end; ++y, row += r.row_stride) {
+    if (y == r.height) {
+      iterate_row<Solver, false, true, false>(r, row, solver);
+    } else if (r.change != nullptr) {
+      y == 0 ? iterate_row<Solver, true, false, true>(r, row, solver)
+             : iterate_row<Solver, true, true, true>(r, row, solver);
+    } else {
+      y == 0 ? iterate_row<Solver, true, false, false>(r, row, solver)
+             : iterate_row<Solver, true, true, false>(r, row, solver);
+    }
   }
-  return r.change ? iterate_row<Solver, Edge::kInner, true>(r, solver)
-                  : iterate_row<Solver, Edge::kInner, false>(r, solver);
 }
 
 // a texel in a register of its own.

@@ -18,16 +18,15 @@ enum Field { kU1, kU2, kQ11, kQ12, kQ21, kQ22, kIx, kIy, kRhoC, kInvGrad, kBar1,
 // texels: an image beside its two derivatives and a zero, so that the three share the addresses and weights of a warp.
 constexpr int kTexelChannels = 4;
 
-// rows that a step of an iteration has to do: the primal step of a row, the dual step of the row above it.
-enum class Edge { kFirst, kInner, kLast };
-
-struct IterateRow {
-  float* row;          // pixel 0 of field 0 of the row whose primal step is due (Edge::kLast: the row below the image)
+// steps `begin` .. `end` - 1 of one iteration, one for every row and one more: step y does the primal step of row y and
+// the dual step of row y - 1, where there is such a row.
+struct Iterate {
+  float* row;          // pixel 0 of field 0 of row `begin`
   int64_t row_stride;  // floats from one row to the next
   int64_t stride;      // floats from one field to the next
-  int width;
-  Edge edge;
-  float* change;  // where not null, receives the squared change of the flow per pixel
+  int width, height;
+  int begin, end;
+  float* change;  // where not null, receives the squared change of the flow per pixel of the last row
 };
 
 struct LineariseRow {
@@ -53,8 +52,8 @@ struct ChambollePock;
 
 struct Kernels {
   const char* name;
-  void (*zach_row)(const IterateRow&, const Zach&);
-  void (*chambolle_pock_row)(const IterateRow&, const ChambollePock&);
+  void (*zach)(const Iterate&, const Zach&);
+  void (*chambolle_pock)(const Iterate&, const ChambollePock&);
   void (*linearise_row)(const LineariseRow&);
   void (*median_row)(const MedianRow&);
 };

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -274,11 +275,7 @@ def _linear_taps(size: int, new: int, ratio: float, device: torch.device) -> lis
 
 
 def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
-    engine = import_module("avfast._C")
-    fields = dict(vars(params))
-    native = engine.TVL1Params(
-        chambolle_pock=fields.pop("solver") == "chambolle-pock", opencv=fields.pop("scheme") == "opencv", **fields
-    )
+    engine, native = _engine(params)
     if a.is_cuda and engine.with_cuda and params.scheme == "avfast" and params.epsilon == 0:
         return _native_cuda(engine, a.contiguous(), b.contiguous(), native)
     isa = os.environ.get("AVFAST_ISA") or None
@@ -289,6 +286,15 @@ def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
     flow = torch.empty(len(a), 2, *a.shape[1:])
     engine.tvl1_flow(cpu_a.data_ptr(), cpu_b.data_ptr(), flow.data_ptr(), *a.shape, native, threads, isa)
     return flow.to(a.device)
+
+
+@cache
+def _engine(params: TVL1Params) -> tuple[Any, Any]:
+    """The extension module, and the parameters as its own type: 10 us to make."""
+    engine = import_module("avfast._C")
+    fields = dict(vars(params))
+    chambolle_pock, opencv = fields.pop("solver") == "chambolle-pock", fields.pop("scheme") == "opencv"
+    return engine, engine.TVL1Params(chambolle_pock=chambolle_pock, opencv=opencv, **fields)
 
 
 def _native_cuda(engine: Any, a: Tensor, b: Tensor, native: Any) -> Tensor:
@@ -332,8 +338,12 @@ _LIBRARY.define(
 
 
 def _run(a: Tensor, b: Tensor, *fields: object, threads: int, backend: str | None) -> Tensor:
-    params = import_module("avfast.flow").TVL1Params(*fields)
-    return _OP(a, b, params, threads or torch.get_num_threads(), backend=backend)
+    return _OP(a, b, _params(*fields), threads or torch.get_num_threads(), backend=backend)
+
+
+@cache
+def _params(*fields: object) -> TVL1Params:
+    return import_module("avfast.flow").TVL1Params(*fields)
 
 
 def _fake(a: Tensor, b: Tensor, *fields: object, threads: int, backend: str | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,15 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert report["cuda"]["native"] == "none: avfast._C is missing"
     env.main([])
     assert "  avfast._C: missing: " in capsys.readouterr().out
+
+
+def test_the_extension_names_the_instruction_sets_of_this_cpu():
+    report = env.environment()
+    sets = report["native"]["instruction_sets"]
+    assert sets[-1] == "baseline"
+    if platform.machine() == "x86_64":
+        flags = report["cpu"]["instruction_sets"]
+        assert [name for name, flag in (("avx512", "avx512f"), ("avx2", "avx2")) if flag in flags] == sets[:-1]
 
 
 def report_without(*names: str, arguments: list[str]) -> str:

@@ -72,16 +72,19 @@ def test_lowers_the_energy_it_is_made_to_minimise(preset: str) -> None:
 
 @pytest.mark.skipif(not MIDDLEBURY.exists(), reason="the Middlebury pairs are not there")
 def test_middlebury_end_point_error() -> None:
-    errors = {}
+    """OpenCV's default reaches 1.05 px, with a full pyramid 0.255."""
+    errors: dict[str, list[float]] = {"fast": [], "quality": []}
     for name in ("RubberWhale", "Venus", "Grove2", "Urban2"):
         folder = MIDDLEBURY / name
         a, b = (cv2.imread(str(folder / f), cv2.IMREAD_GRAYSCALE) for f in ("frame10.png", "frame11.png"))
         words = np.frombuffer(lzma.decompress((folder / "flow10.flo.xz").read_bytes()), "<f4")
         truth = words[3:].reshape(*a.shape, 2).transpose(2, 0, 1)
         known = (np.abs(truth) <= 1e9).all(0)
-        difference = (tvl1_flow(a, b).numpy() - truth)[:, known]
-        errors[name] = float(np.hypot(*difference).mean())
-    assert np.mean(list(errors.values())) <= 0.30, errors
+        for preset, found in errors.items():
+            difference = (tvl1_flow(a, b, preset=preset).numpy() - truth)[:, known]
+            found.append(float(np.hypot(*difference).mean()))
+    assert np.mean(errors["fast"]) <= 0.28, errors
+    assert np.mean(errors["quality"]) <= 0.255, errors
 
 
 def test_chambolle_pock_leaves_less_warp_error_on_a_digit_on_black() -> None:
