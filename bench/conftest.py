@@ -13,7 +13,7 @@ import datetime
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 @pytest.fixture
-def compare(benchmark: Any) -> Callable[..., dict[str, Any]]:
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., dict[str, Any]]]:
     """compare(case, ours, rivals, rounds=5, **facts): time `ours` and each rival in turns and record a row.
 
     The row: the case, the facts, seconds (median) of all, and for every rival the ratio.
@@ -64,10 +64,24 @@ def compare(benchmark: Any) -> Callable[..., dict[str, Any]]:
         ROWS.append(row)
         return row
 
-    return run
+    yield run
+    path = request.config.getoption("--results")
+    if path is not None:
+        # after every case: what an interrupted run has found is kept
+        _write(path)
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def _write(path: Path) -> None:
+    from avfast.env import environment
+    from avfast.files import replacing
+
+    about = {"date": datetime.date.today().isoformat(), "environment": environment(), "rows": ROWS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(about, indent=1) + "\n")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not ROWS:
         return
     write = terminalreporter.write_line
@@ -82,13 +96,3 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         write("")
         for line in table:
             write("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    path = config.getoption("--results")
-    if path is not None:
-        from avfast.env import environment
-        from avfast.files import replacing
-
-        about = {"date": datetime.date.today().isoformat(), "environment": environment(), "rows": ROWS}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(about, indent=1) + "\n")
-        write(f"written: {path}")
