@@ -233,6 +233,20 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 
+def choose_device(wanted: str) -> Literal["cpu", "cuda"]:
+    """The kind of device that `auto`, `cpu` or `cuda` means on this machine.
+
+    Raises InputError for another word, and for `cuda` where PyTorch sees no such device.
+    """
+    import torch
+
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device is {wanted!r}, expected auto, cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is 'cuda', but PyTorch sees no CUDA device here")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain nested dictionaries and lists, ready for YAML or JSON."""
     values = dataclasses.asdict(config)
@@ -304,8 +318,8 @@ def parse(
     """Build a config from a command line: `--preset NAME`, then `--config FILE` (repeatable), then flags.
 
     Flags of nested configs carry no prefix. `--print-config` prints the result as YAML and exits. With `default` the
-    flags alone are laid over it. Raises InputError (one line) for an unknown flag, with the nearest known one, or a bad
-    value.
+    flags alone are laid over it. Raises InputError (one line) for an unknown flag, with the nearest known one, a bad
+    value, or a flag given twice.
     """
     import tyro
     import yaml
@@ -354,19 +368,36 @@ def parse(
         text = re.sub(r"For full helptext.*", "", " ".join(text.split()))
         raise InputError(re.sub(r"^Parsing error ", "", text).strip()) from None
     if unknown:
-        flags = [f"--{name.replace('_', '-')}" for name in _field_names(kind)]
-        raise InputError(f"unknown argument {unknown[0]!r}{_suggest(unknown[0].replace('_', '-'), flags)}")
+        raise InputError(f"unknown argument {unknown[0]!r}{_suggest(unknown[0].replace('_', '-'), _flags(kind))}")
+    _refuse_repeated(argv, _flags(kind))
     if known.print_config:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
 
 
-def _field_names(kind: Any) -> list[str]:
-    names: list[str] = []
+def _flags(kind: Any) -> dict[str, Any]:
+    """The flags of a config, nested ones too, with their types."""
+    flags: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
-        names += _field_names(hint) if dataclasses.is_dataclass(hint) else [name]
-    return names
+        flags |= _flags(hint) if dataclasses.is_dataclass(hint) else {f"--{name.replace('_', '-')}": hint}
+    return flags
+
+
+def _refuse_repeated(argv: list[str], flags: Mapping[str, Any]) -> None:
+    """Raise InputError for a flag given twice, of which tyro would silently take the last. --config may repeat."""
+    given: dict[str, str] = {}
+    for word in argv:
+        if not word.startswith("--"):
+            continue
+        flag = word.partition("=")[0].replace("_", "-")
+        positive = flag.replace("--no-", "--", 1)
+        key = positive if flags.get(positive) is bool else flag
+        if key in given and key != "--config":
+            earlier = f", as {given[key]} before" if given[key] != flag else ""
+            values = " with all its values" if typing.get_origin(flags.get(key)) is tuple else ""
+            raise InputError(f"{flag} is given twice{earlier}, expected once{values}")
+        given[key] = flag
 
 
 def _suggest(word: str, known: typing.Iterable[str]) -> str:

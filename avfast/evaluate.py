@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from avfast import plots
-from avfast.config import InputError, TrainConfig, parse
+from avfast.config import InputError, TrainConfig, choose_device, parse
 from avfast.env import commit
 from avfast.files import new_folder, replacing
 from avfast.kernels import backward_warp
@@ -34,7 +34,7 @@ from avfast.tables import TableInfo, Tables, default_frames, format_tables
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from avfast.data.store import Batch, ClipStore
+    from avfast.data.store import Batch
     from avfast.model import AVModel
 
 
@@ -190,10 +190,7 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name.replace('_', '-')} is {value}, expected at least {least}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise InputError(f"device is {self.device!r}, expected auto, cpu or cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device is 'cuda', but PyTorch sees no CUDA device here")
+        choose_device(self.device)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -208,19 +205,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
-    from avfast.data.store import training_mean_image
+    from avfast.data.store import load_split, training_mean_image
     from avfast.model import AVModel
 
-    checkpoints, run = _open_runs(config.checkpoint)
+    checkpoints, runs = _open_runs(config.checkpoint)
+    run = next(iter(runs.values()))
+    if config.data_cache:
+        run = replace(run, data_cache=config.data_cache)
     k, length = run.context_frames, run.context_frames + run.eval_frames
     frames = _column_frames(config.frames, k, run.eval_frames)
     accelerator = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import Accelerator
 
-        accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
+        accelerator = Accelerator(cpu=choose_device(config.device) == "cpu")
     main, rank, world = True, 0, 1
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device(choose_device(config.device))
     if accelerator is not None:
         main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
         device = accelerator.device
@@ -228,9 +228,8 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
     target = Path(config.out) if config.out else _run_folder(next(iter(checkpoints.values()))) / "eval"
     with _new_folder(target) if main else nullcontext() as out:
         with accelerator.main_process_first() if accelerator else nullcontext():
-            cache = Path(config.data_cache or run.data_cache)
-            store = _load(run, config.split, cache, quiet=not main)
-            mean = training_mean_image(_load(run, "train", cache, quiet=not main))
+            store = load_split(run, config.split, quiet=not main)
+            mean = training_mean_image(load_split(run, "train", quiet=not main))
         references = reference_predictors(torch.as_tensor(mean))
         count = _clip_count(config.clips, len(store))
         firsts = range(config.batch_size * rank, count, config.batch_size * world)
@@ -247,7 +246,8 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
             context_frames=k,
             frames=frames,
             source=f"Multimodal MovingMNIST, {config.split} split",
-            seed=str(run.data.data_seed),
+            data_seed=run.data.data_seed,
+            training_seeds={name: r.seed for name, r in runs.items()},
             commit=commit(),
             flow_preset=run.flow_preset,
             regenerated=True,
@@ -262,8 +262,8 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
         return json.loads(tables.json) | {"out": str(out or target), "markdown": tables.markdown}
 
 
-def _open_runs(paths: Sequence[str]) -> tuple[dict[str, Path], TrainConfig]:
-    """Checkpoints by the name of their row, and the run config whose data and lengths they share."""
+def _open_runs(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, TrainConfig]]:
+    """Checkpoints, and the configs of their runs, by the name of their row; all share data and lengths."""
     from avfast.runs import load_run_config, resolve_checkpoint
 
     checkpoints = [resolve_checkpoint(path) for path in paths]
@@ -279,19 +279,12 @@ def _open_runs(paths: Sequence[str]) -> tuple[dict[str, Path], TrainConfig]:
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
             raise InputError(f"{path} gives a second row {name}, expected every checkpoint once")
-    return dict(zip(names, checkpoints, strict=True)), runs[0]
+    return dict(zip(names, checkpoints, strict=True)), dict(zip(names, runs, strict=True))
 
 
 def _run_folder(checkpoint: Path) -> Path:
     parent = checkpoint.absolute().parent
     return parent.parent if parent.name == "checkpoints" else parent
-
-
-def _load(run: TrainConfig, split: Literal["train", "val", "test"], cache: Path, quiet: bool) -> ClipStore:
-    from avfast.data.store import load_mmnist
-
-    with Progress(f"data set, {split}", quiet=quiet) as progress:
-        return load_mmnist(run.data, split, cache, flow_preset=run.flow_preset, progress=progress.update)
 
 
 def _evaluate_arrays(config: EvaluateConfig) -> dict[str, Any]:

@@ -7,9 +7,8 @@ file is written under a temporary name, then renamed.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from avfast.config import InputError
-from avfast.files import replacing
+from avfast.files import read_records, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,10 +171,10 @@ def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
     """Draw a run's losses from its metrics.jsonl, one panel per stage: "loss" and every key that ends with "_loss".
 
     Records are objects with "stage", "step" and some of those keys. A last line cut short by a kill is left out.
-    InputError: another line that is not JSON, no loss at all.
+    InputError: another line that is not a JSON object, no loss at all.
     """
     stages: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for record in _records(Path(metrics_jsonl)):
+    for record in read_records(metrics_jsonl):
         for key, value in record.items():
             if key == "loss" or key.endswith("_loss"):
                 stages.setdefault(record["stage"], {}).setdefault(key, []).append((record["step"], value))
@@ -257,16 +256,6 @@ def _framed(pixels: Pixels, factor: int, colour: tuple[int, int, int]) -> Image.
     framed = Image.new("RGB", (image.width + 2 * BORDER, image.height + 2 * BORDER), colour)
     framed.paste(image, (BORDER, BORDER))
     return framed
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise InputError(f"{path}, line {number} is not JSON: {error}") from None
 
 
 def _figure(panels: int) -> Figure:

@@ -9,8 +9,11 @@ it is found again.
                                                 training_state.pt, metrics.json
         checkpoints/last, best, best-mme        links to the newest, the best of the final stage, the best of stage mme
 
-A checkpoint is written into a hidden folder and renamed; links are replaced atomically. So a killed run has either the
-old checkpoint or the new one, never half of one.
+A checkpoint is written into a hidden folder and renamed, then its link is replaced atomically, then older ones are
+renamed to hidden folders and deleted. So whenever a run is killed, every link leads to a whole checkpoint, the old one
+or the new one, and every visible checkpoint is whole; what is left hidden is deleted at the next save. Where a step's
+checkpoint is there already (after a resume) the new one is written beside it, with -2, -3 ... appended: were the old
+one moved away first, its link would lead nowhere until the new one is in its place.
 """
 
 from __future__ import annotations
@@ -20,14 +23,18 @@ import io
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from avfast.config import InputError, TrainConfig, load_config, to_dict
-from avfast.files import new_folder, replacing
+from avfast.files import new_folder, numbered, read_records, replacing
 from avfast.model import AVModel
+
+STAGES = ("mme", "car")
+"""The stages in the order in which a run trains them."""
 
 
 class Run:
@@ -62,19 +69,15 @@ class Run:
             file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """Every record of metrics.jsonl; a last line cut short by a kill is left out."""
-        records = []
+        """Every record of metrics.jsonl, none where it is not written yet. Raises InputError for a damaged line."""
         path = self.folder / "metrics.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return records
+        return read_records(path) if path.exists() else []
 
-    def rewind(self, step: int) -> None:
-        """Drop the records after a step: a resumed run writes them again."""
-        kept = [r for r in self.records() if r["step"] <= step]
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop the records after a step of a stage: a resumed run writes them again."""
+        # a stage's first evaluation has the step at which the stage before it ended
+        last = (STAGES.index(stage), step)
+        kept = [r for r in self.records() if (STAGES.index(r["stage"]), r["step"]) <= last]
         self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept).encode())
         self.write_results()
 
@@ -105,15 +108,19 @@ class Run:
         state: dict[str, Any] | None = None,
         keep: int = 1,
     ) -> Path:
-        """Write a checkpoint and point `link` at it; all but the newest `keep` checkpoints of that link are removed.
+        """Write a checkpoint, point `link` at it and return its folder.
+
+        Of that link's other checkpoints the newest `keep` - 1 of earlier steps stay. Those of this step or later ones
+        were written by a run that was killed and went on from an earlier step: they are removed.
 
         Raises InputError naming the folder when it cannot be written; what was there stays.
         """
         prefix = "step" if link == "last" else link
-        final = self.checkpoints / f"{prefix}_{step:08d}"
-        temporary = self.checkpoints / f".{final.name}.tmp"
+        name = f"{prefix}_{step:08d}"
+        final = next(path for path in numbered(self.checkpoints / name) if not path.exists())
+        temporary = self.checkpoints / f".{name}.tmp"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._remove_hidden()
             model.save_pretrained(temporary)
             if state is not None:
                 # through memory: torch.save reports a full disk as an internal error without a file name
@@ -121,19 +128,30 @@ class Run:
                 torch.save(state, buffer)
                 (temporary / "training_state.pt").write_bytes(buffer.getbuffer())
             (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-            if final.exists():
-                shutil.rmtree(final)
             os.rename(temporary, final)
             pointer = self.checkpoints / f".{link}.tmp"
-            pointer.unlink(missing_ok=True)
             pointer.symlink_to(final.name)
             os.replace(pointer, self.checkpoints / link)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                self._remove_hidden()
             raise InputError(f"the checkpoint {final} cannot be written: {error.strerror or error}") from None
-        for old in sorted(self.checkpoints.glob(f"{prefix}_[0-9]*"))[:-keep]:
-            shutil.rmtree(old)
+        others = sorted((p for p in self.checkpoints.glob(f"{prefix}_[0-9]*") if p != final), reverse=True)
+        earlier = [path for path in others if path.name < name]
+        for old in others:
+            if old not in earlier[: keep - 1]:
+                # hidden first: a kill while a folder is deleted leaves a part of it
+                os.rename(old, self.checkpoints / f".{old.name}.old")
+        self._remove_hidden()
         return final
+
+    def _remove_hidden(self) -> None:
+        """Remove what is unfinished, or half deleted, in the checkpoints folder."""
+        for path in self.checkpoints.glob(".*"):
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
 
     def load_state(self) -> dict[str, Any] | None:
         """The training state of the last checkpoint with its folder under "folder", or None where there is none."""

@@ -7,8 +7,8 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from avfast import __version__
 from avfast.metrics import MetricResult, get_protocol
@@ -24,8 +24,10 @@ class TableInfo:
     """Frame numbers that get a column of their own."""
     source: str
     """What was scored on, in words."""
-    seed: str | None = None
+    data_seed: int | None = None
     """Seed of the data; None for data that was not generated."""
+    training_seeds: Mapping[str, int] = field(default_factory=dict)
+    """Seed of the training per model, where it is known."""
     commit: str | None = None
     """Of avfast; None outside a checkout."""
     version: str = __version__
@@ -35,7 +37,8 @@ class TableInfo:
 
 
 class Tables(NamedTuple):
-    """The same results three times: Markdown to read, CSV with a row per method, JSON with everything."""
+    """The same results three times: Markdown to read, CSV with a row per method, JSON with everything. In JSON a score
+    that is not finite is null."""
 
     markdown: str
     csv: str
@@ -70,7 +73,8 @@ def format_tables(
     kinds = {name: "model" if name in models else "reference" for name in results}
     footer = [
         f"{one.clips} clips of {info.source}, windows from the clip's first frame",
-        f"seed {info.seed}" if info.seed is not None else "",
+        f"data seed {info.data_seed}" if info.data_seed is not None else "",
+        _training_seeds(info.training_seeds),
         f"commit {info.commit}" if info.commit else f"version {info.version}",
         f"flow: TV-L1 preset `{info.flow_preset}`" if info.flow_preset else "",
     ]
@@ -105,15 +109,34 @@ def format_tables(
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     said = {
-        k: about[k] for k in ("protocol", "clips", "source", "seed", "commit", "version", "flow_preset", "regenerated")
+        key: about[key]
+        for key in ("protocol", "clips", "source", "data_seed", "commit", "version", "flow_preset", "regenerated")
     }
     numbers = [f"{m}_{n}" for m in ("ssim", "psnr", "aepe_px") for n in (*(f"fr{n}" for n in info.frames), "mean")]
-    writer.writerow(["method", "kind", *numbers, "capped_share", "pooled_psnr", *said])
+    writer.writerow(["method", "kind", *numbers, "capped_share", "pooled_psnr", "training_seed", *said])
     for name, r in results.items():
         aepe = pick(r.aepe) if r.aepe is not None else [None] * len(heads)
-        values = [*pick(r.ssim), *pick(r.psnr), *aepe, r.capped_share, r.pooled_psnr]
+        values = [*pick(r.ssim), *pick(r.psnr), *aepe, r.capped_share, r.pooled_psnr, info.training_seeds.get(name)]
         writer.writerow([name, kinds[name], *values, *said.values()])
-    return Tables("\n\n".join(parts) + "\n", text.getvalue(), json.dumps(document, indent=2) + "\n")
+    strict = json.dumps(_finite(document), indent=2, allow_nan=False)
+    return Tables("\n\n".join(parts) + "\n", text.getvalue(), strict + "\n")
+
+
+def _training_seeds(seeds: Mapping[str, int]) -> str:
+    """The footer's words: one seed where all models share it, else each with its model."""
+    different = set(seeds.values())
+    if len(different) > 1:
+        return "training seeds " + ", ".join(f"{seed} ({name})" for name, seed in seeds.items())
+    return f"training seed {different.pop()}" if different else ""
+
+
+def _finite(value: Any) -> Any:
+    """The same document with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _markdown(columns: list[tuple[str, str, int]], rows: dict[str, list[float]], kinds: dict[str, str]) -> str:

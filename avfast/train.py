@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import Tensor, nn
 
 from avfast import losses, plots
-from avfast.config import PRESETS, InputError, TrainConfig, parse
-from avfast.data.store import Batch, ClipStore, load_mmnist
+from avfast.config import PRESETS, InputError, TrainConfig, choose_device, parse
+from avfast.data.store import Batch, load_split
 from avfast.metrics import VideoMetrics
 from avfast.model import AVModel, Rollout, load_weights, read_pretrained
 from avfast.modules import batch_norms
@@ -150,28 +150,19 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._describe(resumed)
         with self.accelerator.main_process_first():
-            self.train_data = self._load("train")
-            self.val_data = self._load("val")
+            quiet = not self.accelerator.is_local_main_process
+            self.train_data = load_split(config, "train", quiet=quiet)
+            self.val_data = load_split(config, "val", quiet=quiet)
         self.model = AVModel(config.model).to(self.accelerator.device)
         self.resumed = resumed
         self.length = config.context_frames + config.pred_frames
-
-    def _load(self, split: Literal["train", "val"]) -> ClipStore:
-        with Progress(f"data set, {split}", quiet=not self.accelerator.is_local_main_process) as progress:
-            return load_mmnist(
-                self.config.data,
-                split,
-                Path(self.config.data_cache),
-                flow_preset=self.config.flow_preset,
-                progress=progress.update,
-            )
 
     def _describe(self, resumed: dict[str, Any] | None) -> None:
         from avfast.env import environment
 
         print(f"run folder {self.run.folder}", flush=True)
         if resumed:
-            self.run.rewind(resumed["step"])
+            self.run.rewind(resumed["stage"], resumed["step"])
             print(f"resumed after step {resumed['step']} (stage {resumed['stage']})", flush=True)
             return
         self.run.write("env.json", (json.dumps(environment(), indent=2) + "\n").encode())
@@ -394,14 +385,10 @@ class Trainer:
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
-    if config.device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device is {config.device!r}, expected auto, cpu or cuda")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is 'cuda', but PyTorch sees no CUDA device here")
+    cpu = choose_device(config.device) == "cpu"
     # every process computes its own batch statistics, averaged when they are re-estimated
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # PyTorch 2.11 knows no other name
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
     # accelerate keeps the first precision of a process and refuses another
     AcceleratorState._reset_state()
     return Accelerator(mixed_precision=config.mixed_precision, cpu=cpu, kwargs_handlers=[ddp])

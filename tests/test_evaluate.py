@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,7 +141,8 @@ INFO = TableInfo(
     context_frames=5,
     frames=(6, 9),
     source="made data",
-    seed="3",
+    data_seed=3,
+    training_seeds={"run-a/best": 8, "run-b/last": 9},
     commit="abc123",
     flow_preset="p",
     regenerated=True,
@@ -170,9 +173,30 @@ def test_markdown() -> None:
         ["zero flow", "1.00", "7.00", "3.25"],
     ]
     for text in (footer, motion_footer):
-        for part in ("7 clips", "made data", "seed 3", "commit abc123", "`p`", "Not comparable with the published row"):
+        for part in ("7 clips", "made data", "commit abc123", "`p`", "Not comparable with the published row"):
             assert part in text
+        assert "; data seed 3; training seeds 8 (run-a/best), 9 (run-b/last); commit" in text
     assert "Protocol `paper`" in footer and "data range 2 (inferred" in footer and "10^-2" in motion_footer
+
+
+def test_footer_of_runs_with_one_training_seed() -> None:
+    info = replace(INFO, training_seeds={"run-a/best": 3, "run-b/last": 3})
+    assert "; data seed 3; training seed 3; commit" in format_tables(MODELS, REFERENCES, info).markdown
+
+
+def test_scores_that_are_not_finite_are_null_in_json() -> None:
+    models = {"bad": result(math.nan, 20.0, math.inf), **MODELS}
+    tables = format_tables(models, REFERENCES, INFO)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    document = json.loads(tables.json, parse_constant=refuse)
+    assert document["models"]["bad"]["ssim"] == [None] * 4 == document["models"]["bad"]["aepe"]
+    assert document["models"]["bad"]["psnr"] == [20.0, 20.0, 20.0, 16.0]
+    assert document["models"]["run-a/best"] == MODELS["run-a/best"].as_dict()
+    row = next(csv.DictReader(io.StringIO(tables.csv)))
+    assert (row["ssim_mean"], row["aepe_px_mean"]) == ("nan", "inf")
 
 
 def test_footer_of_other_data() -> None:
@@ -192,8 +216,10 @@ def test_csv_and_json_hold_every_number() -> None:
         assert [float(row[f"ssim_{c}"]) for c in ("fr6", "fr9", "mean")] == [r.ssim[0], r.ssim[3], r.mean_ssim]
         assert [float(row[f"psnr_{c}"]) for c in ("fr6", "fr9", "mean")] == [r.psnr[0], r.psnr[3], r.mean_psnr]
         assert row["aepe_px_mean"] == ("" if r.aepe is None else str(r.mean_aepe))
-        assert (row["clips"], row["seed"], row["commit"], row["protocol"]) == ("7", "3", "abc123", "paper")
+        assert (row["clips"], row["data_seed"], row["commit"], row["protocol"]) == ("7", "3", "abc123", "paper")
+    assert [row["training_seed"] for row in rows.values()] == ["8", "9", "", ""]
     document = json.loads(tables.json)
+    assert document["data_seed"] == 3 and document["training_seeds"] == {"run-a/best": 8, "run-b/last": 9}
     assert document["models"]["run-a/best"] == MODELS["run-a/best"].as_dict()
     assert document["references"].keys() == REFERENCES.keys() and document["frames"] == [6, 9]
 
@@ -307,11 +333,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
-    for name, refinement, seed in (("motion", "none", 0), ("full", "car", 0), ("other", "none", 1)):
-        data = MMNISTConfig(clip_frames=6, train_clips=8, val_clips=2, test_clips=5, data_seed=seed)
+    for seed, (name, refinement, data_seed) in enumerate(
+        (("motion", "none", 0), ("full", "car", 0), ("other", "none", 1)), start=3
+    ):
+        data = MMNISTConfig(clip_frames=6, train_clips=8, val_clips=2, test_clips=5, data_seed=data_seed)
         model = ModelConfig(refinement=refinement, unet_width=4)
         config = TrainConfig(
-            data=data, model=model, context_frames=K, pred_frames=P, eval_frames=P, data_cache=str(folder / "data")
+            data=data,
+            model=model,
+            context_frames=K,
+            pred_frames=P,
+            eval_frames=P,
+            seed=seed,
+            data_cache=str(folder / "data"),
         )
         AVModel(model).save_pretrained(folder / name / "checkpoints" / "best")
         (folder / name / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
@@ -325,10 +359,12 @@ def test_scoring_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads((out / "results.json").read_text())
     assert list(document["models"]) == ["motion/best", "full/best"] and document["clips"] == 5
     assert list(document["references"]) == list(reference_predictors(torch.zeros(1, 1, 1)))
-    assert document["regenerated"] and document["seed"] == "0" and document["context_frames"] == K
+    assert document["regenerated"] and document["context_frames"] == K and document["data_seed"] == 0
+    assert document["training_seeds"] == {"motion/best": 3, "full/best": 4}
     # both have the same kind of motion, but weights of their own
     assert all(len(r["aepe"]) == P for r in document["models"].values())
     table = (out / "table.md").read_text()
+    assert "; data seed 0; training seeds 3 (motion/best), 4 (full/best);" in table
     assert "zero flow" in table and "Not comparable with the published row" in table and "Fr 5" in table
     pictures = {f"sample_{m}_best_{i}.png" for m in ("motion", "full") for i in (1, 2)}
     pictures |= {f"samples_{m}_best.gif" for m in ("motion", "full")} | {"curves.png"}

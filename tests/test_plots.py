@@ -224,7 +224,7 @@ def test_loss_curves_of_a_bad_log(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="m.jsonl holds no record with a loss"):
         save_loss_curves(log, tmp_path / "x.png")
     log.write_text('{"stage"\n{"stage": "mme", "step": 1, "loss": 1.0}\n')
-    with pytest.raises(InputError, match="line 1 is not JSON"):
+    with pytest.raises(InputError, match="m.jsonl, line 1 is not a JSON object"):
         save_loss_curves(log, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
 

@@ -7,8 +7,12 @@ import errno
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,6 +210,32 @@ def test_the_second_of_two_builders_uses_the_first_ones_store(tmp_path):
     store = write_store(tmp_path / "set", 4, late(), {})
     assert store.parameters == {"first": True} and (store.frames == made_up(seed=1)["frames"]).all()
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_the_next_build_removes_what_a_killed_one_left(tmp_path, monkeypatch):
+    code = (
+        "import os, sys; from avfast.data.store import write_store\n"
+        "write_store(sys.argv[1], 1, (os.kill(os.getpid(), 9) for _ in '1'), {})"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "set")], cwd=Path(__file__).parents[1])
+    (left,) = (path.name for path in tmp_path.iterdir())
+    assert killed.returncode == -9 and left.startswith(".set.")
+
+    def kill(pid, signal):
+        # process 1 lives, and is another user's wherever tests do not run as root
+        if pid == 1:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        return signal_process(pid, signal)
+
+    signal_process = os.kill
+    monkeypatch.setattr(os, "kill", kill)
+    owner = re.search("-[0-9]+@", left)[0]
+    living = [left.replace(owner, f"-{pid}@") for pid in (os.getpid(), 1)]
+    others = [left + "x", left.replace(".set.", ".set.x."), left.replace(".set.", ".sets."), ".set.0123abcd"]
+    for name in living + others:
+        (tmp_path / name).mkdir()
+    write_store(tmp_path / "set", 4, [made_up()], {})
+    assert {path.name for path in tmp_path.iterdir()} == {"set", *living, *others} and left not in living + others
 
 
 def test_what_is_in_the_way_is_kept(tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import errno
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +24,25 @@ from avfast.model import AVModel, read_pretrained
 from avfast.runs import Run, load_run_config, resolve_checkpoint
 from avfast.train import AppearanceStage, DataOrder, MotionStage, train
 
-FLAGS = (
-    "--clip-frames 6 --train-clips 8 --val-clips 4 --test-clips 2 --unet-width 2 --convlstm-layers 1 "
-    "--context-frames 2 --pred-frames 2 --eval-frames 3 --batch-size 3 --mme-steps 5 --car-steps 4 "
-    "--log-every 1 --eval-every 4 --save-every 2 --bn-recalibrate 1 --device cpu"
-).split()
+FLAGS = {
+    "clip_frames": 6,
+    "train_clips": 8,
+    "val_clips": 4,
+    "test_clips": 2,
+    "unet_width": 2,
+    "convlstm_layers": 1,
+    "context_frames": 2,
+    "pred_frames": 2,
+    "eval_frames": 3,
+    "batch_size": 3,
+    "mme_steps": 5,
+    "car_steps": 4,
+    "log_every": 1,
+    "eval_every": 4,
+    "save_every": 2,
+    "bn_recalibrate": 1,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +156,12 @@ def test_both_stages_leave_a_complete_run_folder(config):
     assert again.name == folder.name + "-2"
 
 
-@pytest.mark.parametrize("stage,crash", [(MotionStage, 4), (AppearanceStage, 4)], ids=["in-mme", "in-car"])
+@pytest.mark.parametrize(
+    "stage,crash",
+    [(MotionStage, 4), (AppearanceStage, 1), (AppearanceStage, 4)],
+    # the second: stage car is evaluated, but the last checkpoint is still stage mme's
+    ids=["in-mme", "before-car's-first-checkpoint", "in-car"],
+)
 def test_resume_is_bit_for_bit(config, monkeypatch, stage, crash):
     whole = train(config)
 
@@ -169,29 +190,21 @@ def test_resume_is_bit_for_bit(config, monkeypatch, stage, crash):
         for key, value in moments.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1]["optimizer"]["state"][i][key]))
     assert without_times(whole) == without_times(resumed)
+    assert (whole / "results.csv").read_text() == (resumed / "results.csv").read_text()
 
 
-def command(*flags):
-    return [sys.executable, "-m", "avfast.train", *FLAGS, *flags]
+def command(**changes):
+    """The command line that trains with FLAGS and these changes."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (FLAGS | changes).items()]
+    return ["-m", "avfast.train", *flags]
 
 
 def test_kill_9_and_resume_auto(cache, tmp_path):
-    flags = [
-        "--data-cache",
-        str(cache),
-        "--output-dir",
-        str(tmp_path),
-        "--mme-steps",
-        "400",
-        "--car-steps",
-        "1",
-        "--eval-every",
-        "1000",
-    ]
+    flags = {"data_cache": cache, "output_dir": tmp_path, "mme_steps": 400, "car_steps": 1, "eval_every": 1000}
     root = Path(__file__).parents[1]
     last = tmp_path / "mmnist-run" / "checkpoints" / "last"
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command(*flags), cwd=root, stdout=log, stderr=log)
+        process = subprocess.Popen([sys.executable, *command(**flags)], cwd=root, stdout=log, stderr=log)
         deadline = time.monotonic() + 240
         while not last.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -200,18 +213,16 @@ def test_kill_9_and_resume_auto(cache, tmp_path):
     assert last.exists(), (tmp_path / "log").read_text()
     kept = int(os.readlink(last)[5:])
     assert kept < 400
-    done = subprocess.run(
-        command(*flags, "--resume", "auto", "--max-steps", str(kept + 2)), cwd=root, capture_output=True, text=True
-    )
+    again = [sys.executable, *command(**flags, resume="auto", max_steps=kept + 2)]
+    done = subprocess.run(again, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"resumed after step {kept} (stage mme)" in done.stdout
     log = records(tmp_path / "mmnist-run")
     assert [r["step"] for r in log if "lr" in r] == list(range(1, kept + 4))
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["mmnist-run"]
 
-    changed = subprocess.run(
-        command(*flags, "--resume", "auto", "--motion", "v"), cwd=root, capture_output=True, text=True
-    )
+    other = [sys.executable, *command(**flags, resume="auto", motion="v")]
+    changed = subprocess.run(other, cwd=root, capture_output=True, text=True)
     assert changed.returncode == 2 and "model cannot change in a resumed run" in changed.stderr
 
 
@@ -366,19 +377,138 @@ def test_config_file_and_print_config(tmp_path):
 
 def test_a_half_written_last_record_is_dropped(tmp_path):
     run = Run(tmp_path)
-    run.log({"step": 1, "loss": 2.0})
+    first = {"stage": "mme", "step": 1, "loss": 2.0}
+    run.log(first)
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "lo')
-    run.rewind(5)
-    assert run.records() == [{"step": 1, "loss": 2.0}]
+        file.write('{"stage": "mme", "step": 2, "lo')
+    run.rewind("mme", 5)
+    assert run.records() == [first]
+
+
+def test_rewind_goes_by_stage_and_step(tmp_path):
+    run = Run(tmp_path)
+    motion = [{"stage": "mme", "step": step, "loss": 1.0} for step in (4, 5)]
+    appearance = [{"stage": "car", "step": 5, "val_loss": 2.0}, {"stage": "car", "step": 6, "loss": 2.0}]
+    for record in motion + appearance:
+        run.log(record)
+    run.rewind("car", 6)
+    assert run.records() == motion + appearance
+    run.rewind("car", 5)
+    assert run.records() == [*motion, appearance[0]]
+    run.rewind("mme", 5)
+    assert run.records() == motion
+    assert "car" not in (tmp_path / "results.csv").read_text()
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    run = Run(tmp_path)
+    run.log({"stage": "mme", "step": 1, "loss": 2.0})
+    for damage in (b'{"stage": "mme", "st\n', b"3\n", b'{"stage": "\xff"}\n', b"\x1c\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(b'{"stage": "mme", "step": 1, "loss": 2.0}\n' + damage)
+        with pytest.raises(InputError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
+            run.rewind("mme", 1)
+        run.log({"stage": "mme", "step": 3, "loss": 1.0})
+        with pytest.raises(InputError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
+            run.records()
+
+
+class Weights:
+    """Stands in for a model: its weights are one number."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def save_pretrained(self, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text(str(self.value))
+        (folder / "model.safetensors").write_text(str(self.value))
+
+
+def weights(checkpoint):
+    config, model = ((checkpoint / name).read_text() for name in ("config.json", "model.safetensors"))
+    assert config == model == json.loads((checkpoint / "metrics.json").read_text())["value"]
+    return int(model)
+
+
+def save(run, link, step, value, keep=1):
+    return run.save(link, step, Weights(value), {"value": str(value)}, keep=keep)
+
+
+class Kill(BaseException):
+    pass
+
+
+def die_at(monkeypatch, number):
+    """From here on the process dies at its call of that number that makes, renames or removes something."""
+    left = number
+
+    def mortal(call):
+        def counted(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left:
+                return call(*args, **kwargs)
+            if counted is shutil.rmtree:
+                # a part of the folder is gone already
+                for path in sorted(Path(args[0]).glob("*"))[:1]:
+                    path.unlink()
+            raise Kill
+
+        return counted
+
+    for module, names in ((os, ("mkdir", "rename", "replace", "symlink")), (shutil, ("rmtree",))):
+        for name in names:
+            monkeypatch.setattr(module, name, mortal(getattr(module, name)))
+
+
+def test_a_kill_during_a_save_costs_no_checkpoint(tmp_path, monkeypatch):
+    """What is best already is saved again, as after a resume, and the process dies at one call after another."""
+    for number in itertools.count(1):
+        run = Run(tmp_path / str(number))
+        run.checkpoints.mkdir(parents=True)
+        save(run, "best", 4, value=4)
+        save(run, "last", 4, value=4)
+        die_at(monkeypatch, number)
+        try:
+            save(run, "best", 4, value=5)
+            killed = False
+        except Kill:
+            killed = True
+        monkeypatch.undo()
+
+        assert weights(resolve_checkpoint(run.folder)) in ((4, 5) if killed else (5,)), number
+        assert weights(run.checkpoints / "last") == 4
+        for path in run.checkpoints.iterdir():
+            assert path.name.startswith(".") or weights(path) in (4, 5), (number, path)
+        # the next save, though of another link, clears away what was left
+        best = weights(run.checkpoints / "best")
+        save(run, "last", 6, value=6)
+        assert not list(run.checkpoints.glob(".*")), number
+        assert weights(run.checkpoints / "best") == best and weights(run.checkpoints / "last") == 6
+        save(run, "best", 8, value=8)
+        assert sorted(p.name for p in run.checkpoints.glob("best*")) == ["best", "best_00000008"], number
+        if not killed:
+            break
+    assert number > 5
+
+
+def test_checkpoints_of_dropped_steps_never_cost_a_new_one(tmp_path):
+    """A run killed at step 8 goes on from step 4, with other intervals than before."""
+    run = Run(tmp_path)
+    run.checkpoints.mkdir()
+    for link, step in (("last", 4), ("last", 8), ("best", 8)):
+        save(run, link, step, value=step, keep=2)
+    save(run, "best", 7, value=7)
+    save(run, "last", 6, value=6, keep=2)
+    assert weights(run.checkpoints / "best") == 7 and weights(run.checkpoints / "last") == 6
+    names = ["best", "best_00000007", "last", "step_00000004", "step_00000006"]
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == names
 
 
 @pytest.mark.slow
 def test_two_processes(cache, tmp_path):
-    flags = ["--data-cache", str(cache), "--output-dir", str(tmp_path), "--max-steps", "2", "--batch-size", "2"]
+    program = command(data_cache=cache, output_dir=tmp_path, max_steps=2, batch_size=2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*torchrun, "-m", "avfast.train", *FLAGS, *flags], cwd=Path(__file__).parents[1], capture_output=True, text=True
-    )
+    result = subprocess.run([*torchrun, *program], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     AVModel.from_pretrained(resolve_checkpoint(tmp_path / "mmnist-run"))

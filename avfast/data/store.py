@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -17,10 +20,11 @@ import torch
 from torch import Tensor
 
 from avfast.audio import spectrogram
-from avfast.config import InputError, MMNISTConfig
+from avfast.config import InputError, MMNISTConfig, TrainConfig
 from avfast.data.digits import Split
 from avfast.data.mmnist import MovingMNIST, mmnist_spectrogram
 from avfast.flow import PRESETS, tvl1_flow
+from avfast.progress import Progress
 
 FORMAT = "avfast-clips"
 FORMAT_VERSION = 1
@@ -139,14 +143,17 @@ def write_store(
     Each chunk holds the four arrays of `ClipStore` for some of the `clips` clips. The work happens in a hidden folder
     next to `folder` which is renamed at the end, so `folder` is never half made; where another process was first, its
     result is used. Raises InputError, one line, for a full disk or an unwritable folder, and ValueError for chunks
-    that do not fit. Whatever is raised, the unfinished folder is removed.
+    that do not fit. Whatever is raised, the unfinished folder is removed; what a killed process left is removed by the
+    next build of the same store on the same host.
     """
     folder = Path(folder)
     work = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        host = _host()
+        _remove_abandoned(folder, host)
         # not tempfile.mkdtemp, which would hide the store from other users
-        work = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+        work = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}-{os.getpid()}@{host}"
         work.mkdir()
         shapes = _write_arrays(work, clips, chunks)
         arrays = {name: {"dtype": _ARRAYS[name][0], "shape": list(shape)} for name, shape in shapes.items()}
@@ -164,6 +171,31 @@ def write_store(
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
     return ClipStore.open(folder)
+
+
+def _host() -> str:
+    """Names the place where a process id means something: the host, and on it the container."""
+    return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _remove_abandoned(folder: Path, host: str) -> None:
+    """Remove the work folders of builds of this store by processes of this host that are gone."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}-(\d+)@{re.escape(host)}")
+    for path in folder.parent.iterdir():
+        owner = name.fullmatch(path.name)
+        if owner and not _lives(int(owner[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        # it is another user's
+        pass
+    return True
 
 
 def _write_arrays(folder: Path, clips: int, chunks: Iterable[dict[str, np.ndarray]]) -> dict[str, tuple[int, ...]]:
@@ -233,3 +265,9 @@ def load_mmnist(
                 progress(first + len(clips.frames), len(source))
 
     return write_store(folder, len(source), build(), parameters)
+
+
+def load_split(run: TrainConfig, split: Split, *, quiet: bool = False) -> ClipStore:
+    """One split of a run's data set, from its cache or built into it with progress shown; raises as `load_mmnist`."""
+    with Progress(f"data set, {split}", quiet=quiet) as progress:
+        return load_mmnist(run.data, split, run.data_cache, flow_preset=run.flow_preset, progress=progress.update)
