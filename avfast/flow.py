@@ -75,9 +75,9 @@ class TVL1Params:
             raise InputError(f"presmooth is {self.presmooth}, expected 0 (off) to 10 pixels")
 
 
-# mean end-point error in px over RubberWhale, Venus, Grove2 and Urban2: fast 0.273, quality 0.221, chambolle-pock 0.261,
-# opencv 1.05 like OpenCV. quality was chosen on these four; its lambda suits clean images (with noise of 3 grey levels
-# quality 0.274, fast 0.318; of 10, 0.601 and 0.540).
+# mean end-point error in px over RubberWhale, Venus, Grove2 and Urban2: fast 0.273, quality 0.221, chambolle-pock
+# 0.261, opencv 1.05 like OpenCV. quality was chosen on these four; its lambda suits clean images (with noise of 3 grey
+# levels quality 0.274, fast 0.318; of 10, 0.601 and 0.540).
 # 64 MNIST digits on black, 48x48, moved by 1.5 to 4.5 px. Mean absolute warp error in grey levels, and end-point error
 # on the digit in px: fast 1.94, 0.75; chambolle-pock 0.07, 0.06; OpenCV's default 0.25, 0.06
 PRESETS = {
@@ -197,3 +197,16 @@ def _solve(a: Tensor, b: Tensor, params: TVL1Params, threads: int | None, backen
     size = a.shape[-2:]
     flow = tvl1_op(a.reshape(-1, *size), b.reshape(-1, *size), params, threads or 0, backend)
     return flow.reshape(*a.shape[:-2], 2, *size)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command `avfast flow`, see avfast.extraction."""
+    from avfast.extraction import main as extraction_main
+
+    extraction_main(argv)
+
+
+if __name__ == "__main__":
+    from avfast.cli import run_command
+
+    run_command(main)

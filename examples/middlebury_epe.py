@@ -9,7 +9,6 @@ EPE in pixels, AAE in degrees, over all pixels of known flow, occluded ones too 
 from __future__ import annotations
 
 import argparse
-import lzma
 import sys
 import time
 from pathlib import Path
@@ -18,15 +17,7 @@ import cv2
 import numpy as np
 
 from avfast.flow import PRESETS, tvl1_flow
-
-
-def read_flo(path: Path) -> np.ndarray:
-    """Flow (2,H,W), pixels, x then y, from a .flo file, plain or xz-compressed; unknown pixels hold more than 1e9."""
-    data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-    if data[:4] != b"PIEH":
-        sys.exit(f"{path}: not a .flo file")
-    width, height = np.frombuffer(data, "<i4", 2, 4)
-    return np.frombuffer(data, "<f4", -1, 12).reshape(height, width, 2).transpose(2, 0, 1)
+from avfast.flowio import read_flo
 
 
 def errors(flow: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
