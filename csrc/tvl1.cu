@@ -1,10 +1,9 @@
 // two ways to solve pairs on a GPU:
 //
-// - a pair that fits one thread block (about 64 x 64) is solved whole by one, from the pyramid to the output in one
-// launch:
-//   all state in registers and shared memory. The limit at 64 x 64 is arithmetic, some 60 instructions per pixel and
-//   iteration, 131 full-size iterations with preset fast: 0.25 ms per pair and multiprocessor, 500 thousand pairs/s on
-//   132 of them.
+// - a pair that fits one thread block, of about 64 x 64, is solved whole by one, from the pyramid to the output in one
+//   launch, its state in registers and shared memory. The limit is arithmetic: 59 instructions per pixel and iteration,
+//   131 full-size iterations with preset fast, are 0.25 ms per pair and multiprocessor at 64 x 64, 500 thousand pairs/s
+//   on 132 of them (reckoned, not measured).
 // - larger pairs live in global memory. An iteration moves 64 bytes per pixel there; a tile is kept in registers for
 //   kTileIterations of them, which leaves 64 / 5 / 0.71 = 18 bytes.
 #include "tvl1_cuda.h"
@@ -27,7 +26,8 @@ namespace avfast::tvl1 {
 namespace {
 
 constexpr int kMinSide = 16;
-constexpr int kMaxLevels = 24;
+// enough for the finest scale_step, 0.95, on images of 10,000 pixels.
+constexpr int kMaxLevels = 128;
 // side of a tile of a large pair, and the iterations it makes before its outer pixels have to be read again.
 constexpr int kTile = 64;
 constexpr int kTileIterations = 5;

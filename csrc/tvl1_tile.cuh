@@ -2,8 +2,8 @@
 // small pair whole and by the one that iterates on a large pair tile by tile.
 //
 // a thread owns a strip: `kRows` pixels of one column, all their fields in registers. Its neighbours' values come
-// through shared memory (`Exchange`): per pixel and iteration 4 stores and 4 loads along the row, and per strip 2 + 4
-// down the column, where a kernel with its state in shared memory would make 26.
+// through shared memory (`Exchange`): per pixel and iteration 4 stores and 4 loads along the row and 2 loads of its
+// own, per strip 2 stores and 4 loads down the column, where a kernel with all state in shared memory would make 26.
 #pragma once
 
 #include <cstdint>
@@ -45,8 +45,9 @@ constexpr int kFieldFloats = kThreads * (kStripRows + 1);
 // columns and rows around an image that bicubic sampling and its derivatives may read.
 constexpr int kApron = 3;
 
-// a tile's shared memory: four fields, column by column, and the lowest row of every strip, kept at the
-// number of the thread that has the strip below.
+// a tile's shared memory: six fields, column by column, and the lowest row of every strip, kept at the number of the
+// thread that has the strip below.
+//
 // the fields lie a constant apart and a strip's pixels follow each other, so that three addresses serve a whole strip
 // and its neighbours; columns of an odd length keep the threads of a warp in different banks.
 struct Exchange {

@@ -31,8 +31,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_random_inputs_under_sanitizers(driver: Path, count: int) -> None:
-    run = subprocess.run([driver, str(count), str(count)], capture_output=True, text=True)
+# building it takes half a minute
+@pytest.mark.slow
+def test_random_inputs_under_sanitizers(driver: Path) -> None:
+    run = subprocess.run([driver, "10000", "0"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout == f"{count} inputs\n"
+    assert run.stdout == "10000 inputs\n"
