@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -75,7 +76,9 @@ def _write(path: Path) -> None:
     from avfast.env import environment
     from avfast.files import replacing
 
-    about = {"date": datetime.date.today().isoformat(), "environment": environment(), "rows": ROWS}
+    # without the path of the interpreter, which is nobody's business
+    surroundings = environment() | {"python": platform.python_version()}
+    about = {"date": datetime.date.today().isoformat(), "environment": surroundings, "rows": ROWS}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(about, indent=1) + "\n")
