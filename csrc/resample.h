@@ -1,4 +1,4 @@
-// linear maps between pixel grids, one axis at a time.
+// linear maps between pixel grids, one axis at a time, and the sizes of a pyramid: what both engines share on the host.
 #pragma once
 
 #include <algorithm>
@@ -42,6 +42,17 @@ inline std::vector<Tap> linear_taps(int from, int to, float ratio) {
     taps[i] = {{index, std::min(index + 1, from - 1), index}, {1.0f - weight, weight, 0.0f}};
   }
   return taps;
+}
+
+// the pyramid ends before the shorter side falls below this many pixels.
+constexpr int kMinSide = 16;
+
+// the size of the next coarser pyramid level, `step` times as large; false where there is none.
+inline bool coarser(float step, int height, int width, int* coarse_height, int* coarse_width) {
+  const auto scaled = [step](int n) { return static_cast<int>(std::floor(n * static_cast<double>(step) + 0.5)); };
+  *coarse_height = scaled(height);
+  *coarse_width = scaled(width);
+  return std::min(*coarse_height, *coarse_width) >= kMinSide && *coarse_height < height && *coarse_width < width;
 }
 
 // weights of a Gaussian over three standard deviations each way; they add up to 1.

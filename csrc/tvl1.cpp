@@ -20,8 +20,6 @@
 namespace avfast::tvl1 {
 namespace {
 
-// the pyramid ends before the shorter side falls below this many pixels.
-constexpr int kMinSide = 16;
 // border around the texels: bicubic taps reach 3 past a point that may lie 2 outside the image.
 constexpr int kTexelMargin = 5;
 // rows of one pair are shared out only from this many pixels on; below, waiting for each other costs more.
@@ -153,18 +151,13 @@ class Workspace {
   };
 
   static std::vector<Level> make_levels(Size size, const Params& params) {
-    const auto scaled = [&](int n) {
-      return static_cast<int>(std::floor(n * static_cast<double>(params.scale_step) + 0.5));
-    };
     std::vector<Level> levels(1);
     levels[0].size = size;
     while (static_cast<int>(levels.size()) < params.scales) {
       const Size fine = levels.back().size;
       Level level;
-      const Size coarse = level.size = {scaled(fine.height), scaled(fine.width)};
-      if (std::min(coarse.height, coarse.width) < kMinSide || coarse.height == fine.height ||
-          coarse.width == fine.width)
-        break;
+      Size& coarse = level.size;
+      if (!coarser(params.scale_step, fine.height, fine.width, &coarse.height, &coarse.width)) break;
       const float ratio_x = static_cast<float>(coarse.width) / static_cast<float>(fine.width);
       const float ratio_y = static_cast<float>(coarse.height) / static_cast<float>(fine.height);
       if (params.scheme == Scheme::kOpenCV) {

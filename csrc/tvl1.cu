@@ -14,18 +14,18 @@
 #define AVFAST_SHARED(name) extern __shared__ float name[]
 #endif
 
-#include <cmath>
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "resample.h"
 #include "tvl1_tile.cuh"
 
 namespace avfast::tvl1 {
 namespace {
 
-constexpr int kMinSide = 16;
 // enough for the finest scale_step, 0.95, on images of 10,000 pixels.
 constexpr int kMaxLevels = 128;
 // side of a tile of a large pair, and the iterations it makes before its outer pixels have to be read again.
@@ -216,20 +216,13 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constan
 
 // ---- pairs in global memory ----
 
-// the scratch memory of one pair, field by field.
-struct Large {
-  float* scratch;
-  int64_t per_pair;
-
-  // fields of the finest level's area: both flows and duals before and after a pass, then the data term
-  enum Slot { kU = 0, kQ = 2, kStateB = 6, kData = 12, kSlots = 16 };
-  __host__ __device__ float* field(int64_t pair, int slot, int64_t area) const {
-    return scratch + pair * per_pair + slot * area;
-  }
-};
+// the scratch memory of one pair begins with fields of the finest level's area: flow and duals before a pass and after
+// it, and the data term.
+constexpr int kStateFields = 6;
+constexpr int kFields = 2 * kStateFields + 4;
 
 int64_t large_floats(const Job& job) {
-  int64_t floats = Large::kSlots * job.levels[0].area();
+  int64_t floats = kFields * job.levels[0].area();
   for (int i = 0; i < job.count; ++i) floats += (i > 0 ? job.levels[i].area() : 0) + job.levels[i].apron_area();
   return floats;
 }
@@ -397,15 +390,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared
 }
 #endif
 
-// weights of a Gaussian over three standard deviations each way; radius 0 for none.
 Gauss make_gauss(float sigma) {
+  const std::vector<float> weights = gaussian(sigma);
   Gauss gauss{};
-  gauss.radius = static_cast<int>(std::ceil(3.0 * sigma));
-  double sum = 0.0;
-  const auto weight = [&](int k) { return std::exp(-0.5 * k * k / (static_cast<double>(sigma) * sigma)); };
-  for (int k = -gauss.radius; k <= gauss.radius; ++k) sum += weight(k);
-  for (int k = -gauss.radius; k <= gauss.radius; ++k)
-    gauss.weight[k + gauss.radius] = static_cast<float>(weight(k) / sum);
+  gauss.radius = static_cast<int>(weights.size()) / 2;
+  std::copy(weights.begin(), weights.end(), gauss.weight);
   return gauss;
 }
 
@@ -416,16 +405,10 @@ Job make_job(int height, int width, const Params& params) {
   job.median = params.median;
   job.levels[0] = {height, width};
   job.count = 1;
-  const auto scaled = [&](int n) {
-    return static_cast<int>(std::floor(n * static_cast<double>(params.scale_step) + 0.5));
-  };
   while (job.count < params.scales && job.count < kMaxLevels) {
     const Level fine = job.levels[job.count - 1];
-    const Level coarse{scaled(fine.height), scaled(fine.width)};
-    if (coarse.height < kMinSide || coarse.width < kMinSide || coarse.height == fine.height ||
-        coarse.width == fine.width) {
-      break;
-    }
+    Level coarse;
+    if (!coarser(params.scale_step, fine.height, fine.width, &coarse.height, &coarse.width)) break;
     job.levels[job.count++] = coarse;
   }
   return job;
@@ -447,18 +430,17 @@ template <class Solver>
 void solve_large(const Job& job, const Solver& solver, int64_t pairs, float* scratch, void* stream) {
   const dim3 block(32, 8);
   const int64_t per_pair = large_floats(job);
-  const Large large{scratch, per_pair};
   const int64_t area = job.levels[0].area();
   // images: a's coarser levels, and every level of b with an apron
   std::vector<float*> image_a(job.count), image_b(job.count);
-  float* next = large.field(0, Large::kSlots, area);
+  float* next = scratch + kFields * area;
   for (int i = 0; i < job.count; ++i) {
     image_a[i] = next;
     image_b[i] = next + (i > 0 ? job.levels[i].area() : 0);
     next = image_b[i] + job.levels[i].apron_area();
   }
-  float* state[2] = {large.field(0, Large::kU, area), large.field(0, Large::kStateB, area)};
-  float* data = large.field(0, Large::kData, area);
+  float* state[2] = {scratch, scratch + kStateFields * area};
+  float* data = scratch + 2 * kStateFields * area;
 
   // b's plain levels pass through the place of the state, two of them at a time
   for (int image = 0; image < 2; ++image) {
