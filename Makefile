@@ -6,7 +6,7 @@ PIP := $(RUN) pip --disable-pip-version-check install -qq --constraint constrain
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/native/*)
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py) $(NATIVE)
 
-.PHONY: help demo test check bench lint format wheel
+.PHONY: help demo test check bench gpu lint format wheel
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,6 +28,9 @@ check: test  ## the tests above, then the ones that take minutes
 bench: $(VENV)/.installed-dev  ## time everything against its rivals, side by side: an hour on 2 CPU cores
 	@$(RUN) pytest -q bench --benchmark-only --benchmark-columns=median,rounds \
 		--results bench/results/$$($(VENV)/bin/python -c 'import avfast; print(avfast.__version__)')/cpu.json
+
+gpu:  ## on a machine with a GPU, no network and its own Python: its tests and timings (DRY=1: a trial on the CPU)
+	@sh bench/gpu.sh
 
 lint: $(VENV)/.installed-dev  ## ruff, clang-format, mypy; changes nothing
 	@$(RUN) ruff check --quiet .

@@ -19,13 +19,14 @@ from setuptools import setup
 from setuptools.errors import CompileError, ExecError, LinkError
 
 HEADERS = sorted([*glob.glob("csrc/*.h"), *glob.glob("csrc/*.cuh")])
+CPP_SOURCES = ["csrc/fused.cpp", "csrc/tvl1.cpp"]
 CUDA_SOURCES = ["csrc/cuda_info.cu", "csrc/tvl1.cu"]
 
-# contraction off: the instruction sets give the same bits
+# contraction off: where the source has no multiply_add, the instruction sets give the same bits
 CPP_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # the loops that are compiled once per instruction set; which one runs is chosen at run time
-ISA_SOURCES = ["csrc/tvl1_kernels.cpp"]
-ISA_FLAGS = {"avx512": ["-mavx512f"], "avx2": ["-mavx2"], "baseline": []}
+ISA_SOURCES = ["csrc/fused_kernels.cpp", "csrc/tvl1_kernels.cpp"]
+ISA_FLAGS = {"avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma"], "baseline": []}
 CUDA_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -62,7 +63,9 @@ def cudart_folder(nvcc: str) -> str:
 def write_ninja(folder: Path, compiler: list[str], nvcc: str | None) -> list[str]:
     """Write build.ninja for everything but the binding; returns the object files it makes."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    objects: dict[str, tuple[str, str, list[str]]] = {f"{folder}/tvl1.o": ("cxx", "csrc/tvl1.cpp", [])}
+    objects: dict[str, tuple[str, str, list[str]]] = {
+        f"{folder}/{Path(source).stem}.o": ("cxx", source, []) for source in CPP_SOURCES
+    }
     for isa, flags in ISA_FLAGS.items():
         if x86 or isa == "baseline":
             for source in ISA_SOURCES:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from avfast.flow import tvl1_flow
     from avfast.kernels import backward_warp, condense, convlstm_gates, flow_loss, modulate, recall
     from avfast.model import AVModel
+    from avfast.patching import patch
 
 _HOME = {
     "AVModel": "avfast.model",
@@ -29,6 +30,7 @@ _HOME = {
     "environment": "avfast.env",
     "flow_loss": "avfast.kernels",
     "modulate": "avfast.kernels",
+    "patch": "avfast.patching",
     "recall": "avfast.kernels",
     "tvl1_flow": "avfast.flow",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "environment",
     "flow_loss",
     "modulate",
+    "patch",
     "recall",
     "tvl1_flow",
 ]

@@ -192,7 +192,7 @@ class TrainConfig:
 _MMNIST = TrainConfig()
 PRESETS: dict[str, TrainConfig] = {
     "mmnist": _MMNIST,
-    # sized for an hour on 2 cores. Small batches fail in the motion stage: on two predicted frames, after 60 s of
+    # two hours on 2 cores with AVX2. Small batches fail in the motion stage: on two predicted frames, after 60 s of
     # training, the squared flow error per step was 14.7 with batch 8 and 9.1 with 64 (no sound, 1e-3), 6.2 with 32
     # (sound, 5e-4); 18 is no motion at all. One seed each; batch, rate and sound were not separated
     "mmnist-small": replace(

@@ -24,21 +24,18 @@ from torch import Tensor, nn
 from avfast.config import InputError, ModelConfig
 from avfast.files import replacing
 from avfast.kernels import backward_warp
-from avfast.modules import (
+from avfast.modules import Condense, ContextModulation, ConvLSTM, Recall
+from avfast.networks import (
     FEATURES,
     AudioEncoder,
-    Condense,
     ContextEncoder,
-    ConvLSTM,
-    MotionAffine,
     MotionDecoder,
     MotionEncoder,
-    Recall,
     UNet,
     batch_norms,
 )
 
-FORMAT = 1
+FORMAT = 2
 """Version of config.json."""
 
 
@@ -69,13 +66,13 @@ class MME(nn.Module):
         super().__init__()
         self.variant = config.motion
         self.encoder = MotionEncoder(config.image_channels)
-        self.lstm = ConvLSTM(config.convlstm_layers)
+        self.lstm = ConvLSTM(FEATURES, [FEATURES] * config.convlstm_layers)
         self.decoder = MotionDecoder()
         if self.variant != "v":
             self.audio_encoder = AudioEncoder(config.audio_shape)
-            self.recall = Recall(single=self.variant == "mme")
+            self.recall = Recall(FEATURES, single=self.variant == "mme")
         if self.variant == "mme":
-            self.condense = Condense()
+            self.condense = Condense(FEATURES)
 
     def forward(self, frames: Tensor, flow: Tensor, audio: Tensor) -> Motion:
         """frames (B,K,C,H,W) in [0,1], flow (B,K,2,H,W) with flow[:,0] = 0, audio (B,T,1,F,S), T > K >= 1."""
@@ -118,7 +115,7 @@ class CAR(nn.Module):
             self.context_encoder = ContextEncoder(config.image_channels, config.unet_width)
         if self.variant == "car":
             motion_size = FEATURES * (1 if config.motion == "v" else 2)
-            self.affine = MotionAffine(motion_size, config.unet_width)
+            self.affine = nn.ModuleList(ContextModulation(motion_size, config.unet_width << i) for i in range(4))
 
     def forward(self, frame: Tensor, flow: Tensor, audio: Tensor | None, motion_encoder: MotionEncoder) -> Tensor:
         """frame V_K (B,C,H,W), flow F_{K+1}..F_T (B,P,2,H,W), audio vectors of A_K..A_{T-1} (B,P,D) or None -> frames
@@ -126,14 +123,14 @@ class CAR(nn.Module):
         contexts = self.context_encoder(frame) if self.variant != "unet" else None
         outputs = []
         for t in range(flow.shape[1]):
-            adapted = contexts
+            affine = motion = None
             if self.variant == "car":
+                affine = self.affine
                 motion = motion_encoder(flow[:, t : t + 1], frame[:, None])[:, 0].mean(dim=(-2, -1))
                 if audio is not None:
                     motion = torch.cat((motion, audio[:, t]), dim=1)
-                adapted = self.affine(motion, contexts)
             warped = backward_warp(frame, flow[:, t])
-            outputs.append(warped + self.unet(warped, adapted))
+            outputs.append(warped + self.unet(warped, contexts, affine, motion))
             frame = outputs[-1].clamp(0, 1)
         return torch.stack(outputs, dim=1)
 

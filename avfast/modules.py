@@ -1,204 +1,197 @@
-"""Layers of MME and CAR (paper sections 3.1, 3.2 and appendix C; what the paper leaves open is settled here).
+"""Layers to use in any model: the fused ops as modules, and what carries weights over from other people's layers.
 
-Shape legend: B batch, T time, C image channels, H W image, h w = H/16 W/16, F S spectrogram, D = 128 feature channels.
-Convolutions followed by BatchNorm carry no bias: BatchNorm subtracts it, so the functions are the same.
+Shape legend: B batch, T time, C D channels, H W image, M memory tokens. Each is built on one function of
+`avfast.kernels`, whose docstring has the formula. `from_reference` takes the layers that such code usually has and
+copies their weights; `to_reference` gives them back.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avfast.config import InputError
-from avfast.kernels import condense, convlstm_gates, modulate, recall
+from avfast.kernels import backward_warp, condense, convlstm_gates, modulate, recall
 
-FEATURES = 128
-SLOPE = 0.2
+State = tuple[Tensor, Tensor]
+"""(hidden, cell), each (B,D,H,W)."""
+Projection = nn.Linear | nn.Conv2d
+"""A linear map per position: a linear layer, or a convolution 1x1."""
 
 
-class BatchNorm(nn.Module):
-    """BatchNorm with statistics per time step, whatever the number of steps that one call holds.
+class BackwardWarp(nn.Module):
+    """out(p) = image(p + flow(p)): image (B,C,H,W), flow (B,2,H,W) in pixels, x then y. `avfast.backward_warp`."""
 
-    forward(x, steps): x (B*steps, C, ...) with time inside the batch axis, b * steps + t. In training each step is
-    normalised by its own batch statistics (time is folded into channels, so one call on T steps equals T calls on
-    one); the running statistics move once per optimiser step, by the mean over the step's calls: `commit`. In
-    evaluation it is the usual affine map by the running statistics.
+    def __init__(self, padding: str = "border") -> None:
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, image: Tensor, flow: Tensor) -> Tensor:
+        return backward_warp(image, flow, padding=self.padding)
+
+    def extra_repr(self) -> str:
+        return f"padding={self.padding!r}"
+
+
+class ConvLSTMCell(nn.Conv2d):
+    """ConvLSTM cell without peepholes (Shi et al. 2015): a convolution over input and hidden state, then one fused op.
+
+    forward(x (B,C,H,W), state or None for zeros) -> (hidden, cell). The cell state keeps the weights' dtype under
+    autocast. The module is its convolution: input channels first, then hidden ones; outputs are the gates i, f, o, g.
+
+    Weights start with variance 2 over the fan-in of the input half, the forget gate's bias at 1, the other biases at 0:
+    after four layers of 128 channels the hidden state then differs between clips by 0.043, with PyTorch's own start by
+    0.00016.
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    sums: Tensor
-    calls: Tensor
+    def __init__(self, in_channels: int, hidden_channels: int, kernel_size: int = 3, *, bias: bool = True) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}, expected an odd number: the state keeps its size")
+        self.input_channels, self.hidden_channels = in_channels, hidden_channels
+        super().__init__(
+            in_channels + hidden_channels, 4 * hidden_channels, kernel_size, padding=kernel_size // 2, bias=bias
+        )
 
-    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-        # sums over the calls since the last commit: mean, unbiased variance, number of steps
-        self.register_buffer("sums", torch.zeros(2, channels), persistent=False)
-        self.register_buffer("calls", torch.zeros(()), persistent=False)
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=(2 / (self.kernel_size[0] ** 2 * self.input_channels)) ** 0.5)
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.zero_()[self.hidden_channels : 2 * self.hidden_channels] = 1
 
-    def forward(self, x: Tensor, steps: int = 1) -> Tensor:
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        folded = x.reshape(-1, steps * x.shape[1], *x.shape[2:])
-        if folded.numel() == folded.shape[1]:
-            raise ValueError(f"x has shape {tuple(x.shape)} for {steps} steps: one value per channel has no variance")
-        # momentum 1 writes this call's statistics, so they cost no pass of their own
-        mean, var = torch.zeros(2, steps * self.weight.shape[0], dtype=self.running_mean.dtype, device=x.device)
-        weight, bias = self.weight.repeat(steps), self.bias.repeat(steps)
-        out = F.batch_norm(folded, mean, var, weight, bias, True, 1.0, self.eps)
-        with torch.no_grad():
-            self.sums += torch.stack((mean, var)).view(2, steps, -1).sum(1)
-            self.calls += steps
-        return out.view(x.shape)
+    def forward(self, x: Tensor, state: State | None = None) -> State:  # type: ignore[override]
+        if state is None:
+            # the hidden state is zero: its half of the convolution adds nothing
+            gates = F.conv2d(x, self.weight[:, : self.input_channels], self.bias, padding=self.padding)
+            cell = torch.zeros(x.shape[0], self.hidden_channels, *x.shape[2:], dtype=self.weight.dtype, device=x.device)
+        else:
+            hidden, cell = state
+            gates = super().forward(torch.cat((x, hidden), dim=1))
+        return convlstm_gates(gates, cell)
 
+    @classmethod
+    def from_reference(cls, conv: nn.Conv2d, *, order: str = "ifog") -> ConvLSTMCell:
+        """The cell whose convolution over concat(x, hidden) is `conv`, with its gates in the given order (i input, f
+        forget, o output, g candidate). Raises ValueError where `conv` is no such convolution."""
+        hidden, kernel = conv.out_channels // 4, conv.kernel_size[0]
+        fits = conv.out_channels == 4 * hidden < 4 * conv.in_channels and conv.groups == 1
+        if not fits or conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding != (kernel // 2, kernel // 2):
+            raise ValueError(f"conv is {conv}, expected one from C + D to 4 D channels that keeps the size")
+        cell = cls(conv.in_channels - hidden, hidden, kernel, bias=conv.bias is not None)
+        cell.to(conv.weight.device, conv.weight.dtype)
+        cell._copy(conv, cell, [_checked(order).index(gate) for gate in "ifog"])
+        return cell
+
+    def to_reference(self, *, order: str = "ifog") -> nn.Conv2d:
+        """The plain convolution over concat(x, hidden), its gates in the given order."""
+        kernel = self.kernel_size[0]
+        conv = nn.Conv2d(self.in_channels, self.out_channels, kernel, padding=kernel // 2, bias=self.bias is not None)
+        conv.to(self.weight.device, self.weight.dtype)
+        self._copy(self, conv, ["ifog".index(gate) for gate in _checked(order)])
+        return conv
+
+    @staticmethod
     @torch.no_grad()
-    def commit(self, momentum: float | None = None) -> None:
-        """Move the running statistics towards the mean over the calls since the last commit, and start anew."""
-        if self.calls > 0:
-            momentum = self.momentum if momentum is None else momentum
-            mean, var = self.sums / self.calls
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(var, momentum)
-        self.discard()
-
-    def discard(self) -> None:
-        """Forget the calls since the last commit."""
-        self.sums.zero_()
-        self.calls.zero_()
+    def _copy(source: nn.Conv2d, target: nn.Conv2d, gates: list[int]) -> None:
+        for theirs, ours in ((source.weight, target.weight), (source.bias, target.bias)):
+            if theirs is not None and ours is not None:
+                parts = theirs.chunk(4)
+                ours.copy_(torch.cat([parts[i] for i in gates]))
 
 
-def batch_norms(module: nn.Module) -> list[BatchNorm]:
-    """Every BatchNorm in a module that is in training mode."""
-    return [m for m in module.modules() if isinstance(m, BatchNorm) and m.training]
+def _checked(order: str) -> str:
+    if sorted(order) != sorted("ifog"):
+        raise ValueError(f"order is {order!r}, expected the letters i, f, o and g, each once")
+    return order
 
 
-class ConvBlock(nn.Module):
-    """Convolution (or transposed convolution), BatchNorm, activation; `steps` as in `BatchNorm`."""
+class ConvLSTM(nn.Module):
+    """Stacked ConvLSTM cells: forward(x (B,C,H,W), states) -> (top hidden (B,D,H,W), states), one step.
 
-    def __init__(self, conv: nn.Module, channels: int, activation: nn.Module) -> None:
-        super().__init__()
-        self.conv, self.norm, self.activation = conv, BatchNorm(channels), activation
-
-    def forward(self, x: Tensor, steps: int = 1) -> Tensor:
-        return self.activation(self.norm(self.conv(x), steps))
-
-
-def _activation(last: bool) -> nn.Module:
-    return nn.Tanh() if last else nn.LeakyReLU(SLOPE)
-
-
-class MotionEncoder(nn.Module):
-    """E_m: flow (B,T,2,H,W) in pixels and frames (B,T,C,H,W) -> (B,T,D,h,w). Four convolutions 4x4, stride 2, pad 1."""
-
-    def __init__(self, image_channels: int) -> None:
-        super().__init__()
-        channels = (2 + image_channels, 64, 64, 128, FEATURES)
-        self.blocks = nn.ModuleList(
-            ConvBlock(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False), c_out, _activation(i == 3))
-            for i, (c_in, c_out) in enumerate(pairwise(channels))
-        )
-
-    def forward(self, flow: Tensor, frames: Tensor) -> Tensor:
-        b, steps = flow.shape[:2]
-        x = torch.cat((flow, frames), dim=2).flatten(0, 1)
-        for block in self.blocks:
-            x = block(x, steps)
-        return x.view(b, steps, *x.shape[1:])
-
-
-class MotionDecoder(nn.Module):
-    """D_m: hidden state (B,D,h,w) -> flow (B,2,H,W) in pixels. Four transposed convolutions 4x4, stride 2, pad 1.
-
-    The last layer stays fp32 under autocast: rounding the flow to bf16 alone costs 11 % of the paper's AEPE.
+    states: None for zeros, or one (hidden, cell) per layer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int, hidden_channels: Sequence[int], kernel_size: int = 3) -> None:
         super().__init__()
-        channels = (FEATURES, 128, 64, 64)
-        self.blocks = nn.ModuleList(
-            ConvBlock(nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False), c_out, _activation(False))
-            for c_in, c_out in pairwise(channels)
+        self.cells = nn.ModuleList(
+            ConvLSTMCell(a, b, kernel_size) for a, b in pairwise([in_channels, *hidden_channels])
         )
-        self.last = nn.ConvTranspose2d(channels[-1], 2, 4, 2, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.last(x.to(self.last.weight.dtype))
+    def forward(self, x: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
+        new = []
+        for i, cell in enumerate(self.cells):
+            x, kept = cell(x, None if states is None else states[i])
+            new.append((x, kept))
+        return x, new
 
-
-class AudioEncoder(nn.Module):
-    """E_a: spectrogram windows (B,T,1,F,S) -> audio vectors (B,T,D), one call over all B*T windows.
-
-    Five convolutions, channels 64, 128, 256, 512, D, kernels 4, 4, 4, 4, 2. Strides and paddings are those that bring
-    23x21 and 45x17 to 1x1; any other shape takes the first kind's and adaptive average pooling to 2x2 before the last.
-    Its BatchNorm statistics are those of the one call.
-    """
-
-    # spectrogram shape -> (stride, padding) of the first two convolutions; the next two halve, the last keeps
-    _STRIDES = {
-        (23, 21): [((1, 1), (0, 0)), ((2, 2), (1, 1))],
-        (45, 17): [((2, 1), (0, 0)), ((2, 1), (2, 0))],
-    }
-
-    def __init__(self, audio_shape: tuple[int, int]) -> None:
-        super().__init__()
-        if min(audio_shape) < 11:
-            raise InputError(f"audio_shape is {audio_shape[0]}x{audio_shape[1]}, expected at least 11x11")
-        first, second = self._STRIDES.get(audio_shape, self._STRIDES[23, 21])
-        halving = ((2, 2), (1, 1))
-        geometry = [(4, *first), (4, *second), (4, *halving), (4, *halving), (2, (1, 1), (0, 0))]
-        channels = (1, 64, 128, 256, 512, FEATURES)
-        self.blocks = nn.ModuleList(
-            ConvBlock(
-                nn.Conv2d(channels[i], channels[i + 1], kernel, stride, padding, bias=False),
-                channels[i + 1],
-                _activation(i == 4),
-            )
-            for i, (kernel, stride, padding) in enumerate(geometry)
-        )
-        self.pool = nn.Identity() if audio_shape in self._STRIDES else nn.AdaptiveAvgPool2d(2)
-
-    def forward(self, audio: Tensor) -> Tensor:
-        x = audio.flatten(0, 1)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return self.blocks[-1](self.pool(x)).view(*audio.shape[:2], FEATURES)
+    def sequence(self, x: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
+        """All steps of a known input x (B,T,C,H,W) -> (top hidden (B,T,D,H,W), states after the last). Layer by layer:
+        the convolution of a layer's inputs is one call over all T steps, only that of its hidden state is step by
+        step."""
+        new = []
+        for i, cell in enumerate(self.cells):
+            assert isinstance(cell, ConvLSTMCell)
+            of_input, of_hidden = cell.weight.split([cell.input_channels, cell.hidden_channels], dim=1)
+            steps = F.conv2d(x.flatten(0, 1), of_input, cell.bias, padding=cell.padding).unflatten(0, x.shape[:2])
+            hidden, kept = (None, None) if states is None else states[i]
+            outputs = []
+            for t in range(x.shape[1]):
+                gates = steps[:, t]
+                if hidden is not None:
+                    gates = gates + F.conv2d(hidden, of_hidden, padding=cell.padding)
+                if kept is None:
+                    kept = gates.new_zeros(
+                        gates.shape[0], cell.hidden_channels, *gates.shape[2:], dtype=cell.weight.dtype
+                    )
+                hidden, kept = convlstm_gates(gates, kept)
+                outputs.append(hidden)
+            x = torch.stack(outputs, dim=1)
+            assert hidden is not None and kept is not None
+            new.append((hidden, kept))
+        return x, new
 
 
 class Condense(nn.Module):
-    """Eq. 1 over every prefix: memory (B,T,D) -> condensed rows (B,T,D). Single head, q k v = 1x1 convolutions."""
+    """Eq. 1 over every prefix: memory (B,T,C) -> condensed rows (B,T,C). Single head, q k v = 1x1 convolutions."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.qkv = nn.Linear(FEATURES, 3 * FEATURES)
+        self.qkv = nn.Linear(channels, 3 * channels)
 
     def forward(self, memory: Tensor) -> Tensor:
         return condense(memory, self.qkv.weight, self.qkv.bias)
 
+    @classmethod
+    def from_reference(cls, query: Projection, key: Projection, value: Projection) -> Condense:
+        """From three linear layers or 1x1 convolutions C -> C."""
+        module = cls(value.weight.shape[0]).to(value.weight.device, value.weight.dtype)
+        parts = zip(module.qkv.weight.chunk(3), module.qkv.bias.chunk(3), (query, key, value), strict=True)
+        for weight, bias, layer in parts:
+            _copy_projection(layer, weight, bias)
+        return module
+
+    def to_reference(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """Query, key and value layers."""
+        query, key, value = map(_linear, self.qkv.weight.chunk(3), self.qkv.bias.chunk(3))
+        return query, key, value
+
 
 class Recall(nn.Module):
-    """Eq. 2: a feature map (B,D,h,w) recalls from a memory.
+    """Eq. 2: a feature map (B,C,H,W) recalls from a memory.
 
-    `project(memory (B,T,D))` gives the keys and values of every token once, before the recurrence; `forward` recalls
-    from any slice of them. With `single` the memory is always one token: the softmax over one key is identically 1,
-    its query and key have exactly zero gradient, and they are not created.
+    `project(memory (B,M,C))` gives the keys and values of every token once, before a recurrence; `forward` recalls from
+    any slice of them. With `single` the memory is always one token: the softmax over one key is identically 1, its
+    query and key have exactly zero gradient, and they are not created.
     """
 
-    def __init__(self, *, single: bool) -> None:
+    def __init__(self, channels: int, *, single: bool) -> None:
         super().__init__()
-        self.query = None if single else nn.Conv2d(FEATURES, FEATURES, 1)
-        self.key = None if single else nn.Linear(FEATURES, FEATURES)
-        self.value = nn.Linear(FEATURES, FEATURES)
+        self.query = None if single else nn.Conv2d(channels, channels, 1)
+        self.key = None if single else nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
 
     def project(self, memory: Tensor) -> tuple[Tensor | None, Tensor]:
         return (None if self.key is None else self.key(memory)), self.value(memory)
@@ -207,124 +200,68 @@ class Recall(nn.Module):
         query = None if self.query is None else self.query(feature)
         return recall(feature, query, key, value)
 
+    @classmethod
+    def from_reference(cls, query: Projection | None, key: Projection | None, value: Projection) -> Recall:
+        """From three linear layers or 1x1 convolutions C -> C; without query and key for a memory of one token."""
+        module = cls(value.weight.shape[0], single=query is None or key is None)
+        module.to(value.weight.device, value.weight.dtype)
+        for own, layer in ((module.query, query), (module.key, key), (module.value, value)):
+            if own is not None and layer is not None:
+                _copy_projection(layer, own.weight, own.bias)
+        return module
 
-class ConvLSTM(nn.Module):
-    """Stacked ConvLSTM cells 3x3 without peepholes (Shi et al. 2015), gate order i, f, o, g, zero initial state.
-
-    forward(x (B,D,h,w), state) -> (top hidden (B,D,h,w), state); state is None or one (hidden, cell) per layer. The
-    cell state keeps the parameters' dtype under autocast. Weights start with variance 2 over the fan-in of the input
-    half, the forget gate's bias at 1, the other biases at 0:
-    after four layers the hidden state then differs between clips by 0.043, with PyTorch's own start by 0.00016.
-    """
-
-    def __init__(self, layers: int = 4) -> None:
-        super().__init__()
-        cells = [nn.Conv2d(2 * FEATURES, 4 * FEATURES, 3, padding=1) for _ in range(layers)]
-        with torch.no_grad():
-            for cell in cells:
-                assert cell.bias is not None
-                cell.weight.normal_(std=(2 / (9 * FEATURES)) ** 0.5)
-                cell.bias.zero_()[FEATURES : 2 * FEATURES] = 1
-        self.cells = nn.ModuleList(cells)
-
-    def forward(
-        self, x: Tensor, state: list[tuple[Tensor, Tensor]] | None = None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        new_state = []
-        for layer, conv in enumerate(self.cells):
-            assert isinstance(conv, nn.Conv2d)
-            if state is None:
-                # the hidden state is zero: its half of the convolution adds nothing
-                gates = F.conv2d(x, conv.weight[:, :FEATURES], conv.bias, padding=1)
-                cell = torch.zeros(x.shape, dtype=conv.weight.dtype, device=x.device)
-            else:
-                hidden, cell = state[layer]
-                gates = conv(torch.cat((x, hidden), dim=1))
-            x, cell = convlstm_gates(gates, cell)
-            new_state.append((x, cell))
-        return x, new_state
+    def to_reference(self) -> tuple[nn.Linear | None, nn.Linear | None, nn.Linear]:
+        """Query, key and value layers; None for the first two with `single`."""
+        query = None if self.query is None else _linear(self.query.weight, self.query.bias)
+        key = None if self.key is None else _linear(self.key.weight, self.key.bias)
+        return query, key, _linear(self.value.weight, self.value.bias)
 
 
-class DoubleConv(nn.Module):
-    """Two 3x3 convolutions, each with BatchNorm and ReLU: (B,c_in,H,W) -> (B,c_out,H,W)."""
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(
-            *(ConvBlock(nn.Conv2d(c, c_out, 3, padding=1, bias=False), c_out, nn.ReLU()) for c in (c_in, c_out))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x)
+@torch.no_grad()
+def _copy_projection(layer: Projection, weight: Tensor, bias: Tensor | None) -> None:
+    weight.copy_(layer.weight.view_as(weight))
+    if bias is not None:
+        bias.zero_() if layer.bias is None else bias.copy_(layer.bias)
 
 
-class ContextEncoder(nn.Module):
-    """E_c: the last given frame (B,C,H,W) -> z^1..z^4, channels w, 2w, 4w, 8w at H, H/2, H/4, H/8."""
-
-    def __init__(self, image_channels: int, width: int) -> None:
-        super().__init__()
-        channels = (image_channels, width, 2 * width, 4 * width, 8 * width)
-        self.levels = nn.ModuleList(DoubleConv(a, b) for a, b in pairwise(channels))
-
-    def forward(self, frame: Tensor) -> list[Tensor]:
-        features = []
-        for i, level in enumerate(self.levels):
-            frame = level(frame if i == 0 else F.max_pool2d(frame, 2))
-            features.append(frame)
-        return features
+@torch.no_grad()
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None).to(weight.device, weight.dtype)
+    layer.weight.copy_(weight.view_as(layer.weight))
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return layer
 
 
-class MotionAffine(nn.Module):
-    """Eq. 6 and 7: motion vector (B,M) and z^1..z^4 -> adapted contexts. Per level and per gamma / beta an MLP
-    M -> c_i -> c_i that starts as the identity (gamma 1, beta 0)."""
+class ContextModulation(nn.Module):
+    """Eq. 6 and 7: context (B,C,H,W) scaled and shifted per channel as a motion vector (B,M) says, through an MLP
+    M -> C -> C each, which start as the identity (gamma 1, beta 0). `before`: features (B,Ci,H,W) that the result is
+    concatenated behind, without a pass of its own."""
 
-    def __init__(self, motion_size: int, width: int) -> None:
+    def __init__(self, motion_size: int, channels: int) -> None:
         super().__init__()
 
-        def mlp(channels: int, start: float) -> nn.Sequential:
+        def mlp(start: float) -> nn.Sequential:
             last = nn.Linear(channels, channels)
             nn.init.zeros_(last.weight)
             nn.init.constant_(last.bias, start)
             return nn.Sequential(nn.Linear(motion_size, channels), nn.ReLU(), last)
 
-        self.gamma = nn.ModuleList(mlp(width << i, 1.0) for i in range(4))
-        self.beta = nn.ModuleList(mlp(width << i, 0.0) for i in range(4))
+        self.gamma, self.beta = mlp(1.0), mlp(0.0)
 
-    def forward(self, motion: Tensor, contexts: list[Tensor]) -> list[Tensor]:
-        return [
-            modulate(z, gamma(motion), beta(motion))
-            for z, gamma, beta in zip(contexts, self.gamma, self.beta, strict=True)
-        ]
+    def forward(self, context: Tensor, motion: Tensor, *, before: Sequence[Tensor] = ()) -> Tensor:
+        return modulate(context, self.gamma(motion), self.beta(motion), before=before)
 
+    @classmethod
+    def from_reference(cls, gamma: nn.Sequential, beta: nn.Sequential) -> ContextModulation:
+        """From two MLPs Linear, ReLU, Linear."""
+        first, *_, last = gamma
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        module = cls(first.in_features, last.out_features).to(first.weight.device, first.weight.dtype)
+        module.gamma.load_state_dict(gamma.state_dict())
+        module.beta.load_state_dict(beta.state_dict())
+        return module
 
-class UNet(nn.Module):
-    """Refinement U-Net: warped frame (B,C,H,W) and adapted contexts (or none) -> residual (B,C,H,W).
-
-    Five levels of width w, 2w, 4w, 8w, 16w; each of the four decoder levels takes concat(upsampled, skip, z^i). The
-    last 1x1 convolution starts at zero, so training starts from the warped frame.
-    """
-
-    def __init__(self, image_channels: int, width: int, *, with_context: bool) -> None:
-        super().__init__()
-        channels = [width << i for i in range(5)]
-        parts = 3 if with_context else 2
-        self.down = nn.ModuleList(DoubleConv(a, b) for a, b in pairwise([image_channels, *channels]))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * c, c, 2, 2) for c in channels[:4])
-        self.decode = nn.ModuleList(DoubleConv(parts * c, c) for c in channels[:4])
-        self.last = nn.Conv2d(width, image_channels, 1)
-        with torch.no_grad():
-            for parameter in self.last.parameters():
-                parameter.zero_()
-
-    def forward(self, frame: Tensor, contexts: list[Tensor] | None = None) -> Tensor:
-        skips = []
-        x = frame
-        for i, level in enumerate(self.down):
-            x = level(x if i == 0 else F.max_pool2d(x, 2))
-            skips.append(x)
-        for i in reversed(range(4)):
-            parts = [self.up[i](x), skips[i]]
-            if contexts is not None:
-                parts.append(contexts[i])
-            x = self.decode[i](torch.cat(parts, dim=1))
-        return self.last(x)
+    def to_reference(self) -> tuple[nn.Sequential, nn.Sequential]:
+        """Copies of the two MLPs."""
+        return copy.deepcopy(self.gamma), copy.deepcopy(self.beta)

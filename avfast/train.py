@@ -33,7 +33,7 @@ from avfast.config import PRESETS, InputError, TrainConfig, choose_device, parse
 from avfast.data.store import Batch, load_split
 from avfast.metrics import VideoMetrics
 from avfast.model import AVModel, Rollout, load_weights, read_pretrained
-from avfast.modules import batch_norms
+from avfast.networks import batch_norms
 from avfast.progress import Progress
 from avfast.runs import Run, find_run, load_run_config, resolve_checkpoint
 

@@ -72,6 +72,66 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable
         _write(path)
 
 
+@pytest.fixture
+def contest(compare: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """contest(case, calls, args, forward=values, backward=values, rounds=15): ours against the others, by direction.
+
+    calls: {"ours": f, "eager": g, ...}, all called with `args`; values: how many values ours has to move in the forward
+    and in the backward pass. All must agree, in outputs and gradients, within 1e-4 of the largest value (frameworks
+    sum in other orders). A rival more is `copy`: PyTorch copying as many bytes; its ratio is the share of the copy
+    bandwidth that ours reaches.
+    """
+
+    def run(
+        case: str,
+        calls: dict[str, Callable[..., Any]],
+        args: list[torch.Tensor],
+        *,
+        forward: float,
+        backward: float,
+        rounds: int = 15,
+    ) -> None:
+        def outputs(call: Callable[..., Any]) -> tuple[torch.Tensor, ...]:
+            out = call(*args)
+            return out if isinstance(out, tuple) else (out,)
+
+        wanted = [a for a in args if a.requires_grad]
+        seeds = [torch.randn_like(o) for o in outputs(calls["ours"])]
+
+        def both(call: Callable[..., Any]) -> list[torch.Tensor]:
+            outs = outputs(call)
+            return [*outs, *torch.autograd.grad(outs, wanted, seeds)]
+
+        expected = both(calls["ours"])
+        for name, call in calls.items():
+            for ours, theirs in zip(expected, both(call), strict=True):
+                error = (ours - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
+                assert error < 1e-4, f"{name} differs by {error}"
+
+        with torch.no_grad():
+            _compare_calls(
+                compare, f"{case} forward", {n: lambda c=c: c(*args) for n, c in calls.items()}, forward, rounds
+            )
+        both_ways = {n: lambda c=c: both(c) for n, c in calls.items()}
+        _compare_calls(compare, f"{case} forward+backward", both_ways, forward + backward, rounds)
+
+    return run
+
+
+def _compare_calls(
+    compare: Callable[..., dict[str, Any]], case: str, calls: dict[str, Callable[[], Any]], values: float, rounds: int
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.randn(max(1, int(values / 2)), device=device)
+    target = torch.empty_like(source)
+    calls = {**calls, "copy": lambda: target.copy_(source)}
+    calls["ours"]()
+    # enough calls per timing that the clock and the noise of one call matter little
+    repeat = max(1, int(2e-3 / max(1e-6, min(_timed(calls["ours"]) for _ in range(5)))))
+    repeated = {n: lambda c=c: [c() for _ in range(repeat)] for n, c in calls.items()}
+    compare(case, repeated.pop("ours"), repeated, rounds=rounds, calls=repeat, values_moved=int(values))
+
+
 def _write(path: Path) -> None:
     from avfast.env import environment
     from avfast.files import replacing

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "fused.h"
+#include "isa.h"
 #include "tvl1.h"
 #ifdef AVFAST_WITH_CUDA
 #include "tvl1_cuda.h"
@@ -23,6 +25,18 @@ std::vector<std::string> cuda_devices();  // cuda_info.cu
 constexpr bool kWithCuda = false;
 std::vector<std::string> cuda_devices() { return {}; }
 #endif
+
+// calls run(T{}) with the element type that the caller's tensors have.
+template <class Run>
+void with_type(bool fp64, const Run& run) {
+  fp64 ? run(double{}) : run(float{});
+}
+template <class T>
+T* as(T, uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+using Isa = std::optional<std::string>;
+const char* name_of(const Isa& isa) { return isa ? isa->c_str() : nullptr; }
 }  // namespace avfast
 
 PYBIND11_MODULE(_C, m) {
@@ -31,14 +45,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("with_cuda") = avfast::kWithCuda;
   m.def("cuda_devices", &avfast::cuda_devices, py::call_guard<py::gil_scoped_release>(),
         "Name and compute capability of every CUDA device the built-in runtime sees; empty without a driver.");
-  m.def(
-      "instruction_sets",
-      [] {
-        const char* names[3];
-        const int count = avfast::tvl1::instruction_sets(names);
-        return std::vector<std::string>(names, names + count);
-      },
-      "Instruction sets that the CPU code was built for and this CPU has, best first.");
+  m.def("instruction_sets", &avfast::instruction_sets,
+        "Instruction sets that the CPU code was built for and this CPU has, best first.");
 
   py::class_<Params>(m, "TVL1Params", "Parameters of the engine, checked by avfast.flow.TVL1Params.")
       .def(py::init([](bool chambolle_pock, bool opencv, float tau, float lambda, float theta, float scale_step,
@@ -65,14 +73,90 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "tvl1_flow",
       [](uintptr_t a, uintptr_t b, uintptr_t flow, int64_t pairs, int height, int width, const Params& params,
-         int threads, const std::optional<std::string>& isa) {
+         int threads, const avfast::Isa& isa) {
         avfast::tvl1::flow(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b),
-                           reinterpret_cast<float*>(flow), pairs, height, width, params, threads,
-                           isa ? isa->c_str() : nullptr);
+                           reinterpret_cast<float*>(flow), pairs, height, width, params, threads, avfast::name_of(isa));
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("a"), py::arg("b"), py::arg("flow"), py::arg("pairs"),
       py::arg("height"), py::arg("width"), py::arg("params"), py::arg("threads"), py::arg("isa"),
       "Addresses of float32 a, b [pairs, height, width] (0..255) -> writes float32 flow [pairs, 2, height, width].");
+
+  // the fused ops: fused.h says what each address holds
+  using avfast::as;
+  using avfast::Isa;
+  m.def(
+      "gates_forward",
+      [](uintptr_t gates, uintptr_t cell, uintptr_t hidden, uintptr_t new_cell, int64_t rows, int64_t area, bool fp64,
+         int threads, const Isa& isa) {
+        avfast::with_type(fp64, [&](auto t) {
+          avfast::fused::gates_forward(as(t, gates), as(t, cell), as(t, hidden), as(t, new_cell), rows, area, threads,
+                                       avfast::name_of(isa));
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "gates_backward",
+      [](uintptr_t gates, uintptr_t cell, uintptr_t grad_hidden, uintptr_t grad_new_cell, uintptr_t grad_gates,
+         uintptr_t grad_cell, int64_t rows, int64_t area, bool fp64, int threads, const Isa& isa) {
+        avfast::with_type(fp64, [&](auto t) {
+          avfast::fused::gates_backward(as(t, gates), as(t, cell), as(t, grad_hidden), as(t, grad_new_cell),
+                                        as(t, grad_gates), as(t, grad_cell), rows, area, threads, avfast::name_of(isa));
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "warp_forward",
+      [](uintptr_t image, uintptr_t flow, uintptr_t out, int64_t batch, int channels, int height, int width, bool zeros,
+         bool fp64, int threads, const Isa& isa) {
+        avfast::with_type(fp64, [&](auto t) {
+          avfast::fused::warp_forward(as(t, image), as(t, flow), as(t, out), batch, channels, height, width, zeros,
+                                      threads, avfast::name_of(isa));
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "warp_backward",
+      [](uintptr_t image, uintptr_t flow, uintptr_t grad_out, uintptr_t grad_image, uintptr_t grad_flow, int64_t batch,
+         int channels, int height, int width, bool zeros, bool fp64, int threads, const Isa& isa) {
+        avfast::with_type(fp64, [&](auto t) {
+          avfast::fused::warp_backward(as(t, image), as(t, flow), as(t, grad_out), as(t, grad_image), as(t, grad_flow),
+                                       batch, channels, height, width, zeros, threads, avfast::name_of(isa));
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "flow_loss",
+      [](uintptr_t prediction, uintptr_t target, uintptr_t frames, uintptr_t grad, uintptr_t loss, int64_t images,
+         int channels, int height, int width, double data_weight, double smooth_weight, bool fp64, int threads,
+         const Isa& isa) {
+        avfast::with_type(fp64, [&](auto t) {
+          avfast::fused::flow_loss(as(t, prediction), as(t, target), as(t, frames), as(t, grad), as(t, loss), images,
+                                   channels, height, width, data_weight, smooth_weight, threads, avfast::name_of(isa));
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "modulate_forward",
+      [](uintptr_t context, uintptr_t gamma, uintptr_t beta, uintptr_t out, int64_t batch, int64_t channels,
+         int64_t area, int64_t out_stride, bool fp64, int threads, const Isa& isa) {
+        avfast::with_type(fp64, [&](auto t) {
+          avfast::fused::modulate_forward(as(t, context), as(t, gamma), as(t, beta), as(t, out), batch, channels, area,
+                                          out_stride, threads, avfast::name_of(isa));
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "modulate_backward",
+      [](uintptr_t context, uintptr_t gamma, uintptr_t grad_out, uintptr_t grad_context, uintptr_t grad_gamma,
+         uintptr_t grad_beta, int64_t batch, int64_t channels, int64_t area, int64_t grad_stride, bool fp64,
+         int threads, const Isa& isa) {
+        avfast::with_type(fp64, [&](auto t) {
+          avfast::fused::modulate_backward(as(t, context), as(t, gamma), as(t, grad_out), as(t, grad_context),
+                                           as(t, grad_gamma), as(t, grad_beta), batch, channels, area, grad_stride,
+                                           threads, avfast::name_of(isa));
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
 
 #ifdef AVFAST_WITH_CUDA
   m.def("tvl1_cuda_scratch", &avfast::tvl1::cuda_scratch, py::arg("pairs"), py::arg("height"), py::arg("width"),

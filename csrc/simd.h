@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#define AVFAST_INLINE inline __attribute__((always_inline))
+
 namespace avfast::AVFAST_ISA {
 
 #if defined(__AVX512F__)
@@ -21,31 +23,46 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// kLanes floats with the arithmetic of one; every operation rounds as the scalar one does.
+// kLanes floats with the arithmetic of one; every operation rounds as the scalar one does. multiply_add rounds once
+// where the instruction set has it as one instruction, twice in the baseline: what has to be the same bit for bit on
+// all sets (TV-L1) does without it.
 struct Vec {
+  using Scalar = float;
+  static constexpr int kWidth = kLanes;
   using Raw = float __attribute__((vector_size(kLanes * sizeof(float))));
   using Int = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  using Doubles = double __attribute__((vector_size(kLanes * sizeof(float))));  // pairs of floats, to be moved as one
+  using Pair = float __attribute__((vector_size(2 * sizeof(float))));
   Raw raw;
 
   Vec() = default;
   Vec(Raw r) : raw(r) {}
   Vec(float x) : raw(x - Raw{}) {}
 
-  static Vec load(const float* from) {
+  AVFAST_INLINE static Vec load(const float* from) {
     Vec v;
     __builtin_memcpy(&v.raw, from, sizeof v.raw);
     return v;
   }
   // 0, 1, 2, ...
-  static Vec iota() {
+  AVFAST_INLINE static Vec iota() {
     Raw r;
     for (int i = 0; i < kLanes; ++i) r[i] = static_cast<float>(i);
     return r;
   }
-  void store(float* to) const { __builtin_memcpy(to, &raw, sizeof raw); }
+  AVFAST_INLINE void store(float* to) const { __builtin_memcpy(to, &raw, sizeof raw); }
+  // the first `count` lanes only, for the end of a row; 0 <= count <= kLanes. The other lanes are 0.
+  AVFAST_INLINE static Vec load_first(const float* from, int count) {
+    if (count == kLanes) return load(from);
+    Raw r{};
+    for (int i = 0; i < count; ++i) r[i] = from[i];
+    return r;
+  }
+  AVFAST_INLINE void store_first(float* to, int count) const {
+    if (count == kLanes) return store(to);
+    for (int i = 0; i < count; ++i) to[i] = raw[i];
+  }
 };
-
-#define AVFAST_INLINE inline __attribute__((always_inline))
 
 AVFAST_INLINE Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
 AVFAST_INLINE Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
@@ -55,18 +72,26 @@ AVFAST_INLINE Vec reciprocal(Vec a) { return Vec(1.0f).raw / a.raw; }
 // the smaller and the larger, b where one is NaN: what the instructions do. GCC 12 makes a comparison and a blend of
 // the ternary operator, and no root at all of a loop.
 #if defined(__AVX512F__)
+AVFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+  return static_cast<Vec::Raw>(_mm512_fmadd_ps(a.raw, b.raw, c.raw));
+}
 AVFAST_INLINE Vec min(Vec a, Vec b) { return static_cast<Vec::Raw>(_mm512_min_ps(a.raw, b.raw)); }
 AVFAST_INLINE Vec max(Vec a, Vec b) { return static_cast<Vec::Raw>(_mm512_max_ps(a.raw, b.raw)); }
 AVFAST_INLINE Vec sqrt(Vec a) { return static_cast<Vec::Raw>(_mm512_sqrt_ps(a.raw)); }
 #elif defined(__AVX2__)
+AVFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+  return static_cast<Vec::Raw>(_mm256_fmadd_ps(a.raw, b.raw, c.raw));
+}
 AVFAST_INLINE Vec min(Vec a, Vec b) { return static_cast<Vec::Raw>(_mm256_min_ps(a.raw, b.raw)); }
 AVFAST_INLINE Vec max(Vec a, Vec b) { return static_cast<Vec::Raw>(_mm256_max_ps(a.raw, b.raw)); }
 AVFAST_INLINE Vec sqrt(Vec a) { return static_cast<Vec::Raw>(_mm256_sqrt_ps(a.raw)); }
 #elif defined(__SSE2__)
+AVFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 AVFAST_INLINE Vec min(Vec a, Vec b) { return static_cast<Vec::Raw>(_mm_min_ps(a.raw, b.raw)); }
 AVFAST_INLINE Vec max(Vec a, Vec b) { return static_cast<Vec::Raw>(_mm_max_ps(a.raw, b.raw)); }
 AVFAST_INLINE Vec sqrt(Vec a) { return static_cast<Vec::Raw>(_mm_sqrt_ps(a.raw)); }
 #else
+AVFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 AVFAST_INLINE Vec min(Vec a, Vec b) { return a.raw < b.raw ? a.raw : b.raw; }
 AVFAST_INLINE Vec max(Vec a, Vec b) { return a.raw > b.raw ? a.raw : b.raw; }
 AVFAST_INLINE Vec sqrt(Vec a) {
@@ -78,6 +103,9 @@ AVFAST_INLINE Vec sqrt(Vec a) {
 // a where `above` is greater than `limit`, else 0.
 AVFAST_INLINE Vec where_above(Vec above, Vec limit, Vec a) { return above.raw > limit.raw ? a.raw : Vec::Raw{}; }
 
+// a where the mask, the result of a comparison, is -1, b where it is 0.
+AVFAST_INLINE Vec where(Vec::Int mask, Vec a, Vec b) { return mask ? a.raw : b.raw; }
+
 // 1 where a equals b, else 0.
 AVFAST_INLINE Vec equal(Vec a, Vec b) { return a.raw == b.raw ? Vec(1.0f).raw : Vec::Raw{}; }
 
@@ -88,5 +116,44 @@ AVFAST_INLINE Vec::Int floor_int(Vec a) {
   return cut + (__builtin_convertvector(cut, Vec::Raw) > a.raw);
 }
 AVFAST_INLINE Vec to_float(Vec::Int a) { return __builtin_convertvector(a, Vec::Raw); }
+
+// 2 to the power of a whole number from -126 to 127.
+AVFAST_INLINE Vec power_of_two(Vec a) {
+  const Vec::Int bits = (__builtin_convertvector(a.raw, Vec::Int) + 127) << 23;
+  return reinterpret_cast<Vec::Raw>(bits);
+}
+AVFAST_INLINE Vec floor(Vec a) { return to_float(floor_int(a)); }
+
+// two registers as one: for long chains of operations, of which one at a time would leave the core waiting.
+struct Vec2 {
+  using Scalar = float;
+  static constexpr int kWidth = 2 * kLanes;
+  Vec a, b;
+
+  Vec2() = default;
+  Vec2(Vec first, Vec second) : a(first), b(second) {}
+  explicit Vec2(float x) : a(x), b(x) {}
+  AVFAST_INLINE static Vec2 load_first(const float* from, int count) {
+    if (count == kWidth) return {Vec::load(from), Vec::load(from + kLanes)};
+    const int first = count < kLanes ? count : kLanes;
+    return {Vec::load_first(from, first), Vec::load_first(from + first, count - first)};
+  }
+  AVFAST_INLINE void store_first(float* to, int count) const {
+    const int first = count < kLanes ? count : kLanes;
+    a.store_first(to, first);
+    b.store_first(to + first, count - first);
+  }
+};
+AVFAST_INLINE Vec2 operator+(Vec2 x, Vec2 y) { return {x.a + y.a, x.b + y.b}; }
+AVFAST_INLINE Vec2 operator-(Vec2 x, Vec2 y) { return {x.a - y.a, x.b - y.b}; }
+AVFAST_INLINE Vec2 operator*(Vec2 x, Vec2 y) { return {x.a * y.a, x.b * y.b}; }
+AVFAST_INLINE Vec2 multiply_add(Vec2 x, Vec2 y, Vec2 z) {
+  return {multiply_add(x.a, y.a, z.a), multiply_add(x.b, y.b, z.b)};
+}
+AVFAST_INLINE Vec2 reciprocal(Vec2 x) { return {reciprocal(x.a), reciprocal(x.b)}; }
+AVFAST_INLINE Vec2 min(Vec2 x, Vec2 y) { return {min(x.a, y.a), min(x.b, y.b)}; }
+AVFAST_INLINE Vec2 max(Vec2 x, Vec2 y) { return {max(x.a, y.a), max(x.b, y.b)}; }
+AVFAST_INLINE Vec2 floor(Vec2 x) { return {floor(x.a), floor(x.b)}; }
+AVFAST_INLINE Vec2 power_of_two(Vec2 x) { return {power_of_two(x.a), power_of_two(x.b)}; }
 
 }  // namespace avfast::AVFAST_ISA

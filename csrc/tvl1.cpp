@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "isa.h"
 #include "resample.h"
 #include "threads.h"
 #include "tvl1_kernels.h"
@@ -456,34 +457,11 @@ class Workspace {
   Buffer texels_, coarse_, state_;
 };
 
-std::vector<const Kernels*> runnable_kernels() {
-  std::vector<const Kernels*> found;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) found.push_back(&avx512::kTvl1);
-  if (__builtin_cpu_supports("avx2")) found.push_back(&avx2::kTvl1);
-#endif
-  found.push_back(&baseline::kTvl1);
-  return found;
-}
-
-const Kernels& choose_kernels(const char* isa) {
-  for (const Kernels* kernels : runnable_kernels()) {
-    if (isa == nullptr || std::string(isa) == kernels->name) return *kernels;
-  }
-  throw std::invalid_argument(std::string("this CPU or this build has no ") + isa);
-}
-
 }  // namespace
-
-int instruction_sets(const char* names[3]) {
-  const std::vector<const Kernels*> found = runnable_kernels();
-  for (size_t i = 0; i < found.size(); ++i) names[i] = found[i]->name;
-  return static_cast<int>(found.size());
-}
 
 void flow(const float* a, const float* b, float* flow, int64_t pairs, int height, int width, const Params& params,
           int threads, const char* isa) {
-  const Kernels& kernels = choose_kernels(isa);
+  const Kernels& kernels = choose_isa(isa, AVFAST_TABLES(kTvl1));
   if (pairs == 0 || height == 0 || width == 0) return;
   const Size size{height, width};
   const int64_t area = static_cast<int64_t>(height) * width;

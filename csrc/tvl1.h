@@ -32,15 +32,11 @@ struct Params {
   float presmooth = 0.f;     // standard deviation in pixels of the Gaussian applied to both images first, 0 = off
 };
 
-// Instruction sets that the engine was built for and this CPU has, best first: "avx512", "avx2", "baseline".
-// Returns their number; `names` receives at most 3.
-int instruction_sets(const char* names[3]);
-
 // Flow from every image of `a` to its partner in `b`: a(p) ~ b(p + flow(p)).
 //
 //   a, b  [pairs, height, width]     grey levels 0..255, finite; only read
 //   flow  [pairs, 2, height, width]  pixels, x then y; may not overlap a or b
-//   isa   one of instruction_sets(), or null for the best
+//   isa   one of avfast::instruction_sets() (isa.h), or null for the best
 //
 // All sizes from 1 x 1 work. Pairs are shared out over at most `threads` threads, and the rows of a large pair where
 // there are fewer pairs than threads (not with epsilon > 0). The result is the same bit for bit for any number of

@@ -1,17 +1,40 @@
 """Condense and Recall (Eq. 1 and 2): single-head attention without the factor 1/sqrt(C).
 
 Shapes: memory B T C, feature map B C H W, recalled memory B M C. Condense of every prefix is one causal attention over
-T. Recall over one token is a softmax over one key, identically 1: it adds the value at every position.
+T. Recall over one token is a softmax over one key, identically 1: it adds the value at every position, one pass that
+leaves nothing to fuse. Beyond that both run PyTorch's own scaled_dot_product_attention, which never holds the scores in
+memory: (T, T) and (H W, M) values where the definition does.
 """
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, reference, registry
 
-_CONDENSE = registry.define("condense", reference.condense)
-_RECALL = registry.define("recall", reference.recall)
+
+def _condense_sdpa(memory: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    q, k, v = F.linear(memory, weight, bias).chunk(3, dim=-1)
+    attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True, scale=1.0)
+    return memory + attended[:, 0]
+
+
+def _recall_sdpa(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> Tensor:
+    if query is None or key is None or value.shape[1] == 1:
+        return reference.recall(feature, query, key, value)
+    positions = query.flatten(2).mT[:, None]
+    recalled = F.scaled_dot_product_attention(positions, key[:, None], value[:, None], scale=1.0)
+    return feature + recalled[:, 0].mT.reshape(feature.shape)
+
+
+def _never(*_arguments: object) -> None:
+    return None
+
+
+_SDPA = registry.Backend(_condense_sdpa, _never, _never)
+_CONDENSE = registry.define("condense", reference.condense, sdpa=_SDPA)
+_RECALL = registry.define("recall", reference.recall, sdpa=_SDPA._replace(function=_recall_sdpa))
 
 
 def condense(memory: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:

@@ -13,17 +13,18 @@ def shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name} is {found}, expected a floating-point tensor ({', '.join(names)})")
-    expected = [sizes.get(n, n) for n in names]
-    if tensor.dim() != len(names) or any(
-        isinstance(e, int) and e != s for e, s in zip(expected, tensor.shape, strict=True)
-    ):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({', '.join(map(str, expected))})")
+    size = tensor.shape
+    fits = len(size) == len(names) and all(sizes.get(n, s) == s for n, s in zip(names, size, strict=True))
+    if not fits:
+        expected = ", ".join(str(sizes.get(n, n)) for n in names)
+        raise ValueError(f"{name} has shape {tuple(size)}, expected ({expected})")
 
 
 def same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors (None is left out) lie on one device."""
     devices = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
+    first = next(iter(devices.values()))
+    if any(device != first for device in devices.values()):
         raise ValueError("tensors lie on different devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items()))
 
 

@@ -1,16 +1,168 @@
 """ConvLSTM state update: c' = s(f) c + s(i) tanh(g), h' = s(o) tanh(c'), s the logistic function, no peepholes.
 
-Shapes: gates B 4C H W in the order i, f, o, g; cell B C H W. Bytes moved: gates, cell, new cell, hidden once =
-7 C H W B values.
+Shapes: gates B 4C H W in the order i, f, o, g; cell B C H W. Bytes moved, in values per element of the state: forward
+7 (gates, cell; new cell, hidden), backward 12 (gates, cell, two gradients; gradients of gates and cell): the
+activations are computed anew. Contiguous and channels-last gates are taken as they lie, and the outputs lie likewise.
+Memory is [rows, 4, area] in both cases: rows B, area C H W, or rows B H W, area C.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import checks, reference, registry
+from . import checks, cpp_backend, reference, registry, triton_backend
+from .triton_backend import jit, tl
 
-_OP = registry.define("convlstm_gates", reference.convlstm_gates)
+
+@jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@jit
+def _tanh(x):
+    # within 1.2e-7 absolutely; libdevice's has no interpreter
+    return 2 * _sigmoid(2 * x) - 1
+
+
+@jit
+def _load_state(gates_ptr, cell_ptr, total, area, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
+    """A block of elements: (offset of the state, of gate i, inside, activated i, f, o, g, cell)."""
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < total
+    first = offset + 3 * area * (offset // area)
+    i = _sigmoid(tl.load(gates_ptr + first, inside, 0).to(COMPUTE))
+    f = _sigmoid(tl.load(gates_ptr + first + area, inside, 0).to(COMPUTE))
+    o = _sigmoid(tl.load(gates_ptr + first + 2 * area, inside, 0).to(COMPUTE))
+    g = _tanh(tl.load(gates_ptr + first + 3 * area, inside, 0).to(COMPUTE))
+    cell = tl.load(cell_ptr + offset, inside, 0).to(COMPUTE)
+    return offset, first, inside, i, f, o, g, cell
+
+
+@jit
+def _gates_fwd_kernel(
+    gates_ptr, cell_ptr, hidden_ptr, new_cell_ptr, total, area, BLOCK: tl.constexpr, COMPUTE: tl.constexpr
+):
+    offset, _, inside, i, f, o, g, cell = _load_state(gates_ptr, cell_ptr, total, area, BLOCK, COMPUTE)
+    new_cell = f * cell + i * g
+    tl.store(new_cell_ptr + offset, new_cell, inside)
+    tl.store(hidden_ptr + offset, o * _tanh(new_cell), inside)
+
+
+@jit
+def _gates_bwd_kernel(
+    gates_ptr,
+    cell_ptr,
+    grad_hidden_ptr,
+    grad_new_cell_ptr,
+    grad_gates_ptr,
+    grad_cell_ptr,
+    total,
+    area,
+    BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    offset, first, inside, i, f, o, g, cell = _load_state(gates_ptr, cell_ptr, total, area, BLOCK, COMPUTE)
+    out = _tanh(f * cell + i * g)
+    dh = tl.load(grad_hidden_ptr + offset, inside, 0).to(COMPUTE)
+    dc = tl.load(grad_new_cell_ptr + offset, inside, 0).to(COMPUTE) + dh * o * (1 - out * out)
+    tl.store(grad_gates_ptr + first, dc * g * i * (1 - i), inside)
+    tl.store(grad_gates_ptr + first + area, dc * cell * f * (1 - f), inside)
+    tl.store(grad_gates_ptr + first + 2 * area, dh * out * o * (1 - o), inside)
+    tl.store(grad_gates_ptr + first + 3 * area, dc * i * (1 - g * g), inside)
+    tl.store(grad_cell_ptr + offset, dc * f, inside)
+
+
+def _launch(kernel: Any, cpp: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], backend: str) -> None:
+    """Run one direction over [rows, 4, area] memory. `inputs` begin with gates and cell; all are brought into the
+    layout of the outputs."""
+    b, c, h, w = inputs[1].shape
+    if outputs[0].is_contiguous():
+        rows, area = b, c * h * w
+        inputs = tuple(t.contiguous() for t in inputs)
+    else:
+        rows, area = b * h * w, c
+        inputs = tuple(t.contiguous(memory_format=torch.channels_last) for t in inputs)
+    total = rows * area
+    if total == 0:
+        return
+    compute = cpp_backend.compute_type(*inputs[:2])
+    if backend == "cpp":
+        cpp_backend.call(cpp, compute, inputs, outputs, rows, area)
+        return
+    block = triton_backend.block(total, 512)
+    kernel[triton_backend.grid(total, block)](
+        *inputs, *outputs, total, area, BLOCK=block, COMPUTE=triton_backend.TYPES[compute]
+    )
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, gates: Tensor) -> Tensor:
+    """Memory that lies as the gates do."""
+    if gates.is_contiguous() or not gates.is_contiguous(memory_format=torch.channels_last):
+        return gates.new_empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=gates.device, memory_format=torch.channels_last)
+
+
+def _forward(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    outputs = _forward_fake(gates, cell, backend)
+    _launch(_gates_fwd_kernel, "gates_forward", (gates, cell), outputs, backend)
+    return outputs
+
+
+def _forward_fake(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return _empty(cell.shape, gates.dtype, gates), _empty(cell.shape, cell.dtype, gates)
+
+
+def _backward(
+    gates: Tensor, cell: Tensor, grad_hidden: Tensor, grad_new_cell: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    outputs = _backward_fake(gates, cell, grad_hidden, grad_new_cell, backend)
+    _launch(_gates_bwd_kernel, "gates_backward", (gates, cell, grad_hidden, grad_new_cell), outputs, backend)
+    return outputs
+
+
+def _backward_fake(
+    gates: Tensor, cell: Tensor, grad_hidden: Tensor, grad_new_cell: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _empty(gates.shape, gates.dtype, gates), _empty(cell.shape, cell.dtype, gates)
+
+
+_FORWARD = registry.torch_op(
+    "_convlstm_gates(Tensor gates, Tensor cell, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    reference=reference.convlstm_gates,
+)
+_BACKWARD = registry.torch_op(
+    "_convlstm_gates_backward(Tensor gates, Tensor cell, Tensor grad_hidden, Tensor grad_new_cell, str backend)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _ConvLSTMGates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(gates, cell)
+        ctx.backend = backend
+        return _FORWARD(gates, cell, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_hidden: Tensor, grad_new_cell: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_BACKWARD(*ctx.saved_tensors, grad_hidden, grad_new_cell, ctx.backend), None
+
+
+def _fused(backend: str, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    return _ConvLSTMGates.apply(gates, cell, backend)
+
+
+_OP = registry.define_fused("convlstm_gates", reference.convlstm_gates, _fused)
 
 
 def convlstm_gates(gates: Tensor, cell: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,141 @@
 """Training loss of the motion stage (Eq. 8 to 10): squared flow error plus edge-aware smoothness.
 
-Shapes: flows B P 2 H W in pixels, true frames B P C H W, P predicted steps. Bytes moved: both flows and the frames once
-= (4 + C) H W P B values.
+Shapes: flows B P 2 H W in pixels, true frames B P C H W, P predicted steps. Values moved per pixel: 6 + C with the
+gradient (both flows, the frames; the gradient), 4 + C without. The gradient by the prediction is written in the same
+pass as the loss; the backward pass scales it. Sums have one order: partial sums per image (C++) or block (Triton).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import checks, reference, registry
+from . import checks, cpp_backend, reference, registry, triton_backend
+from .triton_backend import jit, tl
 
-_OP = registry.define("flow_loss", reference.flow_loss)
+
+@jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+@jit
+def _edge_weight(frame_ptr, first, second, plane, inside, C: tl.constexpr, COMPUTE: tl.constexpr):
+    """exp(-mean over the channels of |frame at second - frame at first|), 0 outside."""
+    change = tl.zeros(first.shape, COMPUTE)
+    for c in range(C):
+        a = tl.load(frame_ptr + c * plane + first, inside, 0).to(COMPUTE)
+        b = tl.load(frame_ptr + c * plane + second, inside, 0).to(COMPUTE)
+        change += tl.abs(b - a)
+    return tl.where(inside, tl.exp(-change / C), 0.0)
+
+
+@jit
+def _flow_loss_kernel(
+    prediction_ptr, target_ptr, frames_ptr, grad_ptr, partial_ptr, height, width, data_weight, smooth_weight,
+    C: tl.constexpr, WANT_GRAD: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(1).to(tl.int64)
+    plane = height.to(tl.int64) * width
+    inside = pixel < plane
+    y, x = pixel // width, pixel % width
+    # the four differences a pixel takes part in: to its right and lower neighbour, from its left and upper one
+    has_right = inside & (x + 1 < width)
+    has_below = inside & (y + 1 < height)
+    has_left = inside & (x > 0)
+    has_above = inside & (y > 0)
+    frame = frames_ptr + image * C * plane
+    right = _edge_weight(frame, pixel, pixel + 1, plane, has_right, C, COMPUTE)
+    below = _edge_weight(frame, pixel, pixel + width, plane, has_below, C, COMPUTE)
+    if WANT_GRAD:
+        left = _edge_weight(frame, pixel - 1, pixel, plane, has_left, C, COMPUTE)
+        above = _edge_weight(frame, pixel - width, pixel, plane, has_above, C, COMPUTE)
+    loss = tl.zeros([BLOCK], COMPUTE)
+    for component in range(2):
+        at = (2 * image + component) * plane + pixel
+        u = tl.load(prediction_ptr + at, inside, 0).to(COMPUTE)
+        error = u - tl.load(target_ptr + at, inside, 0).to(COMPUTE)
+        dx = tl.load(prediction_ptr + at + 1, has_right, 0).to(COMPUTE) - u
+        dy = tl.load(prediction_ptr + at + width, has_below, 0).to(COMPUTE) - u
+        # a missing neighbour has weight 0, and a difference of its own that must not turn it into NaN
+        dx = tl.where(has_right, dx, 0.0)
+        dy = tl.where(has_below, dy, 0.0)
+        loss += data_weight * error * error + smooth_weight * (tl.abs(dx) * right + tl.abs(dy) * below)
+        if WANT_GRAD:
+            from_left = u - tl.load(prediction_ptr + at - 1, has_left, 0).to(COMPUTE)
+            from_above = u - tl.load(prediction_ptr + at - width, has_above, 0).to(COMPUTE)
+            flat = _sign(from_left) * left - _sign(dx) * right + _sign(from_above) * above - _sign(dy) * below
+            tl.store(grad_ptr + at, 2 * data_weight * error + smooth_weight * flat, inside)
+    tl.store(partial_ptr + image * tl.num_programs(0) + tl.program_id(0), tl.sum(loss, 0))
+
+
+def _run(
+    prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float, want_grad: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    b, steps, c, h, w = frames.shape
+    compute = cpp_backend.compute_type(prediction, target, frames)
+    inputs = [t.to(compute).contiguous() for t in (prediction, target, frames)]
+    grad = torch.empty(prediction.shape if want_grad else (0,), dtype=compute, device=prediction.device)
+    if prediction.numel() == 0:
+        # the mean over nothing; no steps at all are a sum of nothing
+        loss = prediction.new_full((), 0.0 if steps == 0 else float("nan"))
+        return loss, grad.to(prediction.dtype)
+    weights = 1 / (b * h * w), smooth_weight / (2 * b * h * w)
+    if backend == "cpp":
+        loss = torch.empty((), dtype=compute)
+        outputs = (grad if want_grad else None, loss)
+        cpp_backend.call("flow_loss", compute, inputs, outputs, b * steps, c, h, w, *weights)
+    else:
+        block = triton_backend.block(h * w, 256)
+        grid = (*triton_backend.grid(h * w, block), b * steps)
+        partial = torch.empty(grid[0] * grid[1], dtype=compute, device=prediction.device)
+        _flow_loss_kernel[grid](
+            *inputs, grad, partial, h, w, *weights,
+            C=c, WANT_GRAD=want_grad, BLOCK=block, COMPUTE=triton_backend.TYPES[compute],
+        )  # fmt: skip
+        loss = partial.sum()
+    return loss.to(prediction.dtype), grad.to(prediction.dtype)
+
+
+def _fake(
+    prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float, want_grad: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return prediction.new_empty(()), prediction.new_empty(prediction.shape if want_grad else (0,))
+
+
+_LOSS = registry.torch_op(
+    "_flow_loss(Tensor prediction, Tensor target, Tensor frames, float smooth_weight, bool want_grad, str backend)"
+    " -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
+
+
+class _FlowLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float, backend: str
+    ) -> Tensor:
+        loss, grad = _LOSS(prediction, target, frames, smooth_weight, ctx.needs_input_grad[0], backend)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad_loss * grad, None, None, None, None
+
+
+def _fused(backend: str, prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float) -> Tensor:
+    return _FlowLoss.apply(prediction, target, frames, smooth_weight, backend)
+
+
+_OP = registry.define_fused("flow_loss", reference.flow_loss, _fused)
 
 
 def flow_loss(

@@ -1,25 +1,170 @@
-"""Motion-conditioned affine of a context feature (Eq. 7): gamma * z + beta per channel.
+"""Motion-conditioned affine of a context feature (Eq. 7): gamma * z + beta per channel, written straight behind the
+features that the decoder concatenates it with.
 
-Shapes: context B C H W, gamma and beta B C. Bytes moved: context and output once = 2 C H W B values.
+Shapes: context B C H W, gamma and beta B C, the features before it B Ci H W. Values moved per element of the context:
+forward 2, backward 3 (its gradient, the context; the context's gradient), and the sums for gamma and beta come from the
+same pass. A concatenation of its own would move 2 more each way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import checks, reference, registry
+from . import checks, cpp_backend, reference, registry, triton_backend
+from .triton_backend import jit, tl
 
-_OP = registry.define("modulate", reference.modulate)
+
+@jit
+def _modulate_fwd_kernel(
+    context_ptr, gamma_ptr, beta_ptr, out_ptr, channels, area, out_stride, BLOCK: tl.constexpr, COMPUTE: tl.constexpr
+):
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < area
+    plane = tl.program_id(1).to(tl.int64)
+    gamma = tl.load(gamma_ptr + plane).to(COMPUTE)
+    beta = tl.load(beta_ptr + plane).to(COMPUTE)
+    context = tl.load(context_ptr + plane * area + offset, inside, 0).to(COMPUTE)
+    to = out_ptr + plane // channels * out_stride + plane % channels * area
+    tl.store(to + offset, gamma * context + beta, inside)
 
 
-def modulate(context: Tensor, gamma: Tensor, beta: Tensor, *, backend: str | None = None) -> Tensor:
+@jit
+def _modulate_bwd_kernel(
+    context_ptr, gamma_ptr, grad_ptr, grad_context_ptr, grad_gamma_ptr, grad_beta_ptr,
+    channels, area, grad_stride, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    # one program per channel of an image: the sums need no atomics
+    plane = tl.program_id(0).to(tl.int64)
+    gamma = tl.load(gamma_ptr + plane).to(COMPUTE)
+    grad = grad_ptr + plane // channels * grad_stride + plane % channels * area
+    by_gamma = tl.zeros([BLOCK], COMPUTE)
+    by_beta = tl.zeros([BLOCK], COMPUTE)
+    for block in range(BLOCKS):
+        offset = block * BLOCK + tl.arange(0, BLOCK)
+        inside = offset < area
+        g = tl.load(grad + offset, inside, 0).to(COMPUTE)
+        by_gamma += g * tl.load(context_ptr + plane * area + offset, inside, 0).to(COMPUTE)
+        by_beta += g
+        tl.store(grad_context_ptr + plane * area + offset, gamma * g, inside)
+    tl.store(grad_gamma_ptr + plane, tl.sum(by_gamma, 0))
+    tl.store(grad_beta_ptr + plane, tl.sum(by_beta, 0))
+
+
+def _forward(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Tensor, backend: str) -> Tensor:
+    b, c, h, w = context.shape
+    out = _forward_fake(before, context, gamma, beta, backend)
+    *places, place = out.split([*(t.shape[1] for t in before), c], dim=1)
+    for at, part in zip(places, before, strict=True):
+        at.copy_(part)
+    if context.numel() == 0:
+        return out
+    compute = cpp_backend.compute_type(context, gamma, beta)
+    inputs = [t.contiguous() for t in (context, gamma, beta)]
+    if backend == "cpp":
+        # in another type the place is filled from a dense buffer
+        stride = out.stride(0) if out.dtype == compute else c * h * w
+        cpp_backend.call("modulate_forward", compute, inputs, [place], b, c, h * w, stride)
+    else:
+        block = triton_backend.block(h * w, 1024)
+        _modulate_fwd_kernel[*triton_backend.grid(h * w, block), b * c](
+            *inputs, place, c, h * w, out.stride(0), BLOCK=block, COMPUTE=triton_backend.TYPES[compute]
+        )
+    return out
+
+
+def _forward_fake(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Tensor, backend: str) -> Tensor:
+    b, c, h, w = context.shape
+    dtype = context.dtype
+    for part in before:
+        dtype = torch.promote_types(dtype, part.dtype)
+    channels = sum((t.shape[1] for t in before), c)
+    return context.new_empty((b, channels, h, w), dtype=dtype)
+
+
+def _backward(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    b, c, h, w = context.shape
+    outputs = _backward_fake(context, gamma, grad, backend)
+    if context.numel() == 0:
+        return outputs[0], outputs[1].zero_(), outputs[2].zero_()
+    compute = cpp_backend.compute_type(context, gamma)
+    if grad.stride()[1:] != (h * w, w, 1):
+        grad = grad.contiguous()
+    inputs = [t.contiguous() for t in (context, gamma)]
+    if backend == "cpp":
+        grad = grad.to(compute)
+        cpp_backend.call("modulate_backward", compute, [*inputs, grad], outputs, b, c, h * w, grad.stride(0))
+    else:
+        block = triton_backend.block(h * w, 1024)
+        _modulate_bwd_kernel[b * c,](
+            *inputs, grad, *outputs, c, h * w, grad.stride(0),
+            BLOCKS=triton_backend.grid(h * w, block)[0], BLOCK=block, COMPUTE=triton_backend.TYPES[compute],
+        )  # fmt: skip
+    return outputs
+
+
+def _backward_fake(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return context.new_empty(context.shape), gamma.new_empty(gamma.shape), gamma.new_empty(gamma.shape)
+
+
+_FORWARD = registry.torch_op(
+    "_modulate(Tensor[] before, Tensor context, Tensor gamma, Tensor beta, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+    reference=lambda before, context, gamma, beta: reference.modulate(context, gamma, beta, before),
+)
+_BACKWARD = registry.torch_op(
+    "_modulate_backward(Tensor context, Tensor gamma, Tensor grad, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _Modulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: str, context: Tensor, gamma: Tensor, beta: Tensor, *before: Tensor) -> Tensor:
+        ctx.save_for_backward(context, gamma)
+        ctx.backend, ctx.types = backend, [(t.shape[1], t.dtype) for t in before]
+        return _FORWARD(before, context, gamma, beta, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        context, gamma = ctx.saved_tensors
+        *parts, own = grad.split([*(channels for channels, _ in ctx.types), context.shape[1]], dim=1)
+        grads = _BACKWARD(context, gamma, own, ctx.backend)
+        return None, *grads, *(part.to(dtype) for part, (_, dtype) in zip(parts, ctx.types, strict=True))
+
+
+def _fused(backend: str, context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor]) -> Tensor:
+    return _Modulate.apply(backend, context, gamma, beta, *before)
+
+
+# on 2 cores with AVX2, at the model's sizes, forward and backward take 0.5 to 1 times as long in PyTorch
+_OP = registry.define_fused(
+    "modulate", reference.modulate, _fused, cpp_opt_in="PyTorch's addcmul and cat are faster on the CPU"
+)
+
+
+def modulate(
+    context: Tensor, gamma: Tensor, beta: Tensor, *, before: Sequence[Tensor] = (), backend: str | None = None
+) -> Tensor:
     """Scale and shift each channel: context (B,C,H,W), gamma and beta (B,C) -> gamma * context + beta (B,C,H,W).
 
-    Raises ValueError on a wrong shape or dtype. Source: paper, Eq. 7.
+    `before`: features (B,Ci,H,W) that the result is concatenated behind, in order, without a pass of its own. Raises
+    ValueError on a wrong shape or dtype. Source: paper, Eq. 7.
     """
     checks.shape("context", context, "B C H W")
-    b, c = context.shape[:2]
+    b, c, h, w = context.shape
     checks.shape("gamma", gamma, "B C", B=b, C=c)
     checks.shape("beta", beta, "B C", B=b, C=c)
-    checks.same_device(context=context, gamma=gamma, beta=beta)
-    return _OP(context, gamma, beta, backend=backend)
+    for i, part in enumerate(before):
+        checks.shape(f"before[{i}]", part, "B Ci H W", B=b, H=h, W=w)
+    checks.same_device(
+        context=context, gamma=gamma, beta=beta, **{f"before[{i}]": part for i, part in enumerate(before)}
+    )
+    return _OP(context, gamma, beta, before, backend=backend)

@@ -7,6 +7,8 @@ its own: `tvl1.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 def _gather(image: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Pixels of image (B,C,H,W) at integer coordinates x, y (B,H',W') that lie inside it: (B,C,H',W')."""
     b, c, _, w = image.shape
-    index = (y * w + x).view(b, 1, -1).expand(b, c, -1)
+    index = (y * w + x).flatten(1)[:, None].expand(b, c, -1)
     return image.flatten(2).gather(2, index).view(b, c, *x.shape[1:])
 
 
@@ -87,9 +89,11 @@ def recall(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Ten
     return feature + (scores.softmax(dim=-1) @ value).mT.reshape(feature.shape)
 
 
-def modulate(context: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """Eq. 7: channel-wise gamma * context + beta, context (B,C,H,W), gamma and beta (B,C)."""
-    return torch.addcmul(beta[..., None, None], gamma[..., None, None], context)
+def modulate(context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor] = ()) -> Tensor:
+    """Eq. 7: channel-wise gamma * context + beta, context (B,C,H,W), gamma and beta (B,C), concatenated behind the
+    features `before` (B,Ci,H,W)."""
+    out = torch.addcmul(beta[..., None, None], gamma[..., None, None], context)
+    return torch.cat((*before, out), dim=1) if before else out
 
 
 def flow_loss(prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float) -> Tensor:

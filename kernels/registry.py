@@ -12,9 +12,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
-NAMES = ("triton", "cpp", "reference")
+import torch
+
+from . import cpp_backend, triton_backend
+
+NAMES = ("triton", "cpp", "sdpa", "reference")
 OPS: dict[str, Op] = {}
 
 
@@ -25,6 +30,8 @@ class Backend(NamedTuple):
     unsupported: Callable[..., str | None]
     unavailable: Callable[[str], str | None]
     """`unavailable(device_type)`: None, or why this backend cannot run on that kind of device on this machine."""
+    opt_in: str | None = None
+    """Why it runs on request only; None: it may be chosen by itself."""
 
 
 def _never(*_args: Any, **_kwargs: Any) -> None:
@@ -53,7 +60,7 @@ class Op:
                 raise ValueError(f"{source} is {requested!r}, which cannot run this {self.name}: {reason}")
             return chosen.function(*args, **kwargs)
         for candidate in self.backends.values():
-            if candidate.unsupported(*args, **kwargs) is None:
+            if candidate.opt_in is None and candidate.unsupported(*args, **kwargs) is None:
                 return candidate.function(*args, **kwargs)
         raise AssertionError(f"{self.name}: the reference supports everything")
 
@@ -63,6 +70,42 @@ def define(name: str, reference: Callable[..., Any], **faster: Backend) -> Op:
     op = Op(name, {**faster, "reference": Backend(reference, _never, _never)})
     OPS[name] = op
     return op
+
+
+def define_fused(
+    name: str, reference: Callable[..., Any], fused: Callable[..., Any], *, cpp_opt_in: str | None = None
+) -> Op:
+    """Register an op whose `fused(backend, *args)` runs in C++ on CPU tensors ("cpp") and in Triton on CUDA tensors
+    ("triton"); C++ on request only, where a reason is given."""
+    cpp = Backend(partial(fused, "cpp"), cpp_backend.unsupported, cpp_backend.unavailable, cpp_opt_in)
+    interpreted = "Triton's interpreter is for tests" if triton_backend.INTERPRETED else None
+    triton = Backend(partial(fused, "triton"), triton_backend.unsupported, triton_backend.unavailable, interpreted)
+    return define(name, reference, cpp=cpp, triton=triton)
+
+
+_LIBRARY = torch.library.Library("avfast", "FRAGMENT")
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+"""Torch op -> the same in PyTorch's own ops, for exporters that know no others: `program.run_decompositions`."""
+
+
+def torch_op(
+    schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, reference: Callable[..., Any] | None = None
+) -> Any:
+    """Register avfast::<schema> for CPU and CUDA tensors, with `fake` giving shapes, dtypes and strides alone; returns
+    the callable overload. The op has no gradient of its own: an autograd.Function gives it one. It is one opaque node
+    in a compiled or exported program; `reference`, which takes its arguments but the last, `backend`, is what an
+    exporter may put in its place."""
+    _LIBRARY.define(schema)
+    name = schema[: schema.index("(")]
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"avfast::{name}", fake, lib=_LIBRARY)
+    overload = getattr(torch.ops.avfast, name).default
+    if reference is not None:
+        DECOMPOSITIONS[overload] = lambda *arguments: reference(*arguments[:-1])
+    return overload
 
 
 def explain() -> list[tuple[str, str, str, dict[str, str]]]:
@@ -77,11 +120,13 @@ def explain() -> list[tuple[str, str, str, dict[str, str]]]:
             for name in NAMES:
                 backend = op.backends.get(name)
                 if backend is None:
-                    reasons[name] = "not written"
+                    reasons[name] = "none for this op"
                 elif forced and name != forced:
                     reasons[name] = f"AVFAST_BACKEND={forced}"
                 elif (reason := backend.unavailable(device)) is not None:
                     reasons[name] = reason
+                elif backend.opt_in is not None and not forced:
+                    reasons[name] = f"on request: {backend.opt_in}"
                 elif chosen:
                     reasons[name] = f"{chosen} is preferred"
                 else:

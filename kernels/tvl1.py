@@ -19,7 +19,6 @@ engine's order, so that the two differ by rounding at most.
 from __future__ import annotations
 
 import math
-import os
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import registry
+from . import cpp_backend, registry
 
 if TYPE_CHECKING:
     from avfast.flow import TVL1Params
@@ -278,9 +277,7 @@ def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
     engine, native = _engine(params)
     if a.is_cuda and engine.with_cuda and params.scheme == "avfast" and params.epsilon == 0:
         return _native_cuda(engine, a.contiguous(), b.contiguous(), native)
-    isa = os.environ.get("AVFAST_ISA") or None
-    if isa is not None and isa not in engine.instruction_sets():
-        raise ValueError(f"AVFAST_ISA is {isa!r}, expected one of {', '.join(engine.instruction_sets())} on this CPU")
+    isa = cpp_backend.instruction_set()
     # held by name until the engine returns: it is given bare addresses
     cpu_a, cpu_b = a.cpu().contiguous(), b.cpu().contiguous()
     flow = torch.empty(len(a), 2, *a.shape[1:])
@@ -291,7 +288,7 @@ def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
 @cache
 def _engine(params: TVL1Params) -> tuple[Any, Any]:
     """The extension module, and the parameters as its own type: 10 us to make."""
-    engine = import_module("avfast._C")
+    engine = cpp_backend.engine()
     fields = dict(vars(params))
     chambolle_pock, opencv = fields.pop("solver") == "chambolle-pock", fields.pop("scheme") == "opencv"
     return engine, engine.TVL1Params(chambolle_pock=chambolle_pock, opencv=opencv, **fields)
@@ -314,11 +311,7 @@ def _native_cuda(engine: Any, a: Tensor, b: Tensor, native: Any) -> Tensor:
 
 
 def _not_built(*_arguments: object) -> str | None:
-    try:
-        import_module("avfast._C")
-    except ImportError as error:
-        return f"avfast._C was not built ({error}): pip install -e ."
-    return None
+    return cpp_backend.NOT_BUILT
 
 
 def _reference(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
@@ -328,13 +321,6 @@ def _reference(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor
 
 # the compiled engine works where the images are; scheme opencv and early stopping are the CPU's alone
 _OP = registry.define("tvl1_flow", _reference, cpp=registry.Backend(_native, _not_built, _not_built))
-
-_LIBRARY = torch.library.Library("avfast", "FRAGMENT")
-_LIBRARY.define(
-    "tvl1_flow(Tensor a, Tensor b, str solver, str scheme, float tau, float lambda_, float theta, float scale_step, "
-    "int scales, int warps, int outer_iterations, int iterations, float epsilon, int median, float presmooth, *, "
-    "int threads, str? backend) -> Tensor"
-)
 
 
 def _run(a: Tensor, b: Tensor, *fields: object, threads: int, backend: str | None) -> Tensor:
@@ -350,12 +336,16 @@ def _fake(a: Tensor, b: Tensor, *fields: object, threads: int, backend: str | No
     return a.new_empty(a.shape[0], 2, a.shape[1], a.shape[2])
 
 
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("tvl1_flow", _run, _device)
-torch.library.register_fake("avfast::tvl1_flow", _fake, lib=_LIBRARY)
+_FLOW = registry.torch_op(
+    "tvl1_flow(Tensor a, Tensor b, str solver, str scheme, float tau, float lambda_, float theta, float scale_step, "
+    "int scales, int warps, int outer_iterations, int iterations, float epsilon, int median, float presmooth, *, "
+    "int threads, str? backend) -> Tensor",
+    _run,
+    _fake,
+)
 
 
 def tvl1_op(a: Tensor, b: Tensor, params: TVL1Params, threads: int, backend: str | None) -> Tensor:
     """Flow (N,2,H,W) on a's device of grey images a, b (N,H,W), float32, 0..255, as the torch op avfast::tvl1_flow:
     one node in a compiled or exported program. threads 0: torch.get_num_threads(). `avfast.tvl1_flow` checks."""
-    return torch.ops.avfast.tvl1_flow(a, b, *vars(params).values(), threads=threads, backend=backend)
+    return _FLOW(a, b, *vars(params).values(), threads=threads, backend=backend)

@@ -1,16 +1,238 @@
 """Backward warp (Eq. 4): out(p) = image(p + flow(p)), bilinear, in pixels.
 
 Shapes: image B C H W, flow B 2 H W (x then y). Coordinates are pixel centres: flow 0 is the identity, an integer flow a
-shift. Bytes moved: image and output once, flow once = (2 C + 2) H W B values.
+shift. Values moved per pixel: forward 2 C + 2 (image, output; flow), backward 3 C + 4 (image, gradient of the output;
+gradient of the image; flow and its gradient). Contiguous and channels-last images are taken as they lie by Triton.
+
+The image's gradient is summed by atomics on CUDA; where torch.use_deterministic_algorithms(True) is on, in fixed point
+(int64, the largest value scaled to 2^62 over the number of pixels): integer sums do not depend on their order. On the
+CPU its order is always the same.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import checks, reference, registry
+from . import checks, cpp_backend, reference, registry, triton_backend
+from .triton_backend import jit, tl
 
-_OP = registry.define("backward_warp", reference.backward_warp)
+
+@jit
+def _taps(coordinate, size, ZEROS: tl.constexpr):
+    """Along one axis: (first and second tap, held inside the image, their weights, whether each counts, whether the
+    coordinate moves with the flow)."""
+    margin: tl.constexpr = 1 if ZEROS else 0
+    low = -margin
+    high = size - 1 + margin
+    moving = (coordinate > low) & (coordinate < high)
+    nan = coordinate != coordinate
+    held = tl.where(nan, 0.0, tl.minimum(tl.maximum(coordinate, low), high))
+    # clamped before the conversion: what lies outside the integers converts to anything
+    first = tl.minimum(tl.floor(held), tl.maximum(high - 1, low).to(held.dtype)).to(tl.int64)
+    second = first + 1
+    weight = tl.where(nan, coordinate, held - first.to(held.dtype))
+    counts0 = ((first >= 0) | (not ZEROS)).to(held.dtype)
+    counts1 = ((second < size) | (not ZEROS)).to(held.dtype)
+    return (
+        tl.maximum(first, 0),
+        tl.minimum(second, size - 1),
+        (1 - weight) * counts0,
+        weight * counts1,
+        counts0,
+        counts1,
+        moving,
+    )
+
+
+@jit
+def _pixels(flow_ptr, flow_b, flow_c, flow_h, flow_w, height, width, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
+    """A block of pixels of image program_id(1): (y, x, inside, coordinate x, coordinate y)."""
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < height.to(tl.int64) * width
+    y, x = pixel // width, pixel % width
+    at = flow_ptr + tl.program_id(1).to(tl.int64) * flow_b + y * flow_h + x * flow_w
+    px = x.to(COMPUTE) + tl.load(at, inside, 0).to(COMPUTE)
+    py = y.to(COMPUTE) + tl.load(at + flow_c, inside, 0).to(COMPUTE)
+    return y, x, inside, px, py
+
+
+@jit
+def _warp_fwd_kernel(
+    image_ptr, flow_ptr, out_ptr,
+    image_b, image_c, image_h, image_w, flow_b, flow_c, flow_h, flow_w, out_b, out_c, out_h, out_w,
+    height, width,
+    C: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    y, x, inside, px, py = _pixels(flow_ptr, flow_b, flow_c, flow_h, flow_w, height, width, BLOCK, COMPUTE)
+    x0, x1, wx0, wx1, _, _, _ = _taps(px, width, ZEROS)
+    y0, y1, wy0, wy1, _, _, _ = _taps(py, height, ZEROS)
+    b = tl.program_id(1).to(tl.int64)
+    for c in range(C):
+        image = image_ptr + b * image_b + c * image_c
+        v00 = tl.load(image + y0 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
+        v01 = tl.load(image + y0 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
+        v10 = tl.load(image + y1 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
+        v11 = tl.load(image + y1 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
+        out = wy0 * (wx0 * v00 + wx1 * v01) + wy1 * (wx0 * v10 + wx1 * v11)
+        tl.store(out_ptr + b * out_b + c * out_c + y * out_h + x * out_w, out, inside)
+
+
+@jit
+def _add(sum_ptr, offset, value, scale, inside, FIXED: tl.constexpr):
+    if FIXED:
+        # rounding by hand: a conversion cuts
+        scaled = value * scale
+        tl.atomic_add(sum_ptr + offset, tl.floor(scaled + 0.5).to(tl.int64), inside)
+    else:
+        tl.atomic_add(sum_ptr + offset, value, inside)
+
+
+@jit
+def _warp_bwd_kernel(
+    image_ptr, flow_ptr, grad_ptr, grad_image_ptr, grad_flow_ptr, scale_ptr,
+    image_b, image_c, image_h, image_w, flow_b, flow_c, flow_h, flow_w, grad_b, grad_c, grad_h, grad_w,
+    height, width,
+    C: tl.constexpr, ZEROS: tl.constexpr, WANT_IMAGE: tl.constexpr, WANT_FLOW: tl.constexpr, FIXED: tl.constexpr,
+    BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    y, x, inside, px, py = _pixels(flow_ptr, flow_b, flow_c, flow_h, flow_w, height, width, BLOCK, COMPUTE)
+    x0, x1, wx0, wx1, nx0, nx1, moving_x = _taps(px, width, ZEROS)
+    y0, y1, wy0, wy1, ny0, ny1, moving_y = _taps(py, height, ZEROS)
+    b = tl.program_id(1).to(tl.int64)
+    plane = height.to(tl.int64) * width
+    scale = tl.load(scale_ptr) if FIXED else 1.0
+    by_x = tl.zeros([BLOCK], COMPUTE)
+    by_y = tl.zeros([BLOCK], COMPUTE)
+    for c in range(C):
+        g = tl.load(grad_ptr + b * grad_b + c * grad_c + y * grad_h + x * grad_w, inside, 0).to(COMPUTE)
+        if WANT_FLOW:
+            image = image_ptr + b * image_b + c * image_c
+            v00 = tl.load(image + y0 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
+            v01 = tl.load(image + y0 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
+            v10 = tl.load(image + y1 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
+            v11 = tl.load(image + y1 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
+            by_x += g * (wy0 * (nx1 * v01 - nx0 * v00) + wy1 * (nx1 * v11 - nx0 * v10))
+            by_y += g * (wx0 * (ny1 * v10 - ny0 * v00) + wx1 * (ny1 * v11 - ny0 * v01))
+        if WANT_IMAGE:
+            to = grad_image_ptr + (b * C + c) * plane
+            _add(to, y0 * width + x0, g * wy0 * wx0, scale, inside, FIXED)
+            _add(to, y0 * width + x1, g * wy0 * wx1, scale, inside, FIXED)
+            _add(to, y1 * width + x0, g * wy1 * wx0, scale, inside, FIXED)
+            _add(to, y1 * width + x1, g * wy1 * wx1, scale, inside, FIXED)
+    if WANT_FLOW:
+        at = grad_flow_ptr + b * 2 * plane + y * width + x
+        tl.store(at, tl.where(moving_x, by_x, 0.0), inside)
+        tl.store(at + plane, tl.where(moving_y, by_y, 0.0), inside)
+
+
+def _grid(image: Tensor) -> tuple[int, tuple[int, int]]:
+    b, _, h, w = image.shape
+    block = triton_backend.block(h * w, 256)
+    return block, (*triton_backend.grid(h * w, block), b)
+
+
+def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
+    out = _forward_fake(image, flow, padding, backend)
+    if image.numel() == 0:
+        return out
+    compute, zeros = cpp_backend.compute_type(image, flow), padding == "zeros"
+    if backend == "cpp":
+        plain = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+        inputs = (image.contiguous(), flow.contiguous())
+        cpp_backend.call("warp_forward", compute, inputs, (plain,), *image.shape, zeros)
+        return out if plain is out else out.copy_(plain)
+    block, grid = _grid(image)
+    _warp_fwd_kernel[grid](
+        image, flow, out, *image.stride(), *flow.stride(), *out.stride(), *image.shape[2:],
+        C=image.shape[1], ZEROS=zeros, BLOCK=block, COMPUTE=triton_backend.TYPES[compute],
+    )  # fmt: skip
+    return out
+
+
+def _forward_fake(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
+    last = not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(image.shape, dtype=image.dtype, device=image.device, memory_format=layout)
+
+
+def _backward(
+    image: Tensor, flow: Tensor, grad: Tensor, padding: str, want_image: bool, want_flow: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    compute, zeros = cpp_backend.compute_type(image, flow), padding == "zeros"
+    sums = torch.zeros(image.shape if want_image else (0,), dtype=compute, device=image.device)
+    grad_flow = torch.empty(flow.shape if want_flow else (0,), dtype=compute, device=image.device)
+    if image.numel() == 0:
+        grad_flow.zero_()
+    elif backend == "cpp":
+        inputs = [t.contiguous() for t in (image, flow, grad)]
+        outputs = (sums if want_image else None, grad_flow if want_flow else None)
+        cpp_backend.call("warp_backward", compute, inputs, outputs, *image.shape, zeros)
+    else:
+        fixed = want_image and torch.are_deterministic_algorithms_enabled()
+        scale = sums
+        if fixed:
+            sums = torch.zeros(image.shape, dtype=torch.int64, device=image.device)
+            # the sum of one pixel is at most the largest gradient times the number of pixels
+            peak = grad.detach().abs().amax().to(compute)
+            exponent = torch.frexp(peak * (image.shape[2] * image.shape[3])).exponent
+            scale = torch.ldexp(torch.ones_like(peak), (62 - exponent).clamp(-120, 120))
+        block, grid = _grid(image)
+        _warp_bwd_kernel[grid](
+            image, flow, grad, sums, grad_flow, scale, *image.stride(), *flow.stride(), *grad.stride(),
+            *image.shape[2:], C=image.shape[1], ZEROS=zeros, WANT_IMAGE=want_image, WANT_FLOW=want_flow, FIXED=fixed,
+            BLOCK=block, COMPUTE=triton_backend.TYPES[compute],
+        )  # fmt: skip
+        if fixed:
+            # peak - peak: nothing, or NaN where a gradient was not finite, which integers cannot hold
+            sums = sums.to(compute) / scale + (peak - peak)
+    return sums.to(image.dtype), grad_flow.to(flow.dtype)
+
+
+def _backward_fake(
+    image: Tensor, flow: Tensor, grad: Tensor, padding: str, want_image: bool, want_flow: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return image.new_empty(image.shape if want_image else (0,)), flow.new_empty(flow.shape if want_flow else (0,))
+
+
+_FORWARD = registry.torch_op(
+    "_backward_warp(Tensor image, Tensor flow, str padding, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+    reference=reference.backward_warp,
+)
+_BACKWARD = registry.torch_op(
+    "_backward_warp_backward(Tensor image, Tensor flow, Tensor grad, str padding, bool want_image, bool want_flow, "
+    "str backend) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _BackwardWarp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
+        ctx.save_for_backward(image, flow)
+        ctx.padding, ctx.backend = padding, backend
+        return _FORWARD(image, flow, padding, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        wanted = ctx.needs_input_grad[:2]
+        grads = _BACKWARD(*ctx.saved_tensors, grad, ctx.padding, *wanted, ctx.backend)
+        grad_image, grad_flow = (g if want else None for g, want in zip(grads, wanted, strict=True))
+        return grad_image, grad_flow, None, None
+
+
+def _fused(backend: str, image: Tensor, flow: Tensor, padding: str) -> Tensor:
+    return _BackwardWarp.apply(image, flow, padding, backend)
+
+
+_OP = registry.define_fused("backward_warp", reference.backward_warp, _fused)
 
 
 def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backend: str | None = None) -> Tensor:

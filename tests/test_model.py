@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from avfast.config import InputError, ModelConfig
 from avfast.losses import frame_loss, motion_loss
 from avfast.model import AVModel
-from avfast.modules import BatchNorm, batch_norms
+from avfast.networks import BatchNorm, batch_norms
 
 B, K, T = 3, 2, 5
 
@@ -149,7 +149,7 @@ class Literal:
                 if vectors is not None:
                     motion = torch.cat((motion, vectors[:, t - 1]), 1)
                 for i in range(4):
-                    gamma, beta = (self.mlp(f"car.affine.{name}.{i}", motion) for name in ("gamma", "beta"))
+                    gamma, beta = (self.mlp(f"car.affine.{i}.{name}", motion) for name in ("gamma", "beta"))
                     z[i] = gamma[:, :, None, None] * z[i] + beta[:, :, None, None]
             warped = self.warp(frame, flow[:, t - K])
             x, skips = warped, []
@@ -180,6 +180,9 @@ def make_model(motion="mme", refinement="car", channels=1, training=True) -> AVM
                 p.mul_(4)
             elif name == "car.unet.last.weight":
                 p.mul_(20)
+            elif name.startswith("car.unet") and name.endswith("norm.bias"):
+                # of four channels all may otherwise be negative everywhere, and ReLU lets no gradient through
+                p.add_(0.5)
         for name, b in model.named_buffers():
             if "running" in name:
                 b.add_(0.2 * torch.rand_like(b))

@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "../../csrc/isa.h"
 #include "../../csrc/tvl1.h"
 
 using namespace avfast::tvl1;
@@ -58,8 +59,7 @@ bool fill(float* image, int64_t size, int kind) {
 int main(int argc, char** argv) {
   const long count = argc > 1 ? std::atol(argv[1]) : 1000;
   engine.seed(argc > 2 ? static_cast<unsigned>(std::atol(argv[2])) : 0);
-  const char* sets[3];
-  const int available = instruction_sets(sets);
+  const std::vector<const char*> sets = avfast::instruction_sets();
   for (long n = 0; n < count; ++n) {
     // mostly small, some long and thin, a few large enough to be shared out by rows
     const bool large = pick(0, 40) == 0;
@@ -81,7 +81,7 @@ int main(int argc, char** argv) {
     const std::unique_ptr<float[]> a(new float[pairs * area]), b(new float[pairs * area]),
         flow_(new float[2 * pairs * area]);
     const bool good = fill(a.get(), pairs * area, pick(0, 6)) & fill(b.get(), pairs * area, pick(0, 6));
-    const char* isa = sets[pick(0, available - 1)];
+    const char* isa = sets[pick(0, static_cast<int>(sets.size()) - 1)];
     flow(a.get(), b.get(), flow_.get(), pairs, height, width, params, pick(1, 4), isa);
     for (int64_t i = 0; good && i < 2 * pairs * area; ++i) {
       if (!std::isfinite(flow_[i])) {

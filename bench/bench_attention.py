@@ -1,0 +1,50 @@
+"""Condense of every prefix and Recall over many tokens against their definitions, eager and compiled, and Condense
+against the loop over prefixes that the equations spell out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from avfast.kernels import condense, recall, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+C = 128
+
+
+def prefix_loop(memory: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Eq. 1 as it stands: for every t the attention over the first t entries, of which the last row is kept."""
+    rows = []
+    for t in range(1, memory.shape[1] + 1):
+        q, k, v = torch.nn.functional.linear(memory[:, :t], weight, bias).chunk(3, dim=-1)
+        rows.append((memory[:, :t] + (q @ k.mT).softmax(-1) @ v)[:, -1])
+    return torch.stack(rows, dim=1)
+
+
+@pytest.mark.parametrize("shape", [(16, 20), (128, 20), (16, 128), (1, 2048)], ids=str)
+def bench_condense(shape: tuple[int, int], contest: Callable[..., None]) -> None:
+    b, t = shape
+    torch.manual_seed(0)
+    memory = torch.randn(b, t, C, device=DEVICE, requires_grad=True)
+    weight = (0.02 * torch.randn(3 * C, C, device=DEVICE)).requires_grad_()
+    bias = torch.zeros(3 * C, device=DEVICE, requires_grad=True)
+    calls = {"ours": condense, "eager": reference.condense, "compiled": torch.compile(reference.condense)}
+    if t <= 128:
+        calls["loop"] = prefix_loop
+    values = 2 * memory.numel() + weight.numel()
+    contest(f"condense: {shape}", calls, [memory, weight, bias], forward=values, backward=2 * values, rounds=9)
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 3, 20), (128, 3, 3, 20), (16, 6, 6, 30), (4, 64, 64, 512)], ids=str)
+def bench_recall(shape: tuple[int, int, int, int], contest: Callable[..., None]) -> None:
+    b, h, w, m = shape
+    torch.manual_seed(0)
+    feature, query = (torch.randn(b, C, h, w, device=DEVICE, requires_grad=True) for _ in range(2))
+    key, value = (0.1 * torch.randn(b, m, C, device=DEVICE) for _ in range(2))
+    args = [feature, query, key.requires_grad_(), value.requires_grad_()]
+    calls = {"ours": recall, "eager": reference.recall, "compiled": torch.compile(reference.recall)}
+    values = 3 * feature.numel() + 2 * key.numel()
+    contest(f"recall: {shape}", calls, args, forward=values, backward=2 * values, rounds=9)

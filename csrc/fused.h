@@ -1,0 +1,46 @@
+// the fused ops on the CPU: raw pointers to contiguous tensors of float or double, shared out over threads. Their
+// definitions: kernels/reference.py. Sums have one order, whatever the number of threads. `isa`: see isa.h; double has
+// one path only.
+#pragma once
+
+#include <cstdint>
+
+namespace avfast::fused {
+
+// ConvLSTM state update. gates [rows, 4, area], cell, hidden, new_cell [rows, area]; nothing overlaps.
+template <class T>
+void gates_forward(const T* gates, const T* cell, T* hidden, T* new_cell, int64_t rows, int64_t area, int threads,
+                   const char* isa);
+template <class T>
+void gates_backward(const T* gates, const T* cell, const T* grad_hidden, const T* grad_new_cell, T* grad_gates,
+                    T* grad_cell, int64_t rows, int64_t area, int threads, const char* isa);
+
+// out(p) = image(p + flow(p)). image, out [batch, channels, height, width], flow [batch, 2, height, width];
+// height * width < 2^31; nothing overlaps.
+template <class T>
+void warp_forward(const T* image, const T* flow, T* out, int64_t batch, int channels, int height, int width, bool zeros,
+                  int threads, const char* isa);
+// grad_image, grad_flow: shaped as image and flow, or null where not wanted; grad_image holds zeros.
+template <class T>
+void warp_backward(const T* image, const T* flow, const T* grad_out, T* grad_image, T* grad_flow, int64_t batch,
+                   int channels, int height, int width, bool zeros, int threads, const char* isa);
+
+// data_weight times the squared error of the flow plus smooth_weight times its edge-weighted absolute differences, over
+// all images. prediction, target, grad [images, 2, height, width], frames [images, channels, height, width]; grad
+// receives the gradient by the prediction, where not null. loss: one value.
+template <class T>
+void flow_loss(const T* prediction, const T* target, const T* frames, T* grad, T* loss, int64_t images, int channels,
+               int height, int width, double data_weight, double smooth_weight, int threads, const char* isa);
+
+// out = gamma context + beta per channel. context [batch, channels, area], gamma, beta [batch, channels]; out of the
+// same shape, one image `out_stride` values after the other.
+template <class T>
+void modulate_forward(const T* context, const T* gamma, const T* beta, T* out, int64_t batch, int64_t channels,
+                      int64_t area, int64_t out_stride, int threads, const char* isa);
+// grad_out: strided as out above.
+template <class T>
+void modulate_backward(const T* context, const T* gamma, const T* grad_out, T* grad_context, T* grad_gamma,
+                       T* grad_beta, int64_t batch, int64_t channels, int64_t area, int64_t grad_stride, int threads,
+                       const char* isa);
+
+}  // namespace avfast::fused

@@ -1,0 +1,413 @@
+// the inner loops of the fused ops, over registers F: Vec of simd.h, or the one double of fused.cpp. Formulas:
+// kernels/reference.py.
+#pragma once
+
+#include "fused_kernels.h"
+
+namespace avfast::fused {
+
+// inside the anonymous namespace of the including file: compiled for one instruction set, used by no other
+namespace {
+
+#define AVFAST_LOOP inline __attribute__((always_inline))
+
+// e to the power of x, x held to [-87, 87], where the result is a normal number; NaN stays NaN. Within 1.3e-7 of the
+// exact value, relatively: a power of two times a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients: Cephes, expf).
+template <class F>
+AVFAST_LOOP F exp(F x) {
+  constexpr float kTail[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  const F held = min(F(87), max(F(-87), x));
+  const F n = floor(multiply_add(held, F(1.44269504f), F(0.5f)));
+  // ln 2 in two parts, the first with so few bits that its product with n is exact
+  const F r = multiply_add(n, F(2.12194440e-4f), multiply_add(n, F(-0.693359375f), held));
+  F p(1.9875691500e-4f);
+  for (const float c : kTail) p = multiply_add(p, r, F(c));
+  return multiply_add(p, r * r, r + F(1)) * power_of_two(n);
+}
+
+template <class F>
+AVFAST_LOOP F sigmoid(F x) {
+  return reciprocal(F(1) + exp(F(0) - x));
+}
+
+// within 1.2e-7 absolutely, not relatively: near 0 the two terms cancel.
+template <class F>
+AVFAST_LOOP F tanh(F x) {
+  return multiply_add(F(2), sigmoid(x + x), F(-1));
+}
+
+// body(x, n) for stretches of n elements: registers full of them, then what is left over. n is a constant in the first
+// case, where the whole body is compiled for it.
+template <class F, class Body>
+AVFAST_LOOP void for_lanes(int64_t count, const Body& body) {
+  int64_t x = 0;
+  for (; x + F::kWidth <= count; x += F::kWidth) body(x, F::kWidth);
+  if (x < count) body(x, static_cast<int>(count - x));
+}
+#define AVFAST_LANES(x, n) [&](int64_t x, int n) __attribute__((always_inline))
+
+// ---- ConvLSTM gates ----
+
+template <class F>
+void gates_forward(const Gates<typename F::Scalar>& given, typename F::Scalar* hidden, typename F::Scalar* new_cell) {
+  const auto p = given;
+  for_lanes<F>(
+      p.count, AVFAST_LANES(x, n) {
+        const auto* at = p.gates + x;
+        const F i = sigmoid(F::load_first(at, n));
+        const F f = sigmoid(F::load_first(at + p.area, n));
+        const F o = sigmoid(F::load_first(at + 2 * p.area, n));
+        const F g = tanh(F::load_first(at + 3 * p.area, n));
+        const F cell = f * F::load_first(p.cell + x, n) + i * g;
+        cell.store_first(new_cell + x, n);
+        (o * tanh(cell)).store_first(hidden + x, n);
+      });
+}
+
+// the activations are computed again: keeping them would cost five values of memory per element, and their traffic.
+template <class F>
+void gates_backward(const Gates<typename F::Scalar>& given, const typename F::Scalar* grad_hidden,
+                    const typename F::Scalar* grad_new_cell, typename F::Scalar* grad_gates,
+                    typename F::Scalar* grad_cell) {
+  const auto p = given;
+  for_lanes<F>(
+      p.count, AVFAST_LANES(x, n) {
+        const auto* at = p.gates + x;
+        const F i = sigmoid(F::load_first(at, n));
+        const F f = sigmoid(F::load_first(at + p.area, n));
+        const F o = sigmoid(F::load_first(at + 2 * p.area, n));
+        const F g = tanh(F::load_first(at + 3 * p.area, n));
+        const F cell = F::load_first(p.cell + x, n);
+        const F out = tanh(f * cell + i * g);
+        const F dh = F::load_first(grad_hidden + x, n);
+        const F dc = F::load_first(grad_new_cell + x, n) + dh * o * (F(1) - out * out);
+        auto* to = grad_gates + x;
+        (dc * g * i * (F(1) - i)).store_first(to, n);
+        (dc * cell * f * (F(1) - f)).store_first(to + p.area, n);
+        (dh * out * o * (F(1) - o)).store_first(to + 2 * p.area, n);
+        (dc * i * (F(1) - g * g)).store_first(to + 3 * p.area, n);
+        (dc * f).store_first(grad_cell + x, n);
+      });
+}
+
+// ---- backward warp ----
+
+// what a register of pixels takes along one axis: two neighbouring pixels of the image, the first at `base`, that lie
+// inside it whatever the flow (of an image of one pixel, that one twice), with the weights that fall on them.
+template <class F>
+struct Taps {
+  typename F::Int base;
+  F weight[2], slope[2];   // slope: the weights' derivatives by the coordinate
+  typename F::Int moving;  // -1 where the gradient of the flow is that of the image, 0 where it is 0
+};
+
+template <class F, bool kZeros>
+AVFAST_LOOP Taps<F> taps(F coordinate, int size) {
+  using T = typename F::Scalar;
+  using Int = typename F::Int;
+  constexpr int kMargin = kZeros ? 1 : 0;
+  const F low(static_cast<T>(-kMargin));
+  const F high(static_cast<T>(size - 1 + kMargin));
+  const F held = min(high, max(low, coordinate));  // NaN stays NaN
+  // 0 for NaN, whose conversion could be anything
+  Int first = floor_int(where(coordinate.raw == coordinate.raw, held, F(0)));
+  const int last = size - 2 + kMargin < -kMargin ? -kMargin : size - 2 + kMargin;
+  first = first < last ? first : Int{} + last;
+  const F weight = held - F(__builtin_convertvector(first, typename F::Raw));
+  Taps<F> t;
+  t.moving = (coordinate.raw > low.raw) & (coordinate.raw < high.raw);
+  if constexpr (kZeros) {
+    // at either end one of the two is a zero beside the image, and the other one is the end's own pixel
+    const int inner = size > 1 ? size - 2 : 0;
+    t.base = first < 0 ? Int{} : first > inner ? Int{} + inner : first;
+    const auto pick = [&](Int tap, F of_first, F of_second) __attribute__((always_inline)) {
+      const Int inside = tap < size;
+      return where(inside & (first == tap), of_first, F(0)) + where(inside & (first + 1 == tap), of_second, F(0));
+    };
+    for (int k = 0; k < 2; ++k) {
+      t.weight[k] = pick(t.base + k, F(1) - weight, weight);
+      t.slope[k] = pick(t.base + k, F(-1), F(1));
+    }
+  } else {
+    t.base = first;
+    t.weight[0] = F(1) - weight;
+    t.weight[1] = weight;
+    t.slope[0] = F(-1);
+    t.slope[1] = F(1);
+  }
+  return t;
+}
+
+// the values at plane[index] and plane[index + step]. Neighbours are loaded two at a time.
+template <class F, bool kPairs>
+AVFAST_LOOP void gather(const typename F::Scalar* plane, typename F::Int index, int step, F* first, F* second) {
+  using T = typename F::Scalar;
+  if constexpr (kPairs && sizeof(T) == 4) {
+    constexpr int kHalf = F::kWidth / 2;
+    typename F::Doubles low, high;
+    for (int lane = 0; lane < kHalf; ++lane) {
+      double pair;
+      __builtin_memcpy(&pair, plane + index[lane], sizeof pair);
+      low[lane] = pair;
+      __builtin_memcpy(&pair, plane + index[lane + kHalf], sizeof pair);
+      high[lane] = pair;
+    }
+    typename F::Int even, odd;
+    for (int lane = 0; lane < F::kWidth; ++lane) {
+      even[lane] = 2 * lane;
+      odd[lane] = 2 * lane + 1;
+    }
+    const auto a = reinterpret_cast<typename F::Raw>(low);
+    const auto b = reinterpret_cast<typename F::Raw>(high);
+    *first = F(__builtin_shuffle(a, b, even));
+    *second = F(__builtin_shuffle(a, b, odd));
+  } else {
+    for (int lane = 0; lane < F::kWidth; ++lane) {
+      first->raw[lane] = plane[index[lane]];
+      second->raw[lane] = plane[index[lane] + step];
+    }
+  }
+}
+
+// body(x, n, taps along x, taps along y, index of the first of the four pixels) over the rows of `p`.
+template <class F, bool kZeros, class Body>
+AVFAST_LOOP void for_pixels(const Warp<typename F::Scalar>& p, const Body& body) {
+  using T = typename F::Scalar;
+  const T* flow_y = p.flow + static_cast<int64_t>(p.height) * p.width;
+  for (int y = p.begin; y < p.end; ++y) {
+    const int64_t row = static_cast<int64_t>(y) * p.width;
+    for_lanes<F>(
+        p.width, AVFAST_LANES(x, n) {
+          const F px = F(static_cast<T>(x)) + F::iota() + F::load_first(p.flow + row + x, n);
+          const F py = F(static_cast<T>(y)) + F::load_first(flow_y + row + x, n);
+          const Taps<F> tx = taps<F, kZeros>(px, p.width);
+          const Taps<F> ty = taps<F, kZeros>(py, p.height);
+          body(row + x, n, tx, ty, ty.base * p.width + tx.base);
+        });
+  }
+}
+
+template <class F, bool kZeros, bool kPairs>
+void warp_forward_as(const Warp<typename F::Scalar>& given, typename F::Scalar* out) {
+  const auto p = given;
+  const int64_t plane = static_cast<int64_t>(p.height) * p.width;
+  const int right = p.width > 1 ? 1 : 0;
+  const int down = p.height > 1 ? p.width : 0;
+  for_pixels<F, kZeros>(p, [&](int64_t at, int n, const Taps<F>& tx, const Taps<F>& ty, typename F::Int index)
+                               __attribute__((always_inline)) {
+                                 for (int c = 0; c < p.channels; ++c) {
+                                   const auto* image = p.image + c * plane;
+                                   F v00, v01, v10, v11;
+                                   gather<F, kPairs>(image, index, right, &v00, &v01);
+                                   gather<F, kPairs>(image + down, index, right, &v10, &v11);
+                                   const F top = tx.weight[0] * v00 + tx.weight[1] * v01;
+                                   const F bottom = tx.weight[0] * v10 + tx.weight[1] * v11;
+                                   (ty.weight[0] * top + ty.weight[1] * bottom).store_first(out + c * plane + at, n);
+                                 }
+                               });
+}
+
+// two neighbours of an image's gradient receive a value each.
+template <class F>
+AVFAST_LOOP void add_pair(typename F::Scalar* to, int step, typename F::Scalar first, typename F::Scalar second) {
+  if (step == 1) {
+    typename F::Pair sum;
+    __builtin_memcpy(&sum, to, sizeof sum);
+    sum += typename F::Pair{first, second};
+    __builtin_memcpy(to, &sum, sizeof sum);
+  } else {
+    *to += first + second;
+  }
+}
+
+template <class F, bool kZeros, bool kPairs>
+void warp_backward_as(const Warp<typename F::Scalar>& given, const typename F::Scalar* grad_out,
+                      typename F::Scalar* grad_image, typename F::Scalar* grad_flow) {
+  const auto p = given;
+  const int64_t plane = static_cast<int64_t>(p.height) * p.width;
+  const int right = p.width > 1 ? 1 : 0;
+  const int down = p.height > 1 ? p.width : 0;
+  for_pixels<F, kZeros>(p, [&](int64_t at, int n, const Taps<F>& tx, const Taps<F>& ty, typename F::Int index)
+                               __attribute__((always_inline)) {
+                                 F by_x(0), by_y(0);
+                                 for (int c = 0; c < p.channels; ++c) {
+                                   const F g = F::load_first(grad_out + c * plane + at, n);
+                                   if (grad_flow != nullptr) {
+                                     const auto* image = p.image + c * plane;
+                                     F v00, v01, v10, v11;
+                                     gather<F, kPairs>(image, index, right, &v00, &v01);
+                                     gather<F, kPairs>(image + down, index, right, &v10, &v11);
+                                     by_x = by_x + g * (ty.weight[0] * (tx.slope[0] * v00 + tx.slope[1] * v01) +
+                                                        ty.weight[1] * (tx.slope[0] * v10 + tx.slope[1] * v11));
+                                     by_y = by_y + g * (tx.weight[0] * (ty.slope[0] * v00 + ty.slope[1] * v10) +
+                                                        tx.weight[1] * (ty.slope[0] * v01 + ty.slope[1] * v11));
+                                   }
+                                   if (grad_image != nullptr) {
+                                     auto* to = grad_image + c * plane;
+                                     const F upper = g * ty.weight[0], lower = g * ty.weight[1];
+                                     const F g00 = upper * tx.weight[0], g01 = upper * tx.weight[1];
+                                     const F g10 = lower * tx.weight[0], g11 = lower * tx.weight[1];
+                                     for (int lane = 0; lane < n; ++lane) {
+                                       add_pair<F>(to + index[lane], right, g00.raw[lane], g01.raw[lane]);
+                                       add_pair<F>(to + index[lane] + down, right, g10.raw[lane], g11.raw[lane]);
+                                     }
+                                   }
+                                 }
+                                 if (grad_flow != nullptr) {
+                                   where(tx.moving, by_x, F(0)).store_first(grad_flow + at, n);
+                                   where(ty.moving, by_y, F(0)).store_first(grad_flow + plane + at, n);
+                                 }
+                               });
+}
+
+template <class F>
+void warp_forward(const Warp<typename F::Scalar>& p, typename F::Scalar* out) {
+  // a row of one pixel has no pairs
+  if (p.width > 1) {
+    p.zeros ? warp_forward_as<F, true, true>(p, out) : warp_forward_as<F, false, true>(p, out);
+  } else {
+    p.zeros ? warp_forward_as<F, true, false>(p, out) : warp_forward_as<F, false, false>(p, out);
+  }
+}
+
+template <class F>
+void warp_backward(const Warp<typename F::Scalar>& p, const typename F::Scalar* grad_out,
+                   typename F::Scalar* grad_image, typename F::Scalar* grad_flow) {
+  if (p.width > 1) {
+    p.zeros ? warp_backward_as<F, true, true>(p, grad_out, grad_image, grad_flow)
+            : warp_backward_as<F, false, true>(p, grad_out, grad_image, grad_flow);
+  } else {
+    p.zeros ? warp_backward_as<F, true, false>(p, grad_out, grad_image, grad_flow)
+            : warp_backward_as<F, false, false>(p, grad_out, grad_image, grad_flow);
+  }
+}
+
+// ---- flow loss ----
+
+// the sum of all lanes, in double.
+template <class F>
+AVFAST_LOOP double total(F x) {
+  double sum = 0.0;
+  for (int lane = 0; lane < F::kWidth; ++lane) sum += static_cast<double>(x.raw[lane]);
+  return sum;
+}
+
+template <class F>
+AVFAST_LOOP F absolute(F x) {
+  return max(x, F(0) - x);
+}
+
+template <class F>
+AVFAST_LOOP F sign(F x) {
+  return where(x.raw > F(0).raw, F(1), where(x.raw < F(0).raw, F(-1), F(0)));
+}
+
+// row by row. The derivative of an absolute difference is written to scratch, with an edge weight of 0 in the last
+// column and row; the gradient is then the difference of two neighbours, the first one's left and upper being 0.
+template <class F>
+double flow_loss(const FlowLoss<typename F::Scalar>& given, typename F::Scalar* grad) {
+  using T = typename F::Scalar;
+  const auto p = given;
+  const int64_t plane = static_cast<int64_t>(p.height) * p.width;
+  const int64_t room = p.width + 1;
+  T* const edge_x = p.scratch;
+  T* const edge_y = edge_x + room;
+  T* const along = edge_y + room;  // one element before the first pixel: 0
+  T* const down[2][2] = {{along + room, along + 2 * room},
+                         {along + 3 * room, along + 4 * room}};  // [parity][component]
+  along[0] = T(0);
+  for (int x = 0; x < p.width; ++x) down[1][0][x] = down[1][1][x] = T(0);
+  const F per_channel(T(1) / static_cast<T>(p.channels));
+  double sum = 0.0;
+  for (int y = 0; y < p.height; ++y) {
+    const int64_t row = static_cast<int64_t>(y) * p.width;
+    const bool last_row = y == p.height - 1;
+    const int64_t below = last_row ? 0 : p.width;
+    for_lanes<F>(
+        p.width, AVFAST_LANES(x, n) {
+          const int to_right =
+              p.width - 1 - x < n ? static_cast<int>(p.width - 1 - x) : n;  // pixels that have a right neighbour
+          F change_x(0), change_y(0);
+          for (int c = 0; c < p.channels; ++c) {
+            const T* at = p.frame + c * plane + row + x;
+            const F here = F::load_first(at, n);
+            change_x = change_x + absolute(F::load_first(at + 1, to_right) - here);
+            change_y = change_y + absolute(F::load_first(at + below, n) - here);
+          }
+          exp(F(0) - change_x * per_channel).store_first(edge_x + x, n);
+          exp(F(0) - change_y * per_channel).store_first(edge_y + x, n);
+        });
+    edge_x[p.width - 1] = T(0);
+    if (last_row) {
+      for (int x = 0; x < p.width; ++x) edge_y[x] = T(0);
+    }
+    for (int component = 0; component < 2; ++component) {
+      T* const here_down = down[y % 2][component];
+      const T* const above_down = down[1 - y % 2][component];
+      F data(0), smooth(0);
+      for_lanes<F>(
+          p.width, AVFAST_LANES(x, n) {
+            const int to_right = p.width - 1 - x < n ? static_cast<int>(p.width - 1 - x) : n;
+            const int64_t at = component * plane + row + x;
+            const F u = F::load_first(p.prediction + at, n);
+            const F error = u - F::load_first(p.target + at, n);
+            const F dx = F::load_first(p.prediction + at + 1, to_right) - u;
+            const F dy = F::load_first(p.prediction + at + below, n) - u;
+            const F wx = F::load_first(edge_x + x, n);
+            const F wy = F::load_first(edge_y + x, n);
+            data = data + error * error;
+            smooth = smooth + absolute(dx) * wx + absolute(dy) * wy;
+            if (grad != nullptr) {
+              (sign(dx) * wx).store_first(along + 1 + x, n);
+              (sign(dy) * wy).store_first(here_down + x, n);
+            }
+          });
+      sum += static_cast<double>(p.data_weight) * total(data) + static_cast<double>(p.smooth_weight) * total(smooth);
+      if (grad == nullptr) continue;
+      for_lanes<F>(
+          p.width, AVFAST_LANES(x, n) {
+            const int64_t at = component * plane + row + x;
+            const F error = F::load_first(p.prediction + at, n) - F::load_first(p.target + at, n);
+            const F flat = F::load_first(along + x, n) - F::load_first(along + 1 + x, n) +
+                           F::load_first(above_down + x, n) - F::load_first(here_down + x, n);
+            (F(2) * F(p.data_weight) * error + F(p.smooth_weight) * flat).store_first(grad + at, n);
+          });
+    }
+  }
+  return sum;
+}
+
+// ---- modulate ----
+
+template <class F>
+void modulate_forward(const Modulate<typename F::Scalar>& given, typename F::Scalar* out) {
+  const auto p = given;
+  for_lanes<F>(
+      p.count, AVFAST_LANES(x, n) { (F(p.gamma) * F::load_first(p.in + x, n) + F(p.beta)).store_first(out + x, n); });
+}
+
+template <class F>
+void modulate_backward(const Modulate<typename F::Scalar>& given, const typename F::Scalar* grad_out,
+                       typename F::Scalar* grad_in, typename F::Scalar* grad_gamma, typename F::Scalar* grad_beta) {
+  const auto p = given;
+  F by_gamma(0), by_beta(0);
+  for_lanes<F>(
+      p.count, AVFAST_LANES(x, n) {
+        const F g = F::load_first(grad_out + x, n);
+        by_gamma = by_gamma + g * F::load_first(p.in + x, n);
+        by_beta = by_beta + g;
+        (F(p.gamma) * g).store_first(grad_in + x, n);
+      });
+  *grad_gamma = static_cast<typename F::Scalar>(total(by_gamma));
+  *grad_beta = static_cast<typename F::Scalar>(total(by_beta));
+}
+
+// `F2`: the wider registers for the ops whose chains are long.
+template <class F, class F2>
+constexpr Kernels<typename F::Scalar> kernels() {
+  return {gates_forward<F2>, gates_backward<F2>,  warp_forward<F>,     warp_backward<F>,
+          flow_loss<F>,      modulate_forward<F>, modulate_backward<F>};
+}
+
+}  // namespace
+}  // namespace avfast::fused

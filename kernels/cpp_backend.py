@@ -1,0 +1,69 @@
+"""The C++ side of the fused ops: whether it can run, and how its functions are called (csrc/fused.h)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return import_module("avfast._C"), None
+    except ImportError as error:
+        return None, f"avfast._C was not built ({error}): pip install -e ."
+
+
+_ENGINE, NOT_BUILT = _load()
+"""The extension or None, and None or the reason why there is none."""
+
+
+def unavailable(device: str) -> str | None:
+    """Why the C++ ops cannot run on this kind of device; None if they can."""
+    return NOT_BUILT or (None if device == "cpu" else "the C++ ops run on CPU tensors only")
+
+
+def unsupported(first: Tensor, *_others: Any) -> str | None:
+    """The same for a call whose first argument is `first`; public functions see to one device for all."""
+    return unavailable(first.device.type)
+
+
+def instruction_set() -> str | None:
+    """The instruction set that AVFAST_ISA asks for, None for the best. Raises ValueError where this CPU lacks it."""
+    isa = os.environ.get("AVFAST_ISA") or None
+    if isa is not None and isa not in engine().instruction_sets():
+        raise ValueError(f"AVFAST_ISA is {isa!r}, expected one of {', '.join(engine().instruction_sets())} on this CPU")
+    return isa
+
+
+def engine() -> Any:
+    """The extension module. Raises ImportError where it was not built."""
+    if _ENGINE is None:
+        raise ImportError(NOT_BUILT)
+    return _ENGINE
+
+
+def compute_type(*tensors: Tensor) -> torch.dtype:
+    """float64 where a tensor has it, else float32: half types are converted."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def call(
+    name: str, compute: torch.dtype, inputs: Sequence[Tensor], outputs: Sequence[Tensor | None], *numbers: float
+) -> None:
+    """Run one of the C++ functions: the addresses of the inputs, then of the outputs (None: a null pointer), then the
+    numbers. Tensors lie as the function expects; those of another type than `compute` are converted, there and back.
+    """
+    fp64 = compute == torch.float64
+    given = [t if t.dtype == compute else t.to(compute) for t in inputs]
+    taken = [t if t is None or t.dtype == compute else torch.empty_like(t, dtype=compute) for t in outputs]
+    addresses = [0 if t is None else t.data_ptr() for t in (*given, *taken)]
+    getattr(engine(), name)(*addresses, *numbers, fp64, torch.get_num_threads(), instruction_set())
+    for output, buffer in zip(outputs, taken, strict=True):
+        if output is not None and buffer is not None and output is not buffer:
+            output.copy_(buffer)

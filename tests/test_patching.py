@@ -1,0 +1,93 @@
+"""avfast.patch on small models written without avfast."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import avfast
+from avfast.modules import BackwardWarp
+from avfast.patching import PatchedCell
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("drop_in", ROOT / "examples" / "drop_in.py")
+assert spec is not None and spec.loader is not None
+drop_in = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(drop_in)
+
+
+class Peephole(drop_in.TheirCell):
+    """No cell of ours: the gates see the cell state."""
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        hidden, cell = state
+        i, f, o, g = self.conv(torch.cat((x, hidden), dim=1)).chunk(4, dim=1)
+        cell = (f + cell).sigmoid() * cell + (i + cell).sigmoid() * g.tanh()
+        return o.sigmoid() * cell.tanh(), cell
+
+
+class SpreadState(drop_in.TheirCell):
+    """Another order of gates, and called with three arguments."""
+
+    def forward(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        g, o, f, i = self.conv(torch.cat((x, hidden), dim=1)).chunk(4, dim=1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        return o.sigmoid() * cell.tanh(), cell
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList([SpreadState(3, 4), Peephole(4, 4)])
+        self.warp = drop_in.TheirWarp()
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, frame: Tensor) -> Tensor:
+        zero = frame.new_zeros(len(frame), 4, *frame.shape[2:])
+        hidden, _ = self.cells[0](frame, zero, zero)
+        hidden, _ = self.cells[1](hidden, (zero, zero))
+        warped = self.warp(frame, self.head(hidden))
+        grid = F.affine_grid(torch.eye(2, 3).expand(len(frame), 2, 3), list(frame.shape), align_corners=True)
+        return F.grid_sample(warped, grid, align_corners=True)
+
+
+def test_swaps_what_it_recognises_and_lists_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model, frame = Model(), torch.rand(2, 3, 8, 9)
+    expected = model(frame)
+    report = avfast.patch(model, frame, rounds=1)
+    assert list(report.swapped) == ["cells.0", "warp"]
+    assert "gates g, o, f, i" in report.swapped["cells.0"] and "border" in report.swapped["warp"]
+    assert "peepholes" in report.left["cells.1"] and "grid_sample (1 times)" in report.left["the model itself"]
+    assert isinstance(model.cells[0], PatchedCell) and isinstance(model.warp, BackwardWarp)
+    assert isinstance(model.cells[1], Peephole)
+    torch.testing.assert_close(model(frame), expected, rtol=1e-4, atol=1e-5)
+    model(frame).sum().backward()
+    assert model.cells[0].cell.weight.grad is not None
+    printed = capsys.readouterr().out
+    assert "cells.1: left" in printed and "x as fast, largest difference" in printed
+
+
+def test_puts_everything_back_when_an_output_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, frame = Model(), torch.rand(2, 3, 8, 9)
+    modules = dict(model.named_modules())
+
+    class Wrong(nn.Module):
+        def forward(self, image: Tensor, flow: Tensor) -> Tensor:
+            return image + 1
+
+    monkeypatch.setattr("avfast.patching._recognise_warp", lambda module: (Wrong(), "wrong"))
+    with pytest.raises(ValueError, match="output changed by .* after the swap: nothing was swapped"):
+        avfast.patch(model, frame)
+    assert dict(model.named_modules()) == modules
+
+
+def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    drop_in.main()
+    printed = capsys.readouterr().out
+    assert "cell: now a fused ConvLSTM cell" in printed and "warp: now a fused backward warp" in printed
