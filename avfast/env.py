@@ -168,9 +168,9 @@ def _native() -> dict[str, Any]:
 def _backends() -> list[dict[str, Any]] | str:
     """For every op and kind of device the backend that runs and why the others do not, or why this is not known."""
     try:
-        # the package, not the registry alone: loading it is what registers the ops
-        from avfast.kernels import registry
+        from avfast.kernels import load_all, registry
 
+        load_all()
         rows = registry.explain()
     except Exception as error:
         return f"unknown: {_reason(error)}"

@@ -5,11 +5,40 @@ if __name__ == "kernels":
     # package (Hugging Face's `kernels`) and define every op twice
     raise ImportError("this folder is avfast.kernels: use `from avfast.kernels import ...`")
 
-from .attention import condense, recall
-from .convlstm import convlstm_gates
-from .loss import flow_loss
-from .modulate import modulate
-from .tvl1 import tvl1_flow_reference
-from .warp import backward_warp
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention import condense, recall
+    from .convlstm import convlstm_gates
+    from .loss import flow_loss
+    from .modulate import modulate
+    from .tvl1 import tvl1_flow_reference
+    from .warp import backward_warp
+
+# function -> the file it is in, loaded on first use: TV-L1 alone needs no Triton, which takes a while to import
+_HOME = {
+    "backward_warp": "warp",
+    "condense": "attention",
+    "convlstm_gates": "convlstm",
+    "flow_loss": "loss",
+    "modulate": "modulate",
+    "recall": "attention",
+    "tvl1_flow_reference": "tvl1",
+}
 
 __all__ = ["backward_warp", "condense", "convlstm_gates", "flow_loss", "modulate", "recall", "tvl1_flow_reference"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def load_all() -> None:
+    """Load every op, so that `registry.OPS` holds them all."""
+    for module in dict.fromkeys(_HOME.values()):
+        import_module(f"{__name__}.{module}")

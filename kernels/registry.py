@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import cpp_backend, triton_backend
-
 NAMES = ("triton", "cpp", "sdpa", "reference")
 OPS: dict[str, Op] = {}
 
@@ -77,6 +75,9 @@ def define_fused(
 ) -> Op:
     """Register an op whose `fused(backend, *args)` runs in C++ on CPU tensors ("cpp") and in Triton on CUDA tensors
     ("triton"); C++ on request only, where a reason is given."""
+    # here, not above: TV-L1 uses this file too, and importing Triton takes a while
+    from . import cpp_backend, triton_backend
+
     cpp = Backend(partial(fused, "cpp"), cpp_backend.unsupported, cpp_backend.unavailable, cpp_opt_in)
     interpreted = "Triton's interpreter is for tests" if triton_backend.INTERPRETED else None
     triton = Backend(partial(fused, "triton"), triton_backend.unsupported, triton_backend.unavailable, interpreted)

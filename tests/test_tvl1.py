@@ -18,6 +18,7 @@ from avfast._C import instruction_sets
 from avfast.config import InputError, MMNISTConfig
 from avfast.data.mmnist import MovingMNIST
 from avfast.flow import PRESETS, TVL1Params, tvl1_flow
+from avfast.kernels import cpp_backend
 from avfast.kernels import tvl1 as definition
 
 MIDDLEBURY = Path(__file__).parents[2] / "shared" / "data" / "middlebury"
@@ -348,7 +349,7 @@ IMAGE = torch.zeros(8, 8)
         ((IMAGE[None, None],), {"direction": "up"}, "direction is 'up', expected 'backward' or 'forward'"),
         ((IMAGE, IMAGE), {"preset": "slow"}, "preset is 'slow', expected 'fast', .*'chambolle-pock' or a TVL1Params"),
         ((IMAGE, IMAGE), {"threads": 0}, "threads is 0, expected a whole number of at least 1"),
-        ((IMAGE, IMAGE), {"backend": "cuda"}, "backend is 'cuda', expected one of triton, cpp, reference"),
+        ((IMAGE, IMAGE), {"backend": "cuda"}, "backend is 'cuda', expected one of triton, cpp, sdpa, reference"),
     ],
 )
 def test_bad_input_is_named(args: tuple, kwargs: dict, message: str) -> None:
@@ -385,6 +386,8 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tvl1_flow(a, b, backend="reference")
     # None in sys.modules is Python's own way to say that an import must fail
     monkeypatch.setitem(sys.modules, "avfast._C", None)
+    for name, value in zip(("_ENGINE", "NOT_BUILT"), cpp_backend._load(), strict=True):
+        monkeypatch.setattr(cpp_backend, name, value)
     assert torch.equal(tvl1_flow(a, b), expected)
     with pytest.raises(ValueError, match=r"backend is 'cpp', which .*: avfast\._C was not built .*pip install"):
         tvl1_flow(a, b, backend="cpp")
