@@ -72,8 +72,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable
         _write(path)
 
 
-@pytest.fixture
-def contest(compare: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+@pytest.fixture(params=["forward", "forward+backward"])
+def contest(request: pytest.FixtureRequest, compare: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     """contest(case, calls, args, forward=values, backward=values, rounds=15): ours against the others, by direction.
 
     calls: {"ours": f, "eager": g, ...}, all called with `args`; values: how many values ours has to move in the forward
@@ -108,12 +108,13 @@ def contest(compare: Callable[..., dict[str, Any]]) -> Callable[..., None]:
                 error = (ours - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
                 assert error < 1e-4, f"{name} differs by {error}"
 
-        with torch.no_grad():
-            _compare_calls(
-                compare, f"{case} forward", {n: lambda c=c: c(*args) for n, c in calls.items()}, forward, rounds
-            )
-        both_ways = {n: lambda c=c: both(c) for n, c in calls.items()}
-        _compare_calls(compare, f"{case} forward+backward", both_ways, forward + backward, rounds)
+        case = f"{case} {request.param}"
+        if request.param == "forward":
+            with torch.no_grad():
+                _compare_calls(compare, case, {n: lambda c=c: c(*args) for n, c in calls.items()}, forward, rounds)
+        else:
+            both_ways = {n: lambda c=c: both(c) for n, c in calls.items()}
+            _compare_calls(compare, case, both_ways, forward + backward, rounds)
 
     return run
 

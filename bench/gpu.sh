@@ -24,7 +24,7 @@ fi
 "$PYTHON" setup.py -q build_ext --inplace
 "$PYTHON" -m pytest -q tests/test_contract.py tests/test_tvl1_cuda.py
 if [ -n "${DRY:-}" ]; then
-  exec "$PYTHON" -m pytest -q bench --benchmark-disable -k "48 or gates or loss"
+  exec "$PYTHON" -m pytest -q bench --benchmark-disable -k "bench_gates or bench_recall"
 fi
 GPU=$("$PYTHON" -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())')
 OUT=${OUT:-bench/results/$("$PYTHON" -c 'import avfast; print(avfast.__version__)')}
