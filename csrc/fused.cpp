@@ -24,7 +24,7 @@ struct Double {
   Double() = default;
   Double(Raw r) : raw(r) {}
   explicit Double(double x) : raw{x} {}
-  static Double load_first(const double* from, int) { return Double(*from); }
+  static Double load_first(const double* from, int count) { return Double(count == 0 ? 0.0 : *from); }
   static Double iota() { return Double(0.0); }
   void store_first(double* to, int) const { *to = raw[0]; }
 };
