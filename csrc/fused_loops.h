@@ -49,15 +49,22 @@ AVFAST_LOOP void for_lanes(int64_t count, const Body& body) {
 // ---- ConvLSTM gates ----
 
 template <class F>
+struct Activated {
+  F i, f, o, g;
+};
+
+template <class F>
+AVFAST_LOOP Activated<F> activated(const typename F::Scalar* gates, int64_t area, int n) {
+  return {sigmoid(F::load_first(gates, n)), sigmoid(F::load_first(gates + area, n)),
+          sigmoid(F::load_first(gates + 2 * area, n)), tanh(F::load_first(gates + 3 * area, n))};
+}
+
+template <class F>
 void gates_forward(const Gates<typename F::Scalar>& given, typename F::Scalar* hidden, typename F::Scalar* new_cell) {
   const auto p = given;
   for_lanes<F>(
       p.count, AVFAST_LANES(x, n) {
-        const auto* at = p.gates + x;
-        const F i = sigmoid(F::load_first(at, n));
-        const F f = sigmoid(F::load_first(at + p.area, n));
-        const F o = sigmoid(F::load_first(at + 2 * p.area, n));
-        const F g = tanh(F::load_first(at + 3 * p.area, n));
+        const auto [i, f, o, g] = activated<F>(p.gates + x, p.area, n);
         const F cell = f * F::load_first(p.cell + x, n) + i * g;
         cell.store_first(new_cell + x, n);
         (o * tanh(cell)).store_first(hidden + x, n);
@@ -72,11 +79,7 @@ void gates_backward(const Gates<typename F::Scalar>& given, const typename F::Sc
   const auto p = given;
   for_lanes<F>(
       p.count, AVFAST_LANES(x, n) {
-        const auto* at = p.gates + x;
-        const F i = sigmoid(F::load_first(at, n));
-        const F f = sigmoid(F::load_first(at + p.area, n));
-        const F o = sigmoid(F::load_first(at + 2 * p.area, n));
-        const F g = tanh(F::load_first(at + 3 * p.area, n));
+        const auto [i, f, o, g] = activated<F>(p.gates + x, p.area, n);
         const F cell = F::load_first(p.cell + x, n);
         const F out = tanh(f * cell + i * g);
         const F dh = F::load_first(grad_hidden + x, n);

@@ -100,13 +100,6 @@ def _launch(kernel: Any, cpp: str, inputs: tuple[Tensor, ...], outputs: tuple[Te
     )
 
 
-def _empty(shape: torch.Size, dtype: torch.dtype, gates: Tensor) -> Tensor:
-    """Memory that lies as the gates do."""
-    if gates.is_contiguous() or not gates.is_contiguous(memory_format=torch.channels_last):
-        return gates.new_empty(shape, dtype=dtype)
-    return torch.empty(shape, dtype=dtype, device=gates.device, memory_format=torch.channels_last)
-
-
 def _forward(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     outputs = _forward_fake(gates, cell, backend)
     _launch(_gates_fwd_kernel, "gates_forward", (gates, cell), outputs, backend)
@@ -114,7 +107,7 @@ def _forward(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]
 
 
 def _forward_fake(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return _empty(cell.shape, gates.dtype, gates), _empty(cell.shape, cell.dtype, gates)
+    return registry.empty_as(gates, cell.shape, gates.dtype), registry.empty_as(gates, cell.shape, cell.dtype)
 
 
 def _backward(
@@ -128,7 +121,7 @@ def _backward(
 def _backward_fake(
     gates: Tensor, cell: Tensor, grad_hidden: Tensor, grad_new_cell: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return _empty(gates.shape, gates.dtype, gates), _empty(cell.shape, cell.dtype, gates)
+    return registry.empty_as(gates, gates.shape, gates.dtype), registry.empty_as(gates, cell.shape, cell.dtype)
 
 
 _FORWARD = registry.torch_op(

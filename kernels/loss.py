@@ -78,12 +78,12 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     b, steps, c, h, w = frames.shape
     compute = cpp_backend.compute_type(prediction, target, frames)
-    inputs = [t.to(compute).contiguous() for t in (prediction, target, frames)]
-    grad = torch.empty(prediction.shape if want_grad else (0,), dtype=compute, device=prediction.device)
+    inputs = [t.contiguous() for t in (prediction, target, frames)]
+    grad = torch.empty(prediction.shape if want_grad else (0,), dtype=prediction.dtype, device=prediction.device)
     if prediction.numel() == 0:
         # the mean over nothing; no steps at all are a sum of nothing
         loss = prediction.new_full((), 0.0 if steps == 0 else float("nan"))
-        return loss, grad.to(prediction.dtype)
+        return loss, grad
     weights = 1 / (b * h * w), smooth_weight / (2 * b * h * w)
     if backend == "cpp":
         loss = torch.empty((), dtype=compute)
@@ -98,7 +98,7 @@ def _run(
             C=c, WANT_GRAD=want_grad, BLOCK=block, COMPUTE=triton_backend.TYPES[compute],
         )  # fmt: skip
         loss = partial.sum()
-    return loss.to(prediction.dtype), grad.to(prediction.dtype)
+    return loss.to(prediction.dtype), grad
 
 
 def _fake(

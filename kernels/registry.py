@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 NAMES = ("triton", "cpp", "sdpa", "reference")
 OPS: dict[str, Op] = {}
@@ -107,6 +108,14 @@ def torch_op(
     if reference is not None:
         DECOMPOSITIONS[overload] = lambda *arguments: reference(*arguments[:-1])
     return overload
+
+
+def empty_as(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory (B,C,H,W) that lies as `like` does: channels-last where that is not contiguous but
+    channels-last, else contiguous. Real and fake implementations of an op share it, so that their strides agree."""
+    if like.is_contiguous() or not like.is_contiguous(memory_format=torch.channels_last):
+        return like.new_empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def explain() -> list[tuple[str, str, str, dict[str, str]]]:

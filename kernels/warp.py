@@ -61,6 +61,16 @@ def _pixels(flow_ptr, flow_b, flow_c, flow_h, flow_w, height, width, BLOCK: tl.c
 
 
 @jit
+def _corners(image, image_h, image_w, y0, y1, x0, x1, inside, COMPUTE: tl.constexpr):
+    """The values at (y0, x0), (y0, x1), (y1, x0) and (y1, x1) of one channel."""
+    v00 = tl.load(image + y0 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
+    v01 = tl.load(image + y0 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
+    v10 = tl.load(image + y1 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
+    v11 = tl.load(image + y1 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
+    return v00, v01, v10, v11
+
+
+@jit
 def _warp_fwd_kernel(
     image_ptr, flow_ptr, out_ptr,
     image_b, image_c, image_h, image_w, flow_b, flow_c, flow_h, flow_w, out_b, out_c, out_h, out_w,
@@ -73,10 +83,7 @@ def _warp_fwd_kernel(
     b = tl.program_id(1).to(tl.int64)
     for c in range(C):
         image = image_ptr + b * image_b + c * image_c
-        v00 = tl.load(image + y0 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
-        v01 = tl.load(image + y0 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
-        v10 = tl.load(image + y1 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
-        v11 = tl.load(image + y1 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
+        v00, v01, v10, v11 = _corners(image, image_h, image_w, y0, y1, x0, x1, inside, COMPUTE)
         out = wy0 * (wx0 * v00 + wx1 * v01) + wy1 * (wx0 * v10 + wx1 * v11)
         tl.store(out_ptr + b * out_b + c * out_c + y * out_h + x * out_w, out, inside)
 
@@ -111,10 +118,7 @@ def _warp_bwd_kernel(
         g = tl.load(grad_ptr + b * grad_b + c * grad_c + y * grad_h + x * grad_w, inside, 0).to(COMPUTE)
         if WANT_FLOW:
             image = image_ptr + b * image_b + c * image_c
-            v00 = tl.load(image + y0 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
-            v01 = tl.load(image + y0 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
-            v10 = tl.load(image + y1 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
-            v11 = tl.load(image + y1 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
+            v00, v01, v10, v11 = _corners(image, image_h, image_w, y0, y1, x0, x1, inside, COMPUTE)
             by_x += g * (wy0 * (nx1 * v01 - nx0 * v00) + wy1 * (nx1 * v11 - nx0 * v10))
             by_y += g * (wx0 * (ny1 * v10 - ny0 * v00) + wx1 * (ny1 * v11 - ny0 * v01))
         if WANT_IMAGE:
@@ -154,9 +158,7 @@ def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
 
 
 def _forward_fake(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
-    last = not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(image.shape, dtype=image.dtype, device=image.device, memory_format=layout)
+    return registry.empty_as(image, image.shape, image.dtype)
 
 
 def _backward(
