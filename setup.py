@@ -19,7 +19,7 @@ from setuptools import setup
 from setuptools.errors import CompileError, ExecError, LinkError
 
 HEADERS = sorted([*glob.glob("csrc/*.h"), *glob.glob("csrc/*.cuh")])
-CPP_SOURCES = ["csrc/fused.cpp", "csrc/tvl1.cpp"]
+CPP_SOURCES = ["csrc/fused.cpp", "csrc/threads.cpp", "csrc/tvl1.cpp"]
 CUDA_SOURCES = ["csrc/cuda_info.cu", "csrc/tvl1.cu"]
 
 # contraction off: where the source has no multiply_add, the instruction sets give the same bits

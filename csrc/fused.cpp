@@ -18,7 +18,6 @@ struct Double {
   static constexpr int kWidth = 1;
   using Raw = double __attribute__((vector_size(sizeof(double))));
   using Int = int64_t __attribute__((vector_size(sizeof(int64_t))));
-  using Pair = double __attribute__((vector_size(2 * sizeof(double))));
   Raw raw;
 
   Double() = default;
@@ -49,8 +48,8 @@ Double::Int floor_int(Double a) { return Double::Int{static_cast<int64_t>(std::f
 namespace avfast::fused {
 namespace {
 
-// starting a thread costs 20 us, what some ten thousand elements do.
-constexpr int64_t kGrain = 1 << 15;
+// waking a thread costs up to 50 us, what some ten thousand elements take.
+constexpr int64_t kGrain = 1 << 14;
 
 template <class T>
 const Kernels<T>& choose(const char* isa) {

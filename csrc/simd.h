@@ -29,10 +29,11 @@ constexpr int kLanes = 4;
 struct Vec {
   using Scalar = float;
   static constexpr int kWidth = kLanes;
+  // added to a float it rounds that to a whole number n, |n| < 2^22, which is then in the sum's lowest bits
+  static constexpr float kToLowBits = 12582912.0f;  // 1.5 * 2^23
   using Raw = float __attribute__((vector_size(kLanes * sizeof(float))));
   using Int = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
   using Doubles = double __attribute__((vector_size(kLanes * sizeof(float))));  // pairs of floats, to be moved as one
-  using Pair = float __attribute__((vector_size(2 * sizeof(float))));
   Raw raw;
 
   Vec() = default;
@@ -117,17 +118,17 @@ AVFAST_INLINE Vec::Int floor_int(Vec a) {
 }
 AVFAST_INLINE Vec to_float(Vec::Int a) { return __builtin_convertvector(a, Vec::Raw); }
 
-// 2 to the power of a whole number from -126 to 127.
-AVFAST_INLINE Vec power_of_two(Vec a) {
-  const Vec::Int bits = (__builtin_convertvector(a.raw, Vec::Int) + 127) << 23;
+// 2 to the power of n, -126 <= n <= 127, given n + Vec::kToLowBits; any number for NaN.
+AVFAST_INLINE Vec power_of_two(Vec shifted) {
+  const Vec::Int bits = (reinterpret_cast<Vec::Int>(shifted.raw) << 23) + (127 << 23);
   return reinterpret_cast<Vec::Raw>(bits);
 }
-AVFAST_INLINE Vec floor(Vec a) { return to_float(floor_int(a)); }
 
 // two registers as one: for long chains of operations, of which one at a time would leave the core waiting.
 struct Vec2 {
   using Scalar = float;
   static constexpr int kWidth = 2 * kLanes;
+  static constexpr float kToLowBits = Vec::kToLowBits;
   Vec a, b;
 
   Vec2() = default;
@@ -153,7 +154,6 @@ AVFAST_INLINE Vec2 multiply_add(Vec2 x, Vec2 y, Vec2 z) {
 AVFAST_INLINE Vec2 reciprocal(Vec2 x) { return {reciprocal(x.a), reciprocal(x.b)}; }
 AVFAST_INLINE Vec2 min(Vec2 x, Vec2 y) { return {min(x.a, y.a), min(x.b, y.b)}; }
 AVFAST_INLINE Vec2 max(Vec2 x, Vec2 y) { return {max(x.a, y.a), max(x.b, y.b)}; }
-AVFAST_INLINE Vec2 floor(Vec2 x) { return {floor(x.a), floor(x.b)}; }
 AVFAST_INLINE Vec2 power_of_two(Vec2 x) { return {power_of_two(x.a), power_of_two(x.b)}; }
 
 }  // namespace avfast::AVFAST_ISA

@@ -1,28 +1,23 @@
-// threads that live for one call only, so that nothing is left that a fork could lose, and how they wait for each
-// other.
+// the library's own threads, and how they wait for each other.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
-#include <future>
-#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace avfast {
 
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 // waits for other threads of this library, which are never long: the core is given away only after some 10 us.
 template <class Condition>
 void wait_until(const Condition& condition) {
-  for (int spins = 0; !condition(); ++spins) {
-    if (spins < 2000) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    } else {
-      std::this_thread::yield();
-    }
-  }
+  for (int spins = 0; !condition(); ++spins) spins < 2000 ? pause() : std::this_thread::yield();
 }
 
 // threads that solve one pair together.
@@ -59,24 +54,19 @@ class Team {
   std::atomic<int> arrived_{0}, generation_{0};
 };
 
-// runs body(rank, count) on `count` threads, this one among them; where the system has no more threads to give, on
-// fewer.
+// what one thread of `total` does of a piece of work.
+using Share = void (*)(const void* work, int rank, int total);
+
+// runs share(work, rank, total) on `total` <= `count` threads, this one as rank 0, and returns when all are done. The
+// others are kept, asleep, from call to call; there are fewer where the system has no more to give. A forked child gets
+// threads of its own. What a share throws is thrown here.
+void run_shares(int count, Share share, const void* work);
+
+// the same for anything that can be called as body(rank, total).
 template <class Body>
 void run_threads(int count, const Body& body) {
-  std::promise<int> started;
-  const std::shared_future<int> total = started.get_future().share();
-  std::vector<std::thread> threads;
-  threads.reserve(count - 1);
-  for (int rank = 1; rank < count; ++rank) {
-    try {
-      threads.emplace_back([&body, total, rank] { body(rank, total.get()); });
-    } catch (const std::system_error&) {
-      break;
-    }
-  }
-  started.set_value(static_cast<int>(threads.size()) + 1);
-  body(0, total.get());
-  for (std::thread& thread : threads) thread.join();
+  run_shares(
+      count, [](const void* work, int rank, int total) { (*static_cast<const Body*>(work))(rank, total); }, &body);
 }
 
 }  // namespace avfast

@@ -14,7 +14,9 @@ def shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> None:
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name} is {found}, expected a floating-point tensor ({', '.join(names)})")
     size = tensor.shape
-    fits = len(size) == len(names) and all(sizes.get(n, s) == s for n, s in zip(names, size, strict=True))
+    fits = len(size) == len(names)
+    for position, dim in enumerate(names if fits and sizes else ()):
+        fits = fits and sizes.get(dim, size[position]) == size[position]
     if not fits:
         expected = ", ".join(str(sizes.get(n, n)) for n in names)
         raise ValueError(f"{name} has shape {tuple(size)}, expected ({expected})")
@@ -22,10 +24,15 @@ def shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> None:
 
 def same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors (None is left out) lie on one device."""
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
-    first = next(iter(devices.values()))
-    if any(device != first for device in devices.values()):
-        raise ValueError("tensors lie on different devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items()))
+    first = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        if first is None:
+            first = tensor.device
+        elif tensor.device != first:
+            places = ", ".join(f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
+            raise ValueError(f"tensors lie on different devices: {places}")
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

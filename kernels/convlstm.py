@@ -152,6 +152,8 @@ class _ConvLSTMGates(torch.autograd.Function):
 
 
 def _fused(backend: str, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    if not registry.wants_gradient(gates, cell):
+        return _FORWARD(gates, cell, backend)
     return _ConvLSTMGates.apply(gates, cell, backend)
 
 

@@ -132,6 +132,8 @@ class _FlowLoss(torch.autograd.Function):
 
 
 def _fused(backend: str, prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float) -> Tensor:
+    if not registry.wants_gradient(prediction):
+        return _LOSS(prediction, target, frames, smooth_weight, False, backend)[0]
     return _FlowLoss.apply(prediction, target, frames, smooth_weight, backend)
 
 

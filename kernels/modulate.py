@@ -141,6 +141,8 @@ class _Modulate(torch.autograd.Function):
 
 
 def _fused(backend: str, context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor]) -> Tensor:
+    if not registry.wants_gradient(context, gamma, beta, *before):
+        return _FORWARD(before, context, gamma, beta, backend)
     return _Modulate.apply(backend, context, gamma, beta, *before)
 
 

@@ -231,6 +231,8 @@ class _BackwardWarp(torch.autograd.Function):
 
 
 def _fused(backend: str, image: Tensor, flow: Tensor, padding: str) -> Tensor:
+    if not registry.wants_gradient(image, flow):
+        return _FORWARD(image, flow, padding, backend)
     return _BackwardWarp.apply(image, flow, padding, backend)
 
 

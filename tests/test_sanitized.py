@@ -27,7 +27,7 @@ def test_random_inputs_under_sanitizers(name: str, tmp_path: Path) -> None:
         source = ["-c", f"csrc/{name}_kernels.cpp", "-o", objects[-1]]
         subprocess.run([COMPILER, *FLAGS, *flags, f"-DAVFAST_ISA={isa}", *source], cwd=ROOT, check=True)
     program = tmp_path / "fuzz"
-    sources = [f"csrc/{name}.cpp", f"tests/native/fuzz_{name}.cpp"]
+    sources = [f"csrc/{name}.cpp", "csrc/threads.cpp", f"tests/native/fuzz_{name}.cpp"]
     subprocess.run([COMPILER, *FLAGS, *sources, *objects, "-o", program, "-pthread"], cwd=ROOT, check=True)
     run = subprocess.run([program, "10000", "0"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
