@@ -84,14 +84,14 @@ class MME(nn.Module):
 
         observed = self.encoder(flow, frames)
         image, motion = frames[:, -1], flow[:, -1]
-        state = None
+        step = self.lstm.recurrence(observed[:, 0])
         flows, images = [], []
         for t in range(1, total):
             feature = observed[:, t - 1] if t <= given else self.encoder(motion[:, None], image[:, None])[:, 0]
             if value is not None:
                 memory = slice(t if self.variant == "mme" else 0, t + 1)
                 feature = self.recall(feature, None if key is None else key[:, memory], value[:, memory])
-            hidden, state = self.lstm(feature, state)
+            hidden = step(feature)
             if t >= given:
                 motion = self.decoder(hidden)
                 image = backward_warp(image, motion)
