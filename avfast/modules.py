@@ -8,7 +8,7 @@ copies their weights; `to_reference` gives them back.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from avfast.kernels import backward_warp, condense, convlstm_gates, modulate, recall
 from avfast.winograd import RepeatedConv
 
-# where minimal filtering pays: from 64 pixels in the batch on, over 20 steps of 4 layers of 128 channels, it was 1.35 to
-# 2.1 times as fast with gradients and 1.01 to 1.9 times without, on 2 cores with AVX2; below that it may lose
+# where minimal filtering pays: from 64 pixels in the batch on, over 20 steps of 4 layers of 128 channels, it was 1.35
+# to 2.1 times as fast with gradients and 1.01 to 1.9 times without, on 2 cores with AVX2; below that it may lose
 _LEAST_PIXELS, _LARGEST_MAP = 64, 64
 
 State = tuple[Tensor, Tensor]
@@ -139,8 +139,9 @@ class ConvLSTM(nn.Module):
         On the CPU, convolutions over small maps go by `avfast.winograd` where the batch is large enough to pay for the
         weights' transforms; with second derivatives only as far as `convlstm_gates` has them, which is not at all.
         """
-        if _minimal_filtering_pays(self.cells, like):
-            return _SmallMapRecurrence(self.cells, like)
+        cells = [cell for cell in self.cells if isinstance(cell, ConvLSTMCell)]
+        if _minimal_filtering_pays(cells[0].weight, like):
+            return _SmallMapRecurrence(cells, like)
         states: list[State] | None = None
 
         def step(x: Tensor) -> Tensor:
@@ -178,10 +179,10 @@ class ConvLSTM(nn.Module):
 
 
 class _SmallMapRecurrence:
-    """Steps of a ConvLSTM whose maps are held pixel by pixel, (H*W,B,C): what `RepeatedConv` takes, and for the gates one
-    pixel each of H*W*B maps."""
+    """Steps of a ConvLSTM whose maps are held pixel by pixel, (H*W,B,C): what `RepeatedConv` takes, and for the gates
+    H*W*B maps of one pixel."""
 
-    def __init__(self, cells: Iterable[ConvLSTMCell], like: Tensor) -> None:
+    def __init__(self, cells: Sequence[ConvLSTMCell], like: Tensor) -> None:
         b, _, self.height, self.width = like.shape
         pixels = self.height * self.width
         self.convs, self.states = [], []
@@ -201,10 +202,9 @@ class _SmallMapRecurrence:
         return x.unflatten(0, (self.height, self.width)).permute(2, 3, 0, 1)
 
 
-def _minimal_filtering_pays(cells: Iterable[ConvLSTMCell], like: Tensor) -> bool:
-    """Whether a recurrence over maps like these is faster through `RepeatedConv`. Not under autocast: half types have no
-    digits to spare for the transforms."""
-    weight = next(iter(cells)).weight
+def _minimal_filtering_pays(weight: Tensor, like: Tensor) -> bool:
+    """Whether a recurrence over maps like these is faster through `RepeatedConv`. Not under autocast: half types have
+    no digits to spare for the transforms."""
     b, _, h, w = like.shape
     return (
         like.device.type == "cpu"

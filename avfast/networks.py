@@ -80,6 +80,23 @@ def batch_norms(module: nn.Module) -> list[BatchNorm]:
     return [m for m in module.modules() if isinstance(m, BatchNorm) and m.training]
 
 
+class PatchConv(nn.Conv2d):
+    """A convolution with few outputs per image: on the CPU one matrix product over its patches.
+
+    Forward and backward of 320 images, on 2 cores with AVX2: 1.35 times as fast as PyTorch's for 256x5x4 to 512x2x2,
+    2.6 times for 512x2x2 to 128x1x1; from some twenty outputs on, copying the patches costs more than it gains.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        kernel, stride, pad = self.kernel_size[0], self.stride[0], int(self.padding[0])
+        images = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+        patches = images.unfold(1, kernel, stride).unfold(2, kernel, stride).permute(0, 1, 2, 4, 5, 3)
+        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)
+        return (patches.flatten(3) @ weight).permute(0, 3, 1, 2)
+
+
 class ConvBlock(nn.Module):
     """Convolution (or transposed convolution), BatchNorm, activation; `steps` as in `BatchNorm`."""
 
@@ -160,7 +177,8 @@ class AudioEncoder(nn.Module):
         channels = (1, 64, 128, 256, 512, FEATURES)
         self.blocks = nn.ModuleList(
             ConvBlock(
-                nn.Conv2d(channels[i], channels[i + 1], kernel, stride, padding, bias=False),
+                # the last two have at most four outputs
+                (PatchConv if i > 2 else nn.Conv2d)(channels[i], channels[i + 1], kernel, stride, padding, bias=False),
                 channels[i + 1],
                 _activation(i == 4),
             )
