@@ -34,6 +34,7 @@ Pixels = NDArray[np.uint8]
 _REORDER = 4
 # mp4's usual clock: 24, 25, 30 and 30000/1001 frames per second are whole numbers of its ticks
 _TICK = Fraction(1, 90_000)
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 
 
 class Frame(NamedTuple):
@@ -154,19 +155,23 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 @contextmanager
-def video_writer(path: str | Path, fps: float = 25.0) -> Iterator[Callable[[Pixels, float], None]]:
+def video_writer(
+    path: str | Path, fps: float = 25.0, sound: tuple[NDArray[np.int16], int] | None = None
+) -> Iterator[Callable[[Pixels, float], None]]:
     """Write an mp4 file (H.264): the block gets a function `write(image, time)` and calls it once per frame.
 
     image: (H,W,3) RGB uint8, all of one size; an odd side gets its last row or column twice, because players want even
     ones. time: seconds, increasing. fps: what the file says of itself and how long the last frame stays; the times
-    decide the rest. The file appears under its name when the block ends well. Raises InputError when no frame was
-    written, OSError when the file cannot be.
+    decide the rest. sound: mono samples (N,) int16 and their rate, the first at time 0, whole as an AAC track. The file
+    appears under its name when the block ends well. Raises InputError when no frame was written, OSError when the file
+    cannot be.
     """
     with replacing(path) as temporary, av.open(f"file:{temporary}", "w", format="mp4") as container:
         stream: Any = None
+        track: _SoundTrack | None = None
 
         def write(image: Pixels, time: float) -> None:
-            nonlocal stream
+            nonlocal stream, track
             h, w = image.shape[:2]
             if h % 2 or w % 2:
                 image = np.pad(image, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
@@ -180,16 +185,48 @@ def video_writer(path: str | Path, fps: float = 25.0) -> Iterator[Callable[[Pixe
                 context.time_base = _TICK
                 # BT.709, limited range, written into the file: players guess otherwise, by the size
                 context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
+                track = None if sound is None else _SoundTrack(container, *sound)
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", threads=1)
             frame.pts, frame.time_base = round(time / _TICK), _TICK
             frame.duration = round(1 / (fps * _TICK))
             container.mux(stream.encode(frame))
+            if track is not None:
+                track.write(time + 1 / fps)
 
         yield write
         if stream is None:
             raise InputError(f"{path}: no frame was written")
+        if track is not None:
+            track.write(math.inf)
         container.mux(stream.encode())
+
+
+class _SoundTrack:
+    """A mono AAC track, written up to one time after another, so that sound and frames lie side by side in the file."""
+
+    def __init__(self, container: Any, waveform: NDArray[np.int16], rate: int) -> None:
+        self._container, self._waveform, self._rate, self._done = container, waveform, rate, 0
+        # AAC knows some rates only; the next one above loses nothing
+        coded = next((r for r in _AAC_RATES if r >= rate), _AAC_RATES[-1])
+        self._stream = container.add_stream("aac", rate=coded, layout="mono", options={"b": "128k"})
+        self._resampler = av.AudioResampler(format="fltp", layout="mono", rate=coded)
+
+    def write(self, until: float) -> None:
+        """The samples before that time, in seconds; infinity: the rest, and the end."""
+        end = len(self._waveform) if math.isinf(until) else min(len(self._waveform), math.ceil(until * self._rate))
+        if end > self._done:
+            part = av.AudioFrame.from_ndarray(self._waveform[None, self._done : end], format="s16", layout="mono")
+            part.rate, part.pts, part.time_base = self._rate, self._done, Fraction(1, self._rate)
+            self._encode(self._resampler.resample(part))
+            self._done = end
+        if math.isinf(until):
+            self._encode(self._resampler.resample(None))
+            self._container.mux(self._stream.encode())
+
+    def _encode(self, frames: Iterable[Any]) -> None:
+        for frame in frames:
+            self._container.mux(self._stream.encode(frame))
 
 
 class _Fit:
