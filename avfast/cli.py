@@ -1,8 +1,8 @@
 """The command `avfast SUBCOMMAND ...`, which is `python -m avfast.SUBCOMMAND ...`, and how every command ends.
 
 Exit status: 0 done, 2 a mistake in what was asked or a file that cannot be read or written (one line on stderr),
-3 done but for some inputs, which are listed with the reason (flow), 130 interrupted. Anything else is a bug of ours and
-keeps its traceback; AVFAST_DEBUG=1 shows the traceback always.
+3 done but for some inputs, which are listed with the reason (flow, predict), 130 interrupted. Anything else is a bug of
+ours and keeps its traceback; AVFAST_DEBUG=1 shows the traceback always.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from avfast.config import InputError
 SUBCOMMANDS = {
     "train": "train both stages of the model on the built-in data set",
     "evaluate": "score runs, or anyone's predictions, as the paper's tables do",
+    "predict": "the future of videos from their first frames and their sound: films, pictures, arrays",
+    "report": "a run as one web page: curves, tables, pictures and films",
     "flow": "TV-L1 flow of videos and image folders, into files",
     "env": "what this machine will use, and why",
 }

@@ -45,6 +45,14 @@ def new_folder(path: str | Path) -> Path:
                 raise
 
 
+def publish(unfinished: Path, path: str | Path) -> Path:
+    """Give a finished folder its name, `path`, or with -2, -3 ... appended where that exists, and return it."""
+    final = new_folder(path)
+    # an empty folder may be replaced
+    os.replace(unfinished, final)
+    return final
+
+
 def numbered(path: Path) -> Iterator[Path]:
     """`path`, then the same with -2, -3 ... appended, without end."""
     yield path

@@ -187,17 +187,25 @@ def find_run(config: TrainConfig) -> Run | None:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that a path means: a checkpoint itself, or of a run folder the best, else the last.
+    """The checkpoint folder that a path means: a checkpoint itself, RUN/best or RUN/last in short for that in
+    RUN/checkpoints, or of a run folder the best, else the last.
 
     Raises InputError when there is none.
     """
     path = Path(path)
-    if (path / "model.safetensors").is_file():
-        return path
+    for checkpoint in (path, path.parent / "checkpoints" / path.name):
+        if (checkpoint / "model.safetensors").is_file():
+            return checkpoint
     for name in ("best", "best-mme", "last"):
         if (path / "checkpoints" / name / "model.safetensors").is_file():
             return path / "checkpoints" / name
     raise InputError(f"{path} is neither a checkpoint (no model.safetensors) nor a run folder with one")
+
+
+def run_folder(checkpoint: str | Path) -> Path:
+    """The run folder that a checkpoint lies in; the folder above it where it lies in none."""
+    parent = Path(checkpoint).absolute().parent
+    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def load_run_config(checkpoint: str | Path) -> TrainConfig:

@@ -35,6 +35,7 @@ from avfast.metrics import VideoMetrics
 from avfast.model import AVModel, Rollout, load_weights, read_pretrained
 from avfast.networks import batch_norms
 from avfast.progress import Progress
+from avfast.report import write_report
 from avfast.runs import Run, find_run, load_run_config, resolve_checkpoint
 
 
@@ -189,6 +190,8 @@ class Trainer:
             self._train(stage, first=done, steps=steps)
             done += steps
         self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            write_report(self.run.folder)
         return self.run.folder
 
     def _load_mme(self, checkpoint: Path) -> None:

@@ -126,7 +126,7 @@ def iter_clips(
             if len(images) == frames:
                 waveform = _windows(track, settings, times)
                 if waveform is not None:
-                    yield VideoClip(_planes(images), waveform, fps, np.array(times))
+                    yield VideoClip(frame_planes(images), waveform, fps, np.array(times))
                 images, times = [], []
 
 
@@ -145,8 +145,12 @@ def sound_windows(path: str | Path, settings: ClipSettings, times: NDArray[np.fl
     with SoundTrack(path, settings.sample_rate) as track:
         waveform = _windows(track, settings, list(times))
         if waveform is None:
-            end = track.end / settings.sample_rate
-            raise InputError(f"{path}: its sound ends at {end:.2f} s, {times[-1]:.2f} s and a frame are wanted")
+            rate = settings.sample_rate
+            covered = np.rint(times * rate) + settings.samples_per_frame <= track.end + _SOUND_SLACK * rate
+            raise InputError(
+                f"{path}: its sound ends at {track.end / rate:.2f} s, {times[-1]:.2f} s and a frame are wanted: "
+                f"it covers {covered.sum()} of {len(times)} frames"
+            )
     return waveform
 
 
@@ -158,7 +162,7 @@ def _windows(track: SoundTrack, settings: ClipSettings, times: list[float]) -> S
     return windows if covered else None
 
 
-def _planes(images: list[Pixels]) -> Pixels:
+def frame_planes(images: list[Pixels]) -> Pixels:
     """(T,C,H,W) of T images (H,W,3) or (H,W)."""
     frames = np.stack(images)
     return frames[:, None] if frames.ndim == 3 else np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
