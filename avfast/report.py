@@ -36,7 +36,8 @@ h1, h2, h3 { line-height: 1.2; overflow-wrap: anywhere; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
 .wide { overflow-x: auto; }
 img, video { display: block; max-width: 100%; height: auto; border-radius: 4px; }
-.wide img { max-width: none; }
+.strip img { max-width: none; }
+.curves img { min-width: 44rem; }
 figure { margin: 1rem 0; }
 figcaption, .note { font-size: .85rem; opacity: .8; overflow-wrap: anywhere; }
 .films { display: flex; flex-wrap: wrap; gap: 1rem; }
@@ -44,7 +45,7 @@ figcaption, .note { font-size: .85rem; opacity: .8; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--soft); }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 code { background: var(--soft); padding: 0 .2em; border-radius: 3px; }
 details pre { overflow-x: auto; font-size: .8rem; }
 """.strip()
@@ -99,7 +100,7 @@ def _training(run: Path) -> Iterator[str]:
     yield f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in summary)}</ul>" if summary else ""
     yield from _figure(run / "curves.png", "Loss on training and validation clips")
     for last in samples[-1:]:
-        yield from _figure(last, f"A validation clip at the end of training, {last.stem}", wide=True)
+        yield from _figure(last, f"A validation clip at the end of training, {last.stem}")
         yield from _figure(last.with_suffix(".gif"), f"Validation clips, {last.stem}")
 
 
@@ -110,9 +111,11 @@ def _evaluations(run: Path) -> Iterator[str]:
         yield from _markdown(table.read_text(encoding="utf-8"))
         yield from _figure(folder / "curves.png", "Scores over the frame number; dashed: reference predictors")
         for picture in sorted(folder.glob("sample_*.png"))[:_MOST_SAMPLES]:
-            yield from _figure(picture, picture.stem, wide=True)
+            yield from _figure(picture, picture.stem)
+        yield '<div class="films">'
         for picture in sorted(folder.glob("samples_*.gif"))[:_MOST_SAMPLES]:
             yield from _figure(picture, picture.stem)
+        yield "</div>"
 
 
 def _predictions(run: Path) -> Iterator[str]:
@@ -133,7 +136,7 @@ def _predictions(run: Path) -> Iterator[str]:
         yield from _figure(folder / "film.mp4", "True and predicted, with the sound that was heard")
         yield from _figure(folder / "flow.mp4", "Flow, true and predicted")
         yield "</div>"
-        yield from _figure(folder / "strip.png", "Frames, flow and sound", wide=True)
+        yield from _figure(folder / "strip.png", "Frames, flow and sound")
         yield from _figure(folder / "curves.png", "Scores over the frame number")
     if len(found) > _MOST_PREDICTIONS:
         yield f'<p class="note">{len(found) - _MOST_PREDICTIONS} older predictions are left out.</p>'
@@ -147,7 +150,7 @@ def _settings(run: Path) -> Iterator[str]:
             yield f"<details><summary>{name}</summary>\n<pre>{text}</pre></details>"
 
 
-def _figure(path: Path, caption: str, wide: bool = False) -> Iterator[str]:
+def _figure(path: Path, caption: str) -> Iterator[str]:
     """A picture or film with its caption, nothing where the file is not there."""
     if not path.is_file():
         return
@@ -157,8 +160,10 @@ def _figure(path: Path, caption: str, wide: bool = False) -> Iterator[str]:
         media = f'<video controls loop playsinline src="{data}"></video>'
     else:
         media = f'<img src="{data}" alt="{words}">'
-    # strips are wider than a screen, and stay readable when they scroll
-    media = f'<div class="wide">{media}</div>' if wide else media
+    if path.suffix == ".png":
+        # strips are wider than most screens, curves than a phone's: both stay readable and scroll
+        kind = "curves" if path.stem == "curves" else "strip"
+        media = f'<div class="wide {kind}">{media}</div>'
     yield f"<figure>{media}<figcaption>{words}</figcaption></figure>"
 
 
