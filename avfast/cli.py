@@ -1,8 +1,8 @@
 """The command `avfast SUBCOMMAND ...`, which is `python -m avfast.SUBCOMMAND ...`, and how every command ends.
 
 Exit status: 0 done, 2 a mistake in what was asked or a file that cannot be read or written (one line on stderr),
-3 done but for some inputs, which are listed with the reason (flow), 130 interrupted. Anything else is a bug of ours and
-keeps its traceback; AVFAST_DEBUG=1 shows the traceback always.
+3 done but for some inputs, which are listed with the reason (flow, prepare), 130 interrupted. Anything else is a bug of
+ours and keeps its traceback; AVFAST_DEBUG=1 shows the traceback always.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from collections.abc import Callable
 from avfast import __version__
 from avfast.config import InputError
 
+EXIT_SOME_FAILED = 3
+
 SUBCOMMANDS = {
-    "train": "train both stages of the model on the built-in data set",
+    "train": "train both stages of the model, on the built-in data set or on prepared videos",
     "evaluate": "score runs, or anyone's predictions, as the paper's tables do",
+    "prepare": "turn a folder of videos with sound into a data set",
     "flow": "TV-L1 flow of videos and image folders, into files",
     "env": "what this machine will use, and why",
 }

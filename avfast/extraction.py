@@ -39,6 +39,7 @@ import torch
 import tyro
 
 from avfast import __version__
+from avfast.cli import EXIT_SOME_FAILED
 from avfast.config import InputError, choose_device, parse
 from avfast.files import replacing
 from avfast.flow import PRESETS, tvl1_flow
@@ -54,7 +55,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "i3d": {"fps": 25.0, "short_side": 256, "bound": 20.0, "format": ("jpg",), "direction": "forward"},
 }
 FAILED = "failed.json"
-EXIT_SOME_FAILED = 3
 # flow of one batch: large enough for all threads (46 pairs of 340x256), small enough to hold three of them
 _BATCH_BYTES = 32 << 20
 # pace of hsv-mp4 where the input has none

@@ -166,7 +166,7 @@ class Run:
 
 
 def _base_folder(config: TrainConfig) -> Path:
-    return Path(config.output_dir) / f"mmnist-{config.name}"
+    return Path(config.output_dir) / f"{config.dataset}-{config.name}"
 
 
 def find_run(config: TrainConfig) -> Run | None:
