@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -183,6 +184,8 @@ class EvaluateConfig:
     """Folder for tables and pictures, by default <run>/eval; with -2, -3 ... where it exists already."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`."""
+    data: str | None = None
+    """Folder of prepared clips to score on, by default the one the run was trained on."""
     data_cache: str | None = None
     """Where generated data sets are kept; by default the run's."""
 
@@ -217,7 +220,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
-    from avfast.data.store import load_split, training_mean_image
+    from avfast.data.dataset import load_split
+    from avfast.data.store import training_mean_image
     from avfast.model import AVModel
     from avfast.runs import run_folder
 
@@ -225,6 +229,10 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
     run = next(iter(runs.values()))
     if config.data_cache:
         run = replace(run, data_cache=config.data_cache)
+    if config.data:
+        if run.dataset != "clips":
+            raise InputError(f"data is {config.data}, but {config.checkpoint[0]} was trained on generated clips")
+        run = replace(run, clips=replace(run.clips, data=config.data))
     k, length = run.context_frames, run.context_frames + run.eval_frames
     frames = _column_frames(config.frames, k, run.eval_frames)
     accelerator = None
@@ -274,13 +282,13 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
         info = TableInfo(
             context_frames=k,
             frames=frames,
-            source=f"Multimodal MovingMNIST, {config.split} split",
-            data_seed=run.data.data_seed,
+            source=f"{_data_name(run)}, {config.split} split",
+            data_seed=run.data.data_seed if run.dataset == "mmnist" else None,
             training_seeds={row: runs[name].seed for row, name in rows.items()},
             sound={hearing: describe(hearing, config.shift) for hearing in config.audio},
             commit=commit(),
             flow_preset=run.flow_preset,
-            regenerated=True,
+            regenerated=run.dataset == "mmnist",
         )
         tables = format_tables({n: results[n] for n in rows}, {n: results[n] for n in references}, info)
         if out is not None:
@@ -294,6 +302,10 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
         return json.loads(tables.json) | {"out": str(out or target), "markdown": tables.markdown}
 
 
+def _data_name(run: TrainConfig) -> str:
+    return "Multimodal MovingMNIST" if run.clips.data is None else Path(run.clips.data).absolute().name
+
+
 def _open_runs(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, TrainConfig]]:
     """Checkpoints, and the configs of their runs, by the name of their row; all share data and lengths."""
     from avfast.runs import load_run_config, resolve_checkpoint, run_folder
@@ -301,11 +313,12 @@ def _open_runs(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, TrainCo
     checkpoints = [resolve_checkpoint(path) for path in paths]
     runs = [load_run_config(checkpoint) for checkpoint in checkpoints]
     for path, run in zip(paths, runs, strict=True):
-        for field in ("data", "context_frames", "eval_frames", "flow_preset"):
-            if getattr(run, field) != getattr(runs[0], field):
+        for field in ("dataset", "data", "clips.data", "context_frames", "eval_frames", "flow_preset"):
+            value, first = attrgetter(field)(run), attrgetter(field)(runs[0])
+            if value != first:
                 raise InputError(
-                    f"{path} has {field.replace('_', '-')} {getattr(run, field)}, expected that of {paths[0]}, "
-                    f"{getattr(runs[0], field)}: one table needs one data set"
+                    f"{path} has {field.replace('_', '-')} {value}, expected that of {paths[0]}, {first}: one table "
+                    "needs one data set"
                 )
     names = [f"{run_folder(c).name}/{c.absolute().name}" for c in checkpoints]
     for path, name in zip(paths, names, strict=True):

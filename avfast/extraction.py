@@ -39,11 +39,12 @@ import torch
 import tyro
 
 from avfast import __version__
+from avfast.cli import print_failures
 from avfast.config import InputError, choose_device, parse
 from avfast.flow import PRESETS, tvl1_flow
 from avfast.flowio import Format, flow_writer
 from avfast.flowplace import MARKER, Place, read_marker, sweep
-from avfast.inputs import Item, find_items, print_failures, settle_failures
+from avfast.inputs import Item, find_items, settle_failures
 from avfast.pipeline import ahead
 from avfast.progress import Progress
 from avfast.video import Frame, probe_video, read_images, read_video, resize, target_size

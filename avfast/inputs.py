@@ -25,7 +25,6 @@ VIDEO_SUFFIXES = frozenset(
 IMAGE_SUFFIXES = frozenset(".bmp .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 LIST_SUFFIX = ".txt"
 FAILED = "failed.json"
-EXIT_SOME_FAILED = 3
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,6 @@ def settle_failures(out: Path, failed: list[dict[str, str]], some_done: bool) ->
     if failed and not some_done:
         more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
         raise InputError(f"nothing could be done: {failed[0]['input']}: {failed[0]['reason']}{more}")
-
-
-def print_failures(failed: list[dict[str, str]]) -> None:
-    """A line for everything that failed, and then the end of the command with its exit status, if anything did."""
-    for failure in failed:
-        print(f"failed: {failure['input']}: {failure['reason']}")
-    if failed:
-        raise SystemExit(EXIT_SOME_FAILED)
 
 
 def _paths(text: str) -> tuple[Path | None, list[Path]]:

@@ -8,9 +8,9 @@ white, predicted ones red, true future ones grey. Every file is written under a 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -178,6 +178,61 @@ def flow_film_frames(true_flow: ArrayLike, predicted_flow: ArrayLike, *, context
     true, predicted = (flow_to_rgb(flow, scale) for flow in (true_flow, predicted_flow))
     _expect_lengths(true, predicted, context_frames)
     return map(np.asarray, _side_by_side([(true, predicted)], context_frames, FILM, scale))
+
+
+class ContactRow(NamedTuple):
+    """One clip of a contact sheet."""
+
+    label: str
+    frames: ArrayLike
+    """(T,C,H,W) in [0,1]."""
+    audio: ArrayLike
+    """(T,1,F,S) in [0,1], magnitudes."""
+    flow: ArrayLike
+    """(T,2,H,W) in pixels."""
+
+
+def save_contact_sheet(path: str | Path, rows: Sequence[ContactRow], columns: int = 8) -> None:
+    """Clips one below another, each as evenly spaced frames with the sound and the flow that belong to them.
+
+    The sound is the frame's spectrogram, drawn as in `save_strip`. Colours of the flow are full at the clip's largest
+    vector. ValueError: no row, shapes that do not fit.
+    """
+    if not rows:
+        raise ValueError("rows is empty, expected at least one clip")
+    font = ImageFont.load_default(TEXT_SIZE)
+    header = TEXT_SIZE + 2 * GAP
+    blocks = []
+    for row in rows:
+        images, audio, flow = _images("frames", row.frames), np.asarray(row.audio), np.asarray(row.flow)
+        expected = ((len(images), 1, *audio.shape[2:]), (len(images), 2, *images.shape[1:3]))
+        if (audio.shape, flow.shape) != expected:
+            raise ValueError(f"audio and flow have shapes {audio.shape} and {flow.shape}, expected {expected}")
+        factor = _enlargement(images, READABLE)
+        height, width = (factor * side for side in images.shape[1:3])
+        sound = _spectrogram_images(audio)
+        chosen = sorted({round(i) for i in np.linspace(0, len(images) - 1, columns)})
+        block = Image.new(
+            "RGB", (GAP + columns * (width + GAP), header + 2 * height + height // 2 + 2 * GAP), BACKGROUND
+        )
+        ImageDraw.Draw(block).text((GAP, header // 2), row.label, fill=TEXT, font=font, anchor="lm")
+        for column, t in enumerate(chosen):
+            left, top = GAP + column * (width + GAP), header
+            for pixels, high in (
+                (images[t], height),
+                (sound[t], height // 2),
+                (flow_to_rgb(flow[t], _max_flow(flow)), height),
+            ):
+                block.paste(Image.fromarray(pixels).resize((width, high), _NEAREST), (left, top))
+                top += high + GAP // 2
+        blocks.append(block)
+    canvas = Image.new("RGB", (max(b.width for b in blocks), sum(b.height + GAP for b in blocks)), BACKGROUND)
+    top = 0
+    for block in blocks:
+        canvas.paste(block, (0, top))
+        top += block.height + GAP
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
 
 
 def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:

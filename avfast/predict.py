@@ -35,6 +35,7 @@ from torch import Tensor
 
 from avfast import __version__, plots
 from avfast.audio import spectrogram
+from avfast.cli import print_failures
 from avfast.config import InputError, TrainConfig, choose_device, parse
 from avfast.data.clips import ClipSettings, film_rate, frame_planes, sound_windows
 from avfast.data.mmnist import mmnist_spectrogram
@@ -44,13 +45,13 @@ from avfast.evaluate import Prediction, copy_last_flow, repeat_last, score
 from avfast.files import publish
 from avfast.flow import tvl1_flow
 from avfast.hearing import Hearing, check_hearing, describe, heard, other_clip
-from avfast.inputs import Item, find_items, print_failures, settle_failures
+from avfast.inputs import Item, find_items, settle_failures
 from avfast.metrics import MetricResult, ProtocolName, get_protocol
 from avfast.model import AVModel, Rollout
 from avfast.pipeline import ahead
 from avfast.progress import Progress
 from avfast.report import refresh_report
-from avfast.runs import load_run_config, resolve_checkpoint
+from avfast.runs import load_run_config, read_data_parameters, resolve_checkpoint
 from avfast.sound import Samples, SoundTrack, read_sound
 from avfast.tables import finite
 from avfast.video import read_video, video_writer
@@ -118,8 +119,15 @@ class _Clip(NamedTuple):
     """The same at `_FILM_RATE`, for the films."""
 
 
-def clip_settings(run: TrainConfig) -> ClipSettings:
-    """How videos are read for the model of a run: as its training data was."""
+def clip_settings(checkpoint: Path, run: TrainConfig) -> ClipSettings:
+    """How videos are read for a checkpoint of a run: as the run's training data was.
+
+    Raises InputError where the run does not tell.
+    """
+    if run.dataset == "clips":
+        said = read_data_parameters(checkpoint)
+        settings = {field.name: said[field.name] for field in dataclasses.fields(ClipSettings)}
+        return ClipSettings(**settings | {"size": tuple(settings["size"])})
     sound = mmnist_spectrogram(run.data.tone)
     return ClipSettings(
         fps=sound.sample_rate / sound.samples_per_frame,
@@ -146,6 +154,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     model = AVModel.from_pretrained(checkpoint, device=choose_device(config.device))
     horizon = config.horizon or run.eval_frames
     check_hearing((config.audio,), config.shift, run.context_frames + horizon)
+    settings = clip_settings(checkpoint, run)
     items, unusable = find_items(config.inputs, MARKER)
     films = [item for item in items if item.images is None]
     if config.audio == "shuffled" and len(films) < 2:
@@ -157,7 +166,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     predictions: list[dict[str, Any]] = []
     with (
         Progress("predicting, videos", total=len(films)) as progress,
-        closing(ahead(_clips(films, config, run, horizon))) as clips,
+        closing(ahead(_clips(films, config, settings, run.context_frames, horizon))) as clips,
     ):
         for done, (item, clip) in enumerate(clips, start=1):
             if isinstance(clip, str):
@@ -172,7 +181,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
 
 
 def _clips(
-    films: list[Item], config: PredictConfig, run: TrainConfig, horizon: int
+    films: list[Item], config: PredictConfig, settings: ClipSettings, k: int, horizon: int
 ) -> Iterator[tuple[Item, _Clip | str]]:
     """Every video read, or the reason why it cannot be."""
     for index, item in enumerate(films):
@@ -180,13 +189,12 @@ def _clips(
         if config.audio == "shuffled":
             sound = films[other_clip(index, len(films))].path
         try:
-            yield item, _read(item, sound, config, run, horizon)
+            yield item, _read(item, sound, config, settings, k, horizon)
         except InputError as error:
             yield item, str(error)
 
 
-def _read(item: Item, sound: Path, config: PredictConfig, run: TrainConfig, horizon: int) -> _Clip:
-    settings, k = clip_settings(run), run.context_frames
+def _read(item: Item, sound: Path, config: PredictConfig, settings: ClipSettings, k: int, horizon: int) -> _Clip:
     fps, total = film_rate(item.path, settings), k + horizon
     film = read_video(item.path, fps=fps, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
     frames = list(islice(film, total))
@@ -254,7 +262,6 @@ def _scores(batch: Batch, rollout: Rollout, k: int, protocol: ProtocolName) -> d
 
 
 def _about(config: PredictConfig, checkpoint: Path, run: TrainConfig, clip: _Clip, rollout: Rollout) -> dict[str, Any]:
-    settings = clip_settings(run)
     return {
         "video": str(clip.item.path),
         "checkpoint": str(checkpoint.resolve()),
@@ -266,7 +273,7 @@ def _about(config: PredictConfig, checkpoint: Path, run: TrainConfig, clip: _Cli
         "audio": config.audio,
         "audio_words": describe(config.audio, config.shift),
         "sound": None if config.audio == "silent" else str(clip.sound),
-        "reading": dataclasses.asdict(settings),
+        "reading": dataclasses.asdict(clip_settings(checkpoint, run)),
         "flow_preset": run.flow_preset,
         "version": __version__,
         "commit": commit(),
