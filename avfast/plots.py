@@ -161,10 +161,8 @@ def save_gif(
 
 
 def film_frames(true: ArrayLike, predicted: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
-    """The pictures of `save_gif` for one clip, larger, one after the other: (height,width,3) for a film.
-
-    Raises ValueError as it does, when the first one is asked for.
-    """
+    """The pictures of `save_gif` for one clip, larger, one after the other: (height,width,3) for a film. Raises
+    ValueError as it does."""
     pairs = [_pair(true, predicted, context_frames)]
     return map(np.asarray, _side_by_side(pairs, context_frames, FILM))
 

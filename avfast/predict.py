@@ -41,7 +41,7 @@ from avfast.data.clips import ClipSettings, film_rate, frame_planes, sound_windo
 from avfast.data.mmnist import mmnist_spectrogram
 from avfast.data.store import Batch
 from avfast.env import commit
-from avfast.evaluate import Prediction, copy_last_flow, repeat_last, score
+from avfast.evaluate import Prediction, Predictor, copy_last_flow, repeat_last, score
 from avfast.files import publish
 from avfast.flow import tvl1_flow
 from avfast.hearing import Hearing, check_hearing, describe, heard, other_clip
@@ -113,8 +113,8 @@ class _Clip(NamedTuple):
     """(T',C,H,W) uint8, K <= T' <= T."""
     audio: Tensor
     """(T,1,F,S), as it is heard."""
-    sound: Path
-    """Where it comes from."""
+    sound: Path | None
+    """Where it comes from; None: silence."""
     played: Samples
     """The same at `_FILM_RATE`, for the films."""
 
@@ -148,13 +148,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     done and for settings that do not work, OSError when the results cannot be written.
     """
     config.check()
-    assert config.checkpoint is not None
-    checkpoint = resolve_checkpoint(config.checkpoint)
-    run = load_run_config(checkpoint)
-    model = AVModel.from_pretrained(checkpoint, device=choose_device(config.device))
-    horizon = config.horizon or run.eval_frames
-    check_hearing((config.audio,), config.shift, run.context_frames + horizon)
-    settings = clip_settings(checkpoint, run)
+    predictor = _Predictor(config)
     items, unusable = find_items(config.inputs, MARKER)
     films = [item for item in items if item.images is None]
     if config.audio == "shuffled" and len(films) < 2:
@@ -166,13 +160,13 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     predictions: list[dict[str, Any]] = []
     with (
         Progress("predicting, videos", total=len(films)) as progress,
-        closing(ahead(_clips(films, config, settings, run.context_frames, horizon))) as clips,
+        closing(ahead(predictor.clips(films))) as clips,
     ):
         for done, (item, clip) in enumerate(clips, start=1):
             if isinstance(clip, str):
                 failed.append({"input": str(item.path), "reason": clip.removeprefix(f"{item.path}: ")})
             else:
-                predictions.append(_predict_clip(config, checkpoint, run, model, clip))
+                predictions.append(predictor.predict(clip))
             progress.update(done, len(films), item.name)
     settle_failures(Path(config.out), failed, bool(predictions))
     refresh_report(Path(config.out))
@@ -180,71 +174,101 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     return {"out": config.out, "predictions": predictions, "seconds": seconds, "failed": failed}
 
 
-def _clips(
-    films: list[Item], config: PredictConfig, settings: ClipSettings, k: int, horizon: int
-) -> Iterator[tuple[Item, _Clip | str]]:
-    """Every video read, or the reason why it cannot be."""
-    for index, item in enumerate(films):
-        sound = item.path if config.sound is None else Path(config.sound)
-        if config.audio == "shuffled":
-            sound = films[other_clip(index, len(films))].path
+class _Predictor:
+    """A model with its run's way to read videos; a thread may read clips ahead while another predicts."""
+
+    def __init__(self, config: PredictConfig) -> None:
+        assert config.checkpoint is not None
+        checkpoint = resolve_checkpoint(config.checkpoint)
+        run = load_run_config(checkpoint)
+        self._config, self._run = config, run
+        self._k, self._total = run.context_frames, run.context_frames + (config.horizon or run.eval_frames)
+        check_hearing((config.audio,), config.shift, self._total)
+        self._settings = clip_settings(checkpoint, run)
+        self._device = torch.device(choose_device(config.device))
+        self._model = AVModel.from_pretrained(checkpoint, device=self._device)
+        self._about = {
+            "checkpoint": str(checkpoint.resolve()),
+            "given_frames": self._k,
+            "predicted_frames": self._total - self._k,
+            "audio": config.audio,
+            "audio_words": describe(config.audio, config.shift),
+            "reading": dataclasses.asdict(self._settings),
+            "flow_preset": run.flow_preset,
+            "protocol": {"name": config.protocol, "words": get_protocol(config.protocol).words},
+            "version": __version__,
+            "commit": commit(),
+        }
+
+    def clips(self, films: list[Item]) -> Iterator[tuple[Item, _Clip | str]]:
+        """Every video read, or the reason why it cannot be."""
+        for index, item in enumerate(films):
+            sound = item.path if self._config.sound is None else Path(self._config.sound)
+            if self._config.audio == "shuffled":
+                sound = films[other_clip(index, len(films))].path
+            try:
+                yield item, self._read(item, sound)
+            except InputError as error:
+                yield item, str(error)
+
+    def _read(self, item: Item, sound: Path) -> _Clip:
+        settings, hearing, shift = self._settings, self._config.audio, self._config.shift
+        fps = film_rate(item.path, settings)
+        film = read_video(item.path, fps=fps, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
+        frames = list(islice(film, self._total))
+        if len(frames) < self._k:
+            found = f"{len(frames)} frames at {fps:g} a second"
+            raise InputError(f"{item.path}: {found}, expected the {self._k} given ones at least")
+        start = frames[0].time
+        assert start is not None
+        seconds = self._total / fps
+        if hearing == "silent":
+            waveform = np.zeros(self._total * settings.samples_per_frame, np.int16)
+            played = np.zeros(round(seconds * _FILM_RATE), np.int16)
+        else:
+            # another sound from its own beginning, the film's from its first frame on
+            first = start if sound == item.path else _sound_start(sound, settings.sample_rate)
+            waveform = sound_windows(sound, settings, first + np.arange(self._total) / fps)
+            played = read_sound(sound, _FILM_RATE, start=first, seconds=seconds).samples
+        if hearing == "shifted":
+            played = np.roll(played, round(shift / fps * _FILM_RATE))
+        audio = heard(spectrogram(torch.from_numpy(waveform), settings.spectrogram), hearing, shift)
+        images = frame_planes([frame.image for frame in frames])
+        return _Clip(item, fps, start, images, audio, None if hearing == "silent" else sound, played)
+
+    def predict(self, clip: _Clip) -> dict[str, Any]:
+        """Predict one video and write its folder; what prediction.json holds, and the folder."""
+        k = self._k
+        frames = torch.from_numpy(clip.frames).to(self._device)[None]
+        flow = tvl1_flow(frames, preset=self._run.flow_preset)
+        batch = Batch(frames.float() / 255, clip.audio.to(self._device)[None], flow)
+        rollout = self._model.predict(batch.frames[:, :k], flow[:, :k], batch.audio)
+        results = _scores(batch, rollout, k, self._config.protocol)
+        about = {
+            "video": str(clip.item.path),
+            "sound": None if clip.sound is None else str(clip.sound),
+            "fps": clip.fps,
+            "start_seconds": clip.start,
+            "true_frames": len(clip.frames),
+            **self._about,
+            "scores": {name: result.as_dict() for name, result in results.items()},
+        }
+        final = Path(self._config.out) / clip.item.name
+        unfinished = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         try:
-            yield item, _read(item, sound, config, settings, k, horizon)
-        except InputError as error:
-            yield item, str(error)
+            unfinished.mkdir(parents=True)
+            _write(unfinished, clip, batch, rollout, results, k)
+            (unfinished / MARKER).write_text(json.dumps(finite(about), indent=2, allow_nan=False) + "\n")
+            folder = publish(unfinished, final)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return about | {"folder": str(folder)}
 
 
-def _read(item: Item, sound: Path, config: PredictConfig, settings: ClipSettings, k: int, horizon: int) -> _Clip:
-    fps, total = film_rate(item.path, settings), k + horizon
-    film = read_video(item.path, fps=fps, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
-    frames = list(islice(film, total))
-    if len(frames) < k:
-        raise InputError(f"{item.path}: {len(frames)} frames at {fps:g} a second, expected the {k} given ones at least")
-    start = frames[0].time
-    assert start is not None
-    # a sound of its own begins where it begins, a film's sound with the film's first frame
-    sound_start = start
-    if sound != item.path:
-        with SoundTrack(sound, settings.sample_rate) as track:
-            sound_start = track.start / settings.sample_rate
-    if config.audio == "silent":
-        waveform, played = (np.zeros(n, np.int16) for n in (total * settings.samples_per_frame, _played(total, fps)))
-    else:
-        waveform = sound_windows(sound, settings, sound_start + np.arange(total) / fps)
-        played = read_sound(sound, _FILM_RATE, start=sound_start, seconds=total / fps).samples
-    if config.audio == "shifted":
-        played = np.roll(played, _played(config.shift, fps))
-    audio = heard(spectrogram(torch.from_numpy(waveform), settings.spectrogram), config.audio, config.shift)
-    return _Clip(item, fps, start, frame_planes([f.image for f in frames]), audio, sound, played)
-
-
-def _played(frames: int, fps: float) -> int:
-    return round(frames / fps * _FILM_RATE)
-
-
-def _predict_clip(
-    config: PredictConfig, checkpoint: Path, run: TrainConfig, model: AVModel, clip: _Clip
-) -> dict[str, Any]:
-    k = run.context_frames
-    device = next(model.parameters()).device
-    frames = torch.from_numpy(clip.frames).to(device)[None]
-    batch = Batch(frames.float() / 255, clip.audio.to(device)[None], tvl1_flow(frames, preset=run.flow_preset))
-    rollout = model.predict(batch.frames[:, :k], batch.flow[:, :k], batch.audio)
-    results = _scores(batch, rollout, k, config.protocol)
-    about = _about(config, checkpoint, run, clip, rollout) | {
-        "scores": {name: result.as_dict() for name, result in results.items()},
-        "protocol": {"name": config.protocol, "words": get_protocol(config.protocol).words},
-    }
-    final = Path(config.out) / clip.item.name
-    unfinished = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.mkdir(parents=True)
-        _write(unfinished, clip, batch, rollout, results, k)
-        (unfinished / MARKER).write_text(json.dumps(finite(about), indent=2, allow_nan=False) + "\n")
-        folder = publish(unfinished, final)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return about | {"folder": str(folder)}
+def _sound_start(path: Path, rate: int) -> float:
+    """Time of a track's first sample on its file's clock."""
+    with SoundTrack(path, rate) as track:
+        return track.start / rate
 
 
 def _scores(batch: Batch, rollout: Rollout, k: int, protocol: ProtocolName) -> dict[str, MetricResult]:
@@ -253,31 +277,12 @@ def _scores(batch: Batch, rollout: Rollout, k: int, protocol: ProtocolName) -> d
     if not count:
         return {}
     predicted = Prediction(rollout.frames[:, :count], rollout.flow[:, :count])
-    predictors = {
+    predictors: dict[str, Predictor] = {
         "predicted": lambda *_: predicted,
         "repeat last frame": repeat_last,
         "copy-last-flow": copy_last_flow,
     }
     return score([batch], predictors, k, protocol)
-
-
-def _about(config: PredictConfig, checkpoint: Path, run: TrainConfig, clip: _Clip, rollout: Rollout) -> dict[str, Any]:
-    return {
-        "video": str(clip.item.path),
-        "checkpoint": str(checkpoint.resolve()),
-        "given_frames": run.context_frames,
-        "predicted_frames": rollout.frames.shape[1],
-        "true_frames": len(clip.frames),
-        "fps": clip.fps,
-        "start_seconds": clip.start,
-        "audio": config.audio,
-        "audio_words": describe(config.audio, config.shift),
-        "sound": None if config.audio == "silent" else str(clip.sound),
-        "reading": dataclasses.asdict(clip_settings(checkpoint, run)),
-        "flow_preset": run.flow_preset,
-        "version": __version__,
-        "commit": commit(),
-    }
 
 
 def _write(folder: Path, clip: _Clip, batch: Batch, rollout: Rollout, results: dict[str, MetricResult], k: int) -> None:
