@@ -279,6 +279,7 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
             # the references hear nothing: once is enough
             predictors |= {} if results else references
             results |= score(batches(hearing), predictors, k, config.protocol, accelerator)
+        results = {name: results[name] for name in (*rows, *references)}
         info = TableInfo(
             context_frames=k,
             frames=frames,

@@ -46,6 +46,7 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--soft); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+th:first-child { background: linear-gradient(var(--soft), var(--soft)), Canvas; }
 code { background: var(--soft); padding: 0 .2em; border-radius: 3px; }
 details pre { overflow-x: auto; font-size: .8rem; }
 """.strip()
