@@ -419,7 +419,9 @@ def _is_there(folder: Path, parameters: dict[str, Any]) -> bool:
 def _staged(folders: list[Path]) -> Iterator[dict[str, np.ndarray]]:
     """The clips of videos one after another, some at a time."""
     for folder in folders:
-        arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        arrays: dict[str, np.ndarray] = {
+            path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))
+        }
         for first in range(0, len(arrays["frames"]), _CHUNK):
             yield {name: array[first : first + _CHUNK] for name, array in arrays.items()}
 

@@ -51,7 +51,7 @@ def _make_film(
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_film() -> Callable[..., Path]:
     """`_make_film`, which see."""
     return _make_film
