@@ -37,7 +37,7 @@ from avfast import __version__, plots
 from avfast.audio import spectrogram
 from avfast.cli import print_failures
 from avfast.config import InputError, TrainConfig, choose_device, parse
-from avfast.data.clips import ClipSettings, film_rate, frame_planes, sound_windows
+from avfast.data.clips import ClipSettings, film_rate, planes, sound_windows
 from avfast.data.mmnist import mmnist_spectrogram
 from avfast.data.store import Batch
 from avfast.env import commit
@@ -233,7 +233,7 @@ class _Predictor:
         if hearing == "shifted":
             played = np.roll(played, round(shift / fps * _FILM_RATE))
         audio = heard(spectrogram(torch.from_numpy(waveform), settings.spectrogram), hearing, shift)
-        images = frame_planes([frame.image for frame in frames])
+        images = planes([frame.image for frame in frames])
         return _Clip(item, fps, start, images, audio, None if hearing == "silent" else sound, played)
 
     def predict(self, clip: _Clip) -> dict[str, Any]:

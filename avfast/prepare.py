@@ -22,10 +22,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +38,7 @@ import tyro
 from avfast import __version__
 from avfast.cli import EXIT_SOME_FAILED
 from avfast.config import InputError, choose_device, parse
+from avfast.data import sound2sight
 from avfast.data.clips import ClipSettings, film_rate, iter_clips
 from avfast.data.dataset import DATASET_VERSION, file_digest, read_dataset_index, verify_dataset
 from avfast.data.digits import SPLITS, Split
@@ -49,6 +50,7 @@ from avfast.flowplace import Place, locked, sweep
 from avfast.inputs import Item, find_items
 from avfast.plots import ContactRow, save_contact_sheet
 from avfast.progress import Progress
+from avfast.video import probe_video
 
 SETTINGS, INDEX, SOURCE, SHEET = "prepare.json", "index.json", "source.json", "contact.png"
 # clips held at a time: 50 MB with their flow at 64x64 and 45 frames
@@ -66,6 +68,9 @@ class PrepareConfig:
     """Folder for the data set."""
     check: str | None = None
     """Instead: verify this data set, every byte of it."""
+    layout: Literal["videos", "sound2sight"] = "videos"
+    """`sound2sight`: folders train and test as that project lays them out, whose spectrograms are pickles (avfast.data.
+    sound2sight). They are taken as they are; fps, sample-rate and what follows it mean nothing then."""
     clip_frames: int = 45
     """Frames per clip."""
     clips: ClipSettings = ClipSettings()
@@ -117,6 +122,7 @@ class PrepareConfig:
         tvl1 = dataclasses.asdict(FLOW_PRESETS[self.flow_preset])
         values = {
             "dataset": "clips",
+            "layout": self.layout,
             "clip_frames": self.clip_frames,
             **dataclasses.asdict(self.clips),
             "spectrogram": dataclasses.asdict(self.clips.spectrogram),
@@ -144,7 +150,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     _begin(out, config.parameters())
     run = _Run(config, out, items)
     if (out / INDEX).exists():
-        _refuse_others(out, items)
+        _refuse_others(config, out, items)
         run.skipped = len(items)
         return run.summary(unusable)
     run.work()
@@ -157,6 +163,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 def _begin(out: Path, parameters: dict[str, Any]) -> None:
     """Make the folder and write its settings, or compare them with those that are there."""
     path = out / SETTINGS
+    # listed first: another run may be writing the settings now
+    names = os.listdir(out) if out.is_dir() else [""] * out.exists()
     if path.exists():
         try:
             was = json.loads(path.read_text())
@@ -172,26 +180,35 @@ def _begin(out: Path, parameters: dict[str, Any]) -> None:
                     f"{parameters.get(name)}: choose another --out"
                 )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if any(not name.startswith(f".{path.stem}.") for name in names):
         raise InputError(f"{out} is there and was not made by avfast prepare: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     _write_json(path, {"version": DATASET_VERSION, "parameters": parameters})
 
 
-def _refuse_others(out: Path, items: list[Item]) -> None:
+def _refuse_others(config: PrepareConfig, out: Path, items: list[Item]) -> None:
     """Raise InputError where a finished data set was made of other videos."""
     index = read_dataset_index(out)
     known = {(s["name"], s["bytes"]) for s in index["sources"] + index["quarantine"]}
-    wanted = {(item.name, _bytes(item)) for item in items}
+    wanted = {(item.name, _identity(config, item)["bytes"]) for item in items}
     for name, _ in sorted(known ^ wanted):
         raise InputError(f"{out} is finished and its videos were others or have changed ({name}): choose another --out")
     _tidy(out)
 
 
-def _bytes(item: Item) -> int:
-    with suppress(OSError):
-        return item.source()["bytes"]
-    return 0
+def _files(config: PrepareConfig, item: Item) -> list[Path]:
+    """A video, and the pickle that belongs to it in Sound2Sight's layouts. Raises InputError as `pickle_of` does."""
+    return [item.path] if config.layout == "videos" else [item.path, sound2sight.pickle_of(item.path)]
+
+
+def _identity(config: PrepareConfig, item: Item) -> dict[str, Any]:
+    """A digest that changes with the files of a video, and their bytes; or the reason why they cannot be looked at."""
+    try:
+        files = [item] if item.images is not None else [replace(item, path=path) for path in _files(config, item)]
+        sources = [file.source() for file in files]
+    except (InputError, OSError) as error:
+        return {"digest": "", "bytes": 0, "reason": getattr(error, "strerror", None) or str(error)}
+    return {"digest": "-".join(s["digest"] for s in sources), "bytes": sum(s["bytes"] for s in sources), "reason": None}
 
 
 class _Stopped(Exception):
@@ -254,12 +271,14 @@ class _Run:
         """Read one video, or say why it cannot be, and put its folder in its place."""
         if self._stop.is_set():
             return
+        if (self._out / INDEX).exists():
+            # another run has finished the set in the meantime
+            with self._lock:
+                self.skipped += 1
+            return
         known = self.source(item)
-        try:
-            digest = item.source()["digest"]
-        except OSError as error:
-            digest, reason = "", error.strerror or str(error)
-        if known is not None and known["digest"] == digest:
+        identity = _identity(self._config, item)
+        if known is not None and known["digest"] == identity["digest"]:
             with self._lock:
                 self.skipped += 1
             return
@@ -269,11 +288,10 @@ class _Run:
                 self.elsewhere += 1
             return
         try:
-            about: dict[str, Any] = {"name": item.name, "file": item.path.name, "digest": digest, "bytes": _bytes(item)}
-            about |= {"sha256": None, "clips": 0, "fps": None, "reason": None}
+            about = {"name": item.name, "file": item.path.name, **identity, "sha256": [], "clips": 0, "fps": None}
             try:
-                if not digest:
-                    raise InputError(reason)
+                if about["reason"]:
+                    raise InputError(about["reason"])
                 about |= self._read(item, place.folder, threads)
             except InputError as error:
                 about["reason"] = str(error).removeprefix(f"{item.path}: ")
@@ -298,7 +316,8 @@ class _Run:
         config = self._config
         if item.images is not None:
             raise InputError("a folder of images has no sound track")
-        fps, count = film_rate(item.path, config.clips), 0
+        fps = film_rate(item.path, config.clips) if config.layout == "videos" else probe_video(item.path).fps
+        count = 0
         with ExitStack() as stack:
             append: dict[str, Any] = {}
             for chunk in _chunks(config, item.path, threads):
@@ -310,24 +329,42 @@ class _Run:
                     append[name](array)
                 count += len(chunk["frames"])
         if not count:
-            raise InputError(
-                f"too short: its video or its sound ends before {config.clip_frames} frames "
-                f"({config.clip_frames / fps:.2f} s at {fps:.5g} frames per second)"
-            )
-        return {"sha256": file_digest(item.path), "clips": count, "fps": round(fps, 6)}
+            at = f" ({config.clip_frames / fps:.2f} s at {fps:.5g} frames per second)" if fps else ""
+            raise InputError(f"too short: its video or its sound ends before {config.clip_frames} frames{at}")
+        return {
+            "sha256": [file_digest(path) for path in _files(config, item)],
+            "clips": count,
+            "fps": None if fps is None else round(fps, 6),
+        }
 
 
 def _chunks(config: PrepareConfig, path: Path, threads: int) -> Iterator[dict[str, np.ndarray]]:
     """The arrays of a clip store for some of a video's clips after another."""
     device = choose_device(config.device)
-    with closing(iter_clips(path, config.clips, frames=config.clip_frames)) as clips:
-        while some := list(islice(clips, _CHUNK)):
-            frames = np.stack([clip.frames for clip in some])
-            chunk = {"frames": frames, "waveform": np.stack([clip.waveform for clip in some])}
+    read = _videos_chunks if config.layout == "videos" else _sound2sight_chunks
+    with closing(read(config, path)) as chunks:
+        for chunk in chunks:
             if config.flow == "store":
-                flow = tvl1_flow(torch.from_numpy(frames).to(device), preset=config.flow_preset, threads=threads)
+                frames = torch.from_numpy(chunk["frames"]).to(device)
+                flow = tvl1_flow(frames, preset=config.flow_preset, threads=threads)
                 chunk["flow"] = flow.cpu().numpy().astype(np.float16)
             yield chunk
+
+
+def _videos_chunks(config: PrepareConfig, path: Path) -> Generator[dict[str, np.ndarray], None, None]:
+    with closing(iter_clips(path, config.clips, frames=config.clip_frames)) as clips:
+        while some := list(islice(clips, _CHUNK)):
+            names = ("frames", "waveform")
+            yield {name: np.stack([getattr(clip, name) for clip in some]) for name in names}
+
+
+def _sound2sight_chunks(config: PrepareConfig, path: Path) -> Generator[dict[str, np.ndarray], None, None]:
+    film = sound2sight.read_film(path, config.clips)
+    length = config.clip_frames
+    count = len(film.frames) // length
+    if count:
+        parts = {"frames": film.frames, "audio": film.audio}
+        yield {name: part[: count * length].reshape(count, length, *part.shape[1:]) for name, part in parts.items()}
 
 
 def split_sources(names: list[str], val_share: float, test_share: float) -> dict[str, Split]:
@@ -347,6 +384,14 @@ def split_sources(names: list[str], val_share: float, test_share: float) -> dict
     return splits
 
 
+def _splits(config: PrepareConfig, items: list[Item]) -> dict[str, Split]:
+    """The split of every usable video; Sound2Sight's sets say themselves what is for the test."""
+    if config.layout == "videos":
+        return split_sources([item.name for item in items], config.val_share, config.test_share)
+    test: dict[str, Split] = {item.name: "test" for item in items if sound2sight.is_test(item.path)}
+    return split_sources([item.name for item in items if item.name not in test], config.val_share, 0) | test
+
+
 def _join(config: PrepareConfig, out: Path, items: list[Item], found: dict[str, dict[str, Any]]) -> None:
     """Join the clips of all videos into a store per split, and write the index; then the folders of the videos go.
 
@@ -361,7 +406,7 @@ def _join(config: PrepareConfig, out: Path, items: list[Item], found: dict[str, 
             first = items[0]
             raise InputError(f"nothing could be done: {first.path}: {found[first.name]['reason']}")
         if not (out / INDEX).exists():
-            splits = split_sources(good, config.val_share, config.test_share)
+            splits = _splits(config, [item for item in items if item.name in good])
             index = _joined(config, out, {name: found[name] for name in good}, splits)
             index["quarantine"] = [
                 {key: source[key] for key in ("name", "file", "bytes", "reason")}
@@ -419,7 +464,9 @@ def _is_there(folder: Path, parameters: dict[str, Any]) -> bool:
 def _staged(folders: list[Path]) -> Iterator[dict[str, np.ndarray]]:
     """The clips of videos one after another, some at a time."""
     for folder in folders:
-        arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        arrays: dict[str, np.ndarray] = {
+            path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))
+        }
         for first in range(0, len(arrays["frames"]), _CHUNK):
             yield {name: array[first : first + _CHUNK] for name, array in arrays.items()}
 
@@ -472,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"the {split} split is empty: too few videos could be used")
         print(f"finished: {summary['out']}; look at {Path(summary['out']) / SHEET}")
     else:
-        print(f"not finished: other runs have videos of {summary['out']} left to do")
+        print(f"not finished: other runs have work left on {summary['out']}")
     for failure in summary["failed"]:
         print(f"not used: {failure['input']}: {failure['reason']}")
     if summary["failed"]:

@@ -73,7 +73,7 @@ def test_what_a_data_set_holds(videos: Path, tmp_path: Path) -> None:
     assert {source["name"] for source in index["sources"]} == {"a", "b ü", "more/a", "more/c", "d"}
     for source in index["sources"]:
         path = videos / f"{source['name']}.mkv"
-        assert source["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and source["clips"] == 2
+        assert source["sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest()] and source["clips"] == 2
         store = open_split(tmp_path / "set", source["split"])
         for number in range(2):
             clip = read_clip(path, SMALL.clips, frames=FRAMES, start=number * FRAMES / 30)

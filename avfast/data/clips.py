@@ -126,7 +126,7 @@ def iter_clips(
             if len(images) == frames:
                 waveform = _windows(track, settings, times)
                 if waveform is not None:
-                    yield VideoClip(frame_planes(images), waveform, fps, np.array(times))
+                    yield VideoClip(planes(images), waveform, fps, np.array(times))
                 images, times = [], []
 
 
@@ -162,7 +162,7 @@ def _windows(track: SoundTrack, settings: ClipSettings, times: list[float]) -> S
     return windows if covered else None
 
 
-def frame_planes(images: list[Pixels]) -> Pixels:
-    """(T,C,H,W) of T images (H,W,3) or (H,W)."""
+def planes(images: list[Pixels]) -> Pixels:
+    """Frames (T,C,H,W) of T images (H,W,3) or (H,W)."""
     frames = np.stack(images)
     return frames[:, None] if frames.ndim == 3 else np.ascontiguousarray(frames.transpose(0, 3, 1, 2))

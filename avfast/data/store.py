@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -68,7 +68,7 @@ class Windows(NamedTuple):
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> Windows:
         """Every part changed, such as brought to another device."""
-        return Windows(*(None if part is None else change(part) for part in self))
+        return Windows(change(self.frames), *(None if part is None else change(part) for part in self[1:]))
 
 
 class ClipStore:
@@ -190,7 +190,7 @@ class ClipStore:
 
     def batches(
         self, keys: Iterable[tuple[np.ndarray, np.ndarray]], length: int, device: torch.device
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The batches of many (clips, starts), in their order. For a GPU a thread gathers the next one into pinned
         memory in the meantime; close the iterator to end it."""
         gathered = (self.gather(clips, starts, length) for clips, starts in keys)
