@@ -1,8 +1,8 @@
 """The command `avfast SUBCOMMAND ...`, which is `python -m avfast.SUBCOMMAND ...`, and how every command ends.
 
 Exit status: 0 done, 2 a mistake in what was asked or a file that cannot be read or written (one line on stderr),
-3 done but for some inputs, which are listed with the reason (flow), 130 interrupted. Anything else is a bug of ours and
-keeps its traceback; AVFAST_DEBUG=1 shows the traceback always.
+3 done but for some inputs, which are listed with the reason (flow, prepare, predict), 130 interrupted. Anything else is
+a bug of ours and keeps its traceback; AVFAST_DEBUG=1 shows the traceback always.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from collections.abc import Callable
 from avfast import __version__
 from avfast.config import InputError
 
+EXIT_SOME_FAILED = 3
+
 SUBCOMMANDS = {
-    "train": "train both stages of the model on the built-in data set",
+    "train": "train both stages of the model, on the built-in data set or on prepared videos",
     "evaluate": "score runs, or anyone's predictions, as the paper's tables do",
+    "prepare": "turn a folder of videos with sound into a data set",
+    "predict": "the future of videos from their first frames and their sound: films, pictures, arrays",
+    "report": "a run as one web page: curves, tables, pictures and films",
     "flow": "TV-L1 flow of videos and image folders, into files",
     "env": "what this machine will use, and why",
 }
@@ -50,6 +55,14 @@ def run_command(command: Callable[[list[str] | None], None], argv: list[str] | N
         print("avfast: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     return 0
+
+
+def print_failures(failed: list[dict[str, str]]) -> None:
+    """A line for every input that failed, {"input", "reason"}, and then the command's end with its status, if any."""
+    for failure in failed:
+        print(f"failed: {failure['input']}: {failure['reason']}")
+    if failed:
+        raise SystemExit(EXIT_SOME_FAILED)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,9 +28,11 @@ from avfast import plots
 from avfast.config import InputError, TrainConfig, choose_device, parse
 from avfast.env import commit
 from avfast.files import new_folder, replacing
+from avfast.hearing import Hearing, check_hearing, describe, heard, other_clip
 from avfast.kernels import backward_warp
 from avfast.metrics import MetricResult, ProtocolName, VideoMetrics, get_protocol
 from avfast.progress import Progress
+from avfast.report import refresh_report
 from avfast.tables import TableInfo, Tables, default_frames, format_tables
 
 if TYPE_CHECKING:
@@ -159,6 +163,11 @@ class EvaluateConfig:
     """The true frames of --pred, same shape."""
     context_frames: int | None = None
     """With --pred: the frames given before them (K), for the frame numbers only."""
+    audio: tuple[Hearing, ...] = ("own",)
+    """What the models hear, one row each: the clip's `own` sound, `shuffled` another clip's, `silent` none, `shifted`
+    its own, later by --shift frames and wrapped around. Equal scores tell that the sound is not used."""
+    shift: int = 5
+    """Frames by which `shifted` sound comes later; below 0 earlier."""
     split: Literal["train", "val", "test"] = "test"
     """Part of the data set that is scored."""
     clips: int | None = None
@@ -175,6 +184,8 @@ class EvaluateConfig:
     """Folder for tables and pictures, by default <run>/eval; with -2, -3 ... where it exists already."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`."""
+    data: str | None = None
+    """Folder of prepared clips to score on, by default the one the run was trained on."""
     data_cache: str | None = None
     """Where generated data sets are kept; by default the run's."""
 
@@ -186,6 +197,10 @@ class EvaluateConfig:
             raise InputError("expected either --checkpoint PATH or --pred P.npy --true T.npy")
         if self.checkpoint and self.context_frames is not None:
             raise InputError("context-frames goes with --pred only: a run's own number is used for --checkpoint")
+        if not self.audio or len(set(self.audio)) < len(self.audio):
+            raise InputError(f"audio is {' '.join(self.audio) or 'empty'}, expected every kind once at most")
+        if self.pred is not None and self.audio != ("own",):
+            raise InputError("audio goes with --checkpoint only: predictions are scored as they are")
         for name, least in (("clips", 1), ("batch_size", 1), ("samples", 0), ("context_frames", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -205,13 +220,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
-    from avfast.data.store import load_split, training_mean_image
+    from avfast.data.dataset import load_split
+    from avfast.data.store import training_mean_image
     from avfast.model import AVModel
+    from avfast.runs import run_folder
 
     checkpoints, runs = _open_runs(config.checkpoint)
     run = next(iter(runs.values()))
     if config.data_cache:
         run = replace(run, data_cache=config.data_cache)
+    if config.data:
+        if run.dataset != "clips":
+            raise InputError(f"data is {config.data}, but {config.checkpoint[0]} was trained on generated clips")
+        run = replace(run, clips=replace(run.clips, data=config.data))
     k, length = run.context_frames, run.context_frames + run.eval_frames
     frames = _column_frames(config.frames, k, run.eval_frames)
     accelerator = None
@@ -225,66 +246,91 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
         main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
         device = accelerator.device
     models = {name: model_predictor(AVModel.from_pretrained(c, device=device)) for name, c in checkpoints.items()}
-    target = Path(config.out) if config.out else _run_folder(next(iter(checkpoints.values()))) / "eval"
+    check_hearing(config.audio, config.shift, length)
+    rows = {_row(name, hearing, config.shift): name for hearing in config.audio for name in models}
+    target = Path(config.out) if config.out else run_folder(next(iter(checkpoints.values()))) / "eval"
     with _new_folder(target) if main else nullcontext() as out:
         with accelerator.main_process_first() if accelerator else nullcontext():
             store = load_split(run, config.split, quiet=not main)
             mean = training_mean_image(load_split(run, "train", quiet=not main))
         references = reference_predictors(torch.as_tensor(mean))
         count = _clip_count(config.clips, len(store))
+        if "shuffled" in config.audio and count < 2:
+            raise InputError(f"clips is {count}, and shuffled sound wants another clip: expected 2 at least")
         firsts = range(config.batch_size * rank, count, config.batch_size * world)
 
-        def batches() -> Iterator[Batch]:
-            with Progress("scoring, batches", total=len(firsts), quiet=not main) as progress:
+        def load(clips: Sequence[int], hearing: Hearing) -> Batch:
+            starts = [0] * len(clips)
+            batch = store.batch(clips, starts, length, device)
+            audio = batch.audio
+            if hearing == "shuffled":
+                audio = store.batch([other_clip(i, count) for i in clips], starts, length, device).audio
+            return batch._replace(audio=heard(audio, hearing, config.shift))
+
+        def batches(hearing: Hearing) -> Iterator[Batch]:
+            with Progress(f"scoring, {hearing} sound, batches", total=len(firsts), quiet=not main) as progress:
                 for done, first in enumerate(firsts, start=1):
-                    clips = range(first, min(first + config.batch_size, count))
-                    yield store.batch(clips, [0] * len(clips), length, device)
+                    yield load(range(first, min(first + config.batch_size, count)), hearing)
                     progress.update(done, len(firsts))
 
-        results = score(batches(), models | references, k, config.protocol, accelerator)
+        results: dict[str, MetricResult] = {}
+        for hearing in config.audio:
+            predictors = {_row(name, hearing, config.shift): predict for name, predict in models.items()}
+            # the references hear nothing: once is enough
+            predictors |= {} if results else references
+            results |= score(batches(hearing), predictors, k, config.protocol, accelerator)
+        results = {name: results[name] for name in (*rows, *references)}
         info = TableInfo(
             context_frames=k,
             frames=frames,
-            source=f"Multimodal MovingMNIST, {config.split} split",
-            data_seed=run.data.data_seed,
-            training_seeds={name: r.seed for name, r in runs.items()},
+            source=f"{_data_name(run)}, {config.split} split",
+            data_seed=run.data.data_seed if run.dataset == "mmnist" else None,
+            training_seeds={row: runs[name].seed for row, name in rows.items()},
+            sound={hearing: describe(hearing, config.shift) for hearing in config.audio},
             commit=commit(),
             flow_preset=run.flow_preset,
-            regenerated=True,
+            regenerated=run.dataset == "mmnist",
         )
-        tables = format_tables({n: results[n] for n in models}, {n: results[n] for n in references}, info)
+        tables = format_tables({n: results[n] for n in rows}, {n: results[n] for n in references}, info)
         if out is not None:
             samples = min(config.samples, count)
-            for name, predict in models.items() if samples else ():
-                batch = store.batch(range(samples), [0] * samples, length, device)
-                _save_samples(out, name, batch, predict(batch, k), k)
+            for hearing in config.audio if samples else ():
+                batch = load(range(samples), hearing)
+                for name, predict in models.items():
+                    _save_samples(out, _row(name, hearing, config.shift), batch, predict(batch, k), k)
             _write(out, tables, results, references, k)
+            refresh_report(out)
         return json.loads(tables.json) | {"out": str(out or target), "markdown": tables.markdown}
+
+
+def _data_name(run: TrainConfig) -> str:
+    return "Multimodal MovingMNIST" if run.clips.data is None else Path(run.clips.data).absolute().name
 
 
 def _open_runs(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, TrainConfig]]:
     """Checkpoints, and the configs of their runs, by the name of their row; all share data and lengths."""
-    from avfast.runs import load_run_config, resolve_checkpoint
+    from avfast.runs import load_run_config, resolve_checkpoint, run_folder
 
     checkpoints = [resolve_checkpoint(path) for path in paths]
     runs = [load_run_config(checkpoint) for checkpoint in checkpoints]
     for path, run in zip(paths, runs, strict=True):
-        for field in ("data", "context_frames", "eval_frames", "flow_preset"):
-            if getattr(run, field) != getattr(runs[0], field):
+        for field in ("dataset", "data", "clips.data", "context_frames", "eval_frames", "flow_preset"):
+            value, first = attrgetter(field)(run), attrgetter(field)(runs[0])
+            if value != first:
                 raise InputError(
-                    f"{path} has {field.replace('_', '-')} {getattr(run, field)}, expected that of {paths[0]}, "
-                    f"{getattr(runs[0], field)}: one table needs one data set"
+                    f"{path} has {field.replace('_', '-')} {value}, expected that of {paths[0]}, {first}: one table "
+                    "needs one data set"
                 )
-    names = [f"{_run_folder(c).name}/{c.absolute().name}" for c in checkpoints]
+    names = [f"{run_folder(c).name}/{c.absolute().name}" for c in checkpoints]
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
             raise InputError(f"{path} gives a second row {name}, expected every checkpoint once")
     return dict(zip(names, checkpoints, strict=True)), dict(zip(names, runs, strict=True))
 
 
-def _run_folder(checkpoint: Path) -> Path:
-    parent = checkpoint.absolute().parent
-    return parent.parent if parent.name == "checkpoints" else parent
+def _row(name: str, hearing: Hearing, shift: int) -> str:
+    ending = {"own": "", "shifted": f", sound shifted by {shift}"}
+    return name + ending.get(hearing, f", {hearing} sound")
 
 
 def _evaluate_arrays(config: EvaluateConfig) -> dict[str, Any]:
@@ -384,7 +430,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
 def _save_samples(out: Path, name: str, batch: Batch, prediction: Prediction, k: int) -> None:
     frames, flow = prediction.frames.cpu(), None if prediction.flow is None else prediction.flow.cpu()
     true_frames, true_flow = batch.frames.cpu(), batch.flow.cpu()
-    stem = name.replace("/", "_")
+    stem = re.sub(r"[^\w.-]+", "_", name)
     for i in range(len(frames)):
         guess = None if flow is None else flow[i]
         path = out / f"sample_{stem}_{i + 1}.png"

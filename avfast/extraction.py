@@ -39,12 +39,12 @@ import torch
 import tyro
 
 from avfast import __version__
+from avfast.cli import print_failures
 from avfast.config import InputError, choose_device, parse
-from avfast.files import replacing
 from avfast.flow import PRESETS, tvl1_flow
 from avfast.flowio import Format, flow_writer
 from avfast.flowplace import MARKER, Place, read_marker, sweep
-from avfast.inputs import Item, find_items
+from avfast.inputs import Item, find_items, settle_failures
 from avfast.pipeline import ahead
 from avfast.progress import Progress
 from avfast.video import Frame, probe_video, read_images, read_video, resize, target_size
@@ -53,8 +53,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     # what two-stream networks (TSN, I3D) were trained on
     "i3d": {"fps": 25.0, "short_side": 256, "bound": 20.0, "format": ("jpg",), "direction": "forward"},
 }
-FAILED = "failed.json"
-EXIT_SOME_FAILED = 3
 # flow of one batch: large enough for all threads (46 pairs of 340x256), small enough to hold three of them
 _BATCH_BYTES = 32 << 20
 # pace of hsv-mp4 where the input has none
@@ -172,19 +170,8 @@ def extract_flow(config: FlowConfig) -> dict[str, Any]:
     failed = [{"input": text, "reason": reason} for text, reason in unusable.items()]
     failed += [{"input": str(i.path), "reason": run.failed[i.name]} for i in items if i.name in run.failed]
     summary = {"out": config.out, **run.summary(), "failed": failed}
-    _write_failed(out / FAILED, failed)
-    if failed and not run.done + run.skipped + run.elsewhere:
-        more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
-        raise InputError(f"nothing could be done: {failed[0]['input']}: {failed[0]['reason']}{more}")
+    settle_failures(out, failed, bool(run.done + run.skipped + run.elsewhere))
     return summary
-
-
-def _write_failed(path: Path, failed: list[dict[str, str]]) -> None:
-    if failed and path.parent.is_dir():
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(failed, indent=2) + "\n")
-    elif not failed:
-        path.unlink(missing_ok=True)
 
 
 @dataclass(eq=False)
@@ -474,7 +461,4 @@ def main(argv: list[str] | None = None) -> None:
     counts = [f"{summary['done']} done", f"{summary['skipped']} finished before"]
     counts += [f"{summary['elsewhere']} in the hands of another run"] if summary["elsewhere"] else []
     print(f"items: {', '.join(counts)}, {len(summary['failed'])} failed; results: {summary['out']}")
-    for failure in summary["failed"]:
-        print(f"failed: {failure['input']}: {failure['reason']}")
-    if summary["failed"]:
-        raise SystemExit(EXIT_SOME_FAILED)
+    print_failures(summary["failed"])

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from avfast.config import InputError
 
@@ -25,6 +28,38 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def npy_appender(path: str | Path) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write one .npy file whose length is not known before: the block gets a function `append(array)` that adds an
+    array's rows behind those that are there. Raises ValueError for rows of another shape or dtype, OSError when the
+    file cannot be written; the file is whole when the block has ended well.
+    """
+    dtype, shape, count = np.dtype("|u1"), (0,), 0
+
+    def header() -> dict[str, object]:
+        return {"descr": dtype.str, "fortran_order": False, "shape": (count, *shape)}
+
+    # plain writes: a full disk is an OSError here, and a killed process when writing through a memory map
+    with open(path, "wb") as file:
+
+        def append(array: np.ndarray) -> None:
+            nonlocal dtype, shape, count
+            if not file.tell():
+                dtype, shape = array.dtype, array.shape[1:]
+                np.lib.format.write_array_header_1_0(file, header())
+            if array.dtype != dtype or array.shape[1:] != shape:
+                raise ValueError(f"rows of {array.dtype} {array.shape[1:]}: expected {dtype} {shape} as before")
+            file.write(np.ascontiguousarray(array).data)
+            count += len(array)
+
+        yield append
+        # numpy leaves room in a header for the first dimension to grow, so the length goes in where it was
+        end = file.tell()
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header())
+        assert end == file.tell() + dtype.itemsize * count * math.prod(shape), "the header has grown over the data"
 
 
 def new_folder(path: str | Path) -> Path:
@@ -43,6 +78,14 @@ def new_folder(path: str | Path) -> Path:
             # a parent that is a file exists too, but no number helps there
             if not path.parent.is_dir():
                 raise
+
+
+def publish(unfinished: Path, path: str | Path) -> Path:
+    """Give a finished folder its name, `path`, or with -2, -3 ... appended where that exists, and return it."""
+    final = new_folder(path)
+    # an empty folder may be replaced
+    os.replace(unfinished, final)
+    return final
 
 
 def numbered(path: Path) -> Iterator[Path]:

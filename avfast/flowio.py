@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from avfast.config import InputError
-from avfast.files import replacing
+from avfast.files import npy_appender, replacing
 from avfast.plots import flow_to_rgb
 from avfast.video import Pixels, video_writer
 
@@ -102,28 +102,8 @@ def flow_writer(folder: Path, formats: Sequence[Format], bound: float, fps: floa
 
 @contextmanager
 def _npy_writer(path: Path) -> Iterator[Write]:
-    shape: tuple[int, ...] = ()
-    count = 0
-
-    def header() -> dict[str, object]:
-        return {"descr": "<f2", "fortran_order": False, "shape": (count, *shape)}
-
-    with open(path, "wb") as file:
-
-        def write(flow: np.ndarray, _times: Sequence[float]) -> None:
-            nonlocal shape, count
-            if not shape:
-                shape = flow.shape[1:]
-                np.lib.format.write_array_header_1_0(file, header())
-            count += len(flow)
-            file.write(flow.astype("<f2").tobytes())
-
-        yield write
-        # numpy leaves room in a header for the first dimension to grow, so the length goes in where it was
-        end = file.tell()
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header())
-        assert end == file.tell() + 2 * count * int(np.prod(shape)), "the header has grown over the data"
+    with npy_appender(path) as append:
+        yield lambda flow, _times: append(flow.astype("<f2"))
 
 
 @contextmanager

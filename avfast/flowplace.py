@@ -1,4 +1,5 @@
-"""Where the flow of one film is stored: a folder that is hidden and locked while it is written, then marked done."""
+"""Where the results of one film are stored: a folder that is hidden and locked while it is written, then put in its
+place. And for `avfast flow` the marker in it that says what is finished."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ class Place:
     def claim(self) -> bool:
         """Make the hidden folder, empty, and lock it; False where another run holds it. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder)
+        self._lock = locked(self.folder)
         if self._lock is None:
             return False
         for file in self.folder.iterdir():
@@ -88,13 +89,13 @@ def sweep(finals: Iterable[Path]) -> None:
     """Remove the hidden folders that killed runs have left beside these places; those of living runs are locked."""
     for parent in {final.parent for final in finals}:
         for folder in parent.glob(f"{_HIDDEN}*"):
-            lock = _locked(folder)
+            lock = locked(folder)
             if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
 
 
-def _locked(folder: Path) -> int | None:
+def locked(folder: Path) -> int | None:
     """A descriptor that locks the folder until it is closed or the process ends, however it ends; None: it is taken."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

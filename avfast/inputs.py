@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from avfast.config import InputError
+from avfast.files import replacing
+
 VIDEO_SUFFIXES = frozenset(
     ".3gp .asf .avi .f4v .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()
 )
 IMAGE_SUFFIXES = frozenset(".bmp .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 LIST_SUFFIX = ".txt"
+FAILED = "failed.json"
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,21 @@ def find_items(inputs: Sequence[str], marker: str) -> tuple[list[Item], dict[str
     found += [Item(name, path, tuple(dict.fromkeys(names))) for path, (name, names) in images.items()]
     once = {(item.path.absolute(), item.images): item for item in reversed(found)}
     return _named_apart(list(reversed(once.values()))), failed
+
+
+def settle_failures(out: Path, failed: list[dict[str, str]], some_done: bool) -> None:
+    """Write what failed, a list of {"input", "reason"}, to failed.json in `out`, or remove that of an earlier run.
+
+    Raises InputError with the first reason where nothing was done.
+    """
+    if failed and out.is_dir():
+        with replacing(out / FAILED) as temporary:
+            temporary.write_text(json.dumps(failed, indent=2) + "\n")
+    elif not failed:
+        (out / FAILED).unlink(missing_ok=True)
+    if failed and not some_done:
+        more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise InputError(f"nothing could be done: {failed[0]['input']}: {failed[0]['reason']}{more}")
 
 
 def _paths(text: str) -> tuple[Path | None, list[Path]]:

@@ -1,16 +1,16 @@
 """Pictures: flow colours, strips and GIFs of true and predicted clips, loss and metric curves.
 
 Clips are tensors or arrays on the CPU: frames (T,C,H,W) in [0,1] with C = 1 or 3, flow (T,2,H,W) in pixels; predictions
-(P,...) are the last P of the T frames. Given frames are framed white, predicted ones red, true future ones grey. Every
-file is written under a temporary name, then renamed.
+(P,...) are the last P of the T frames, of which the true clip may have the first ones only. Given frames are framed
+white, predicted ones red, true future ones grey. Every file is written under a temporary name, then renamed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,14 +27,17 @@ if TYPE_CHECKING:
 GIVEN, FUTURE, PREDICTED = (255, 255, 255), (110, 110, 110), (230, 40, 40)
 BACKGROUND, TEXT = (24, 24, 24), (230, 230, 230)
 BORDER, GAP, TEXT_SIZE = 2, 4, 14
-READABLE = 96
-"""Frames are enlarged by a whole factor until their longer side has at least this many pixels."""
+HEADER, LEGEND, LEGEND_WIDTH = TEXT_SIZE + 2 * GAP, 64, 320
+READABLE, FILM = 96, 240
+"""In strips and GIFs, and in films, frames are enlarged by a whole factor until their longer side has at least this
+many pixels."""
 
 # the wheel of Baker et al.: hues between six corner colours, more of them where the eye tells more apart
 WHEEL_ENDS = np.cumsum([0, 15, 6, 4, 11, 13, 6])
 WHEEL_COLOURS = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]], dtype=float)
 
 Pixels = NDArray[np.uint8]
+_NEAREST = Image.Resampling.NEAREST
 
 
 def flow_to_rgb(flow: ArrayLike, max_flow: float | None = None) -> Pixels:
@@ -61,61 +64,76 @@ def flow_to_rgb(flow: ArrayLike, max_flow: float | None = None) -> Pixels:
     return np.where(finite[..., None], np.rint(255 * colour), 0).astype(np.uint8)
 
 
+def colour_wheel(diameter: int) -> Pixels:
+    """The legend of `flow_to_rgb`, (diameter,diameter,3): each pixel's colour is that of the vector from the centre to
+    it, full at the rim. Outside lies `BACKGROUND`."""
+    axis = (np.arange(diameter) + 0.5) * 2 / diameter - 1
+    vectors = np.stack(np.meshgrid(axis, axis))
+    inside = np.hypot(*vectors) <= 1
+    return np.where(inside[..., None], flow_to_rgb(vectors, 1.0), BACKGROUND).astype(np.uint8)
+
+
 def save_strip(
     path: str | Path,
     true: ArrayLike,
     predicted: ArrayLike,
     true_flow: ArrayLike | None = None,
     predicted_flow: ArrayLike | None = None,
+    audio: ArrayLike | None = None,
     *,
     context_frames: int,
     frames: Collection[int] | None = None,
     first_frame: int = 1,
 ) -> None:
-    """One clip as labelled rows over time: true, predicted, true flow, predicted flow; a column per frame.
+    """One clip as labelled rows over time: true, predicted, true flow, predicted flow, sound; a column per frame.
 
-    true (T,C,H,W), predicted (P,C,H,W), true_flow (T,2,H,W), predicted_flow (P,2,H,W), P = T - context_frames. Frames
-    are numbered from 1 and `frames` chooses some of them; `first_frame` is the number printed over the first. Small
-    frames are enlarged with nearest neighbour. The flow rows share one scale: the largest true magnitude (the predicted
-    one, without true flow), printed beside them. ValueError: shapes that do not fit, a frame number outside 1..T.
+    true (T',C,H,W), predicted (P,C,H,W), true_flow (T',2,H,W), predicted_flow (P,2,H,W), audio (T,1,F,S) magnitudes,
+    T = context_frames + P; where the true clip ends earlier, T' < T, its cells stay empty. Frames are numbered from 1
+    and `frames` chooses some of them; `first_frame` is the number printed over the first. Small frames are enlarged
+    with nearest neighbour. The flow rows share one scale, the largest true magnitude (the predicted one, without true
+    flow), and the colour wheel stands below them with it. The sound has low frequencies at the bottom and 60 dB from
+    black to the loudest value. ValueError: shapes that do not fit, a frame number outside 1..T.
     """
-    images = _images("true", true)
-    total = len(images)
-    rows = [("true", images), ("predicted", _predicted("predicted", predicted, images, context_frames))]
-    flows = {"true flow": (true_flow, total), "predicted flow": (predicted_flow, total - context_frames)}
-    scale = next((_max_flow(flow) for flow, _ in flows.values() if flow is not None), 1.0)
+    images, guesses = _pair(true, predicted, context_frames)
+    total = context_frames + len(guesses)
+    rows: list[tuple[str, Pixels]] = [("true", images), ("predicted", guesses)]
+    flows = {"true flow": (true_flow, len(images)), "predicted flow": (predicted_flow, len(guesses))}
+    scale = next((_max_flow(flow) for flow, _ in flows.values() if flow is not None), None)
     for label, (flow, count) in flows.items():
-        if flow is None:
-            continue
-        expected = (count, 2, *images.shape[1:3])
-        if np.shape(flow) != expected:
-            raise ValueError(f"{label.replace(' ', '_')} has shape {np.shape(flow)}, expected {expected}")
-        rows.append((f"{label}\nfull colour {scale:.2g} px", flow_to_rgb(flow, scale)))
+        if flow is not None:
+            _expect(label.replace(" ", "_"), flow, (count, 2, *images.shape[1:3]))
+            rows.append((label, flow_to_rgb(flow, scale)))
+    if audio is not None:
+        _expect("audio", audio, (total, 1, *np.shape(audio)[2:]))
+        rows.append(("sound", _spectrogram_images(audio)))
     numbers = range(1, total + 1) if frames is None else sorted(set(frames))
     if not numbers or numbers[0] < 1 or numbers[-1] > total:
         raise ValueError(f"frames is {list(numbers)}, expected numbers from 1 to {total}")
 
-    factor = _enlargement(images)
+    factor = _enlargement(images, READABLE)
     height, width = (factor * s + 2 * BORDER for s in images.shape[1:3])
     font = ImageFont.load_default(TEXT_SIZE)
-    margin = math.ceil(max(font.getlength(line) for label, _ in rows for line in label.split("\n"))) + 3 * GAP
-    header = TEXT_SIZE + 2 * GAP
-    size = (margin + len(numbers) * (width + GAP), header + len(rows) * (height + GAP))
-    canvas = Image.new("RGB", size, BACKGROUND)
+    margin = math.ceil(max(font.getlength(label) for label, _ in rows)) + 3 * GAP
+    bottom = HEADER + len(rows) * (height + GAP)
+    # a strip of few frames still has room for its legend
+    canvas_width = max(margin + len(numbers) * (width + GAP), LEGEND_WIDTH if scale else 0)
+    canvas = Image.new("RGB", (canvas_width, bottom + (LEGEND if scale else 0)), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     for column, number in enumerate(numbers):
         left = margin + column * (width + GAP)
-        draw.text((left + width // 2, header // 2), str(number + first_frame - 1), fill=TEXT, font=font, anchor="mm")
+        draw.text((left + width // 2, HEADER // 2), str(number + first_frame - 1), fill=TEXT, font=font, anchor="mm")
         for row, (label, pictures) in enumerate(rows):
-            index = number - 1 - (total - len(pictures))
-            if index < 0:
+            index = number - 1 - (context_frames if label.startswith("predicted") else 0)
+            if not 0 <= index < len(pictures):
                 continue
+            picture = Image.fromarray(pictures[index]).resize((width - 2 * BORDER, height - 2 * BORDER), _NEAREST)
             true_colour = GIVEN if number <= context_frames else FUTURE
             colour = PREDICTED if label.startswith("predicted") else true_colour
-            canvas.paste(_framed(pictures[index], factor, colour), (left, header + row * (height + GAP)))
+            canvas.paste(_framed(picture, colour), (left, HEADER + row * (height + GAP)))
     for row, (label, _) in enumerate(rows):
-        middle = header + row * (height + GAP) + height // 2
-        draw.multiline_text((GAP, middle), label, fill=TEXT, font=font, anchor="lm")
+        draw.text((GAP, HEADER + row * (height + GAP) + height // 2), label, fill=TEXT, font=font, anchor="lm")
+    if scale:
+        _draw_legend(canvas, bottom, scale)
     with replacing(path) as temporary:
         canvas.save(temporary, format="PNG", optimize=True)
 
@@ -125,46 +143,94 @@ def save_gif(
 ) -> None:
     """True clip on the left, given then predicted frames on the right, over time; several clips one below the other.
 
-    true (T,C,H,W) or (N,T,C,H,W), predicted (P,C,H,W) or (N,P,C,H,W), P = T - context_frames. Small frames are enlarged
-    with nearest neighbour. ValueError: shapes that do not fit.
+    true (T',C,H,W) or (N,T',C,H,W), predicted (P,C,H,W) or (N,P,C,H,W), context_frames <= T' <= context_frames + P.
+    Small frames are enlarged with nearest neighbour. ValueError: shapes that do not fit.
     """
     true, predicted = np.asarray(true), np.asarray(predicted)
     if true.ndim == 4:
         true, predicted = true[None], predicted[None]
     if true.ndim != 5 or len(true) != len(predicted) or not len(true):
         raise ValueError(f"true has shape {true.shape}, predicted {predicted.shape}, expected N clips each")
-    clips = [_images("true", clip) for clip in true]
-    guesses = [
-        _predicted("predicted", guess, clip, context_frames) for guess, clip in zip(predicted, clips, strict=True)
-    ]
-    factor = _enlargement(clips[0])
-    height, width = (factor * s + 2 * BORDER for s in clips[0].shape[1:3])
+    pairs = [_pair(*clips, context_frames) for clips in zip(true, predicted, strict=True)]
+    pictures = list(_side_by_side(pairs, context_frames, READABLE))
+    # in whole hundredths of a second, as GIF counts them, but right in the mean
+    ends = [round(100 * (i + 1) / frames_per_second) for i in range(len(pictures))]
+    durations = [10 * (end - begin) for begin, end in zip([0, *ends], ends, strict=False)]
+    with replacing(path) as temporary:
+        pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def film_frames(true: ArrayLike, predicted: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
+    """The pictures of `save_gif` for one clip, larger, one after the other: (height,width,3) for a film. Raises
+    ValueError as it does."""
+    pairs = [_pair(true, predicted, context_frames)]
+    return map(np.asarray, _side_by_side(pairs, context_frames, FILM))
+
+
+def flow_film_frames(true_flow: ArrayLike, predicted_flow: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
+    """The same for flow, true_flow (T',2,H,W) and predicted_flow (P,2,H,W), in colours with their wheel below.
+
+    Full colour is the largest true magnitude, as in `save_strip`.
+    """
+    scale = _max_flow(true_flow)
+    true, predicted = (flow_to_rgb(flow, scale) for flow in (true_flow, predicted_flow))
+    _expect_lengths(true, predicted, context_frames)
+    return map(np.asarray, _side_by_side([(true, predicted)], context_frames, FILM, scale))
+
+
+class ContactRow(NamedTuple):
+    """One clip of a contact sheet."""
+
+    label: str
+    frames: ArrayLike
+    """(T,C,H,W) in [0,1]."""
+    audio: ArrayLike
+    """(T,1,F,S) in [0,1], magnitudes."""
+    flow: ArrayLike
+    """(T,2,H,W) in pixels."""
+
+
+def save_contact_sheet(path: str | Path, rows: Sequence[ContactRow], columns: int = 8) -> None:
+    """Clips one below another, each as evenly spaced frames with the sound and the flow that belong to them.
+
+    The sound is the frame's spectrogram, drawn as in `save_strip`. Colours of the flow are full at the clip's largest
+    vector. ValueError: no row, shapes that do not fit.
+    """
+    if not rows:
+        raise ValueError("rows is empty, expected at least one clip")
     font = ImageFont.load_default(TEXT_SIZE)
     header = TEXT_SIZE + 2 * GAP
-    pictures = []
-    for t in range(len(clips[0])):
-        given = t < context_frames
-        size = (2 * width + 3 * GAP, header + len(clips) * (height + GAP))
-        canvas = Image.new("RGB", size, BACKGROUND)
-        draw = ImageDraw.Draw(canvas)
-        titles = (f"true {t + 1}", "given" if given else "predicted")
-        for column, title in enumerate(titles):
-            draw.text((GAP + column * (width + GAP) + width // 2, header // 2), title, TEXT, font, anchor="mm")
-        for row, (clip, guess) in enumerate(zip(clips, guesses, strict=True)):
-            top = header + row * (height + GAP)
-            shown = clip[t] if given else guess[t - context_frames]
-            canvas.paste(_framed(clip[t], factor, GIVEN if given else FUTURE), (GAP, top))
-            canvas.paste(_framed(shown, factor, GIVEN if given else PREDICTED), (width + 2 * GAP, top))
-        pictures.append(canvas)
-    with replacing(path) as temporary:
-        pictures[0].save(
-            temporary,
-            format="GIF",
-            save_all=True,
-            append_images=pictures[1:],
-            duration=round(1000 / frames_per_second),
-            loop=0,
+    blocks = []
+    for row in rows:
+        images, audio, flow = _images("frames", row.frames), np.asarray(row.audio), np.asarray(row.flow)
+        expected = ((len(images), 1, *audio.shape[2:]), (len(images), 2, *images.shape[1:3]))
+        if (audio.shape, flow.shape) != expected:
+            raise ValueError(f"audio and flow have shapes {audio.shape} and {flow.shape}, expected {expected}")
+        factor = _enlargement(images, READABLE)
+        height, width = (factor * side for side in images.shape[1:3])
+        sound = _spectrogram_images(audio)
+        chosen = sorted({round(i) for i in np.linspace(0, len(images) - 1, columns)})
+        block = Image.new(
+            "RGB", (GAP + columns * (width + GAP), header + 2 * height + height // 2 + 2 * GAP), BACKGROUND
         )
+        ImageDraw.Draw(block).text((GAP, header // 2), row.label, fill=TEXT, font=font, anchor="lm")
+        for column, t in enumerate(chosen):
+            left, top = GAP + column * (width + GAP), header
+            for pixels, high in (
+                (images[t], height),
+                (sound[t], height // 2),
+                (flow_to_rgb(flow[t], _max_flow(flow)), height),
+            ):
+                block.paste(Image.fromarray(pixels).resize((width, high), _NEAREST), (left, top))
+                top += high + GAP // 2
+        blocks.append(block)
+    canvas = Image.new("RGB", (max(b.width for b in blocks), sum(b.height + GAP for b in blocks)), BACKGROUND)
+    top = 0
+    for block in blocks:
+        canvas.paste(block, (0, top))
+        top += block.height + GAP
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
 
 
 def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
@@ -231,15 +297,34 @@ def _images(name: str, frames: ArrayLike) -> Pixels:
     return np.repeat(pixels, 3 // frames.shape[1], axis=1).transpose(0, 2, 3, 1)
 
 
-def _predicted(name: str, frames: ArrayLike, true: Pixels, context_frames: int) -> Pixels:
-    images = _images(name, frames)
-    expected = (len(true) - context_frames, *true.shape[1:])
-    if images.shape != expected:
+def _pair(true: ArrayLike, predicted: ArrayLike, context_frames: int) -> tuple[Pixels, Pixels]:
+    images, guesses = _images("true", true), _images("predicted", predicted)
+    _expect_lengths(images, guesses, context_frames)
+    return images, guesses
+
+
+def _expect_lengths(true: Pixels, predicted: Pixels, context_frames: int) -> None:
+    total = context_frames + len(predicted)
+    if predicted.shape[1:] != true.shape[1:] or not context_frames <= len(true) <= total:
         raise ValueError(
-            f"{name} has {len(images)} frames of {images.shape[1:3]}, expected {expected[0]} of {expected[1:3]}: "
-            f"true has {len(true)}, context_frames is {context_frames}"
+            f"true has {len(true)} frames of {true.shape[1:3]}, predicted {len(predicted)} of {predicted.shape[1:3]}, "
+            f"expected one size and {context_frames} to {total} true frames: context_frames is {context_frames}"
         )
-    return images
+
+
+def _expect(name: str, array: ArrayLike, shape: tuple[int, ...]) -> None:
+    if np.shape(array) != shape:
+        raise ValueError(f"{name} has shape {np.shape(array)}, expected {shape}")
+
+
+def _spectrogram_images(audio: ArrayLike) -> Pixels:
+    """Magnitudes (T,1,F,S) -> uint8 (T,F,S,3), the lowest frequency in the last row, brightness in dB."""
+    from matplotlib import colormaps
+
+    magnitude = np.asarray(audio, dtype=np.float64)[:, 0, ::-1]
+    # silence is as far below the loudest value as can be shown
+    decibels = 20 * np.log10(np.maximum(magnitude / (magnitude.max() or 1.0), 1e-3))
+    return (255 * colormaps["magma"](1 + decibels / 60)[..., :3]).astype(np.uint8)
 
 
 def _max_flow(flow: ArrayLike) -> float:
@@ -247,15 +332,60 @@ def _max_flow(flow: ArrayLike) -> float:
     return float(np.hypot(x, y).max(initial=0.0)) or 1.0
 
 
-def _enlargement(images: Pixels) -> int:
-    return max(1, math.ceil(READABLE / max(images.shape[1:3])))
+def _enlargement(images: Pixels, least: int) -> int:
+    return max(1, math.ceil(least / max(images.shape[1:3])))
 
 
-def _framed(pixels: Pixels, factor: int, colour: tuple[int, int, int]) -> Image.Image:
-    image = Image.fromarray(np.ascontiguousarray(pixels.repeat(factor, axis=0).repeat(factor, axis=1)))
+def _enlarged(pixels: Pixels, factor: int) -> Image.Image:
+    h, w = pixels.shape[:2]
+    return Image.fromarray(np.ascontiguousarray(pixels)).resize((factor * w, factor * h), _NEAREST)
+
+
+def _framed(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     framed = Image.new("RGB", (image.width + 2 * BORDER, image.height + 2 * BORDER), colour)
     framed.paste(image, (BORDER, BORDER))
     return framed
+
+
+def _side_by_side(
+    pairs: list[tuple[Pixels, Pixels]], context_frames: int, least: int, flow_scale: float | None = None
+) -> Iterator[Image.Image]:
+    """For every frame one picture: a row per pair, true on the left, given or predicted on the right."""
+    true, predicted = pairs[0]
+    factor = _enlargement(true, least)
+    height, width = (factor * s + 2 * BORDER for s in true.shape[1:3])
+    bottom = HEADER + len(pairs) * (height + GAP)
+    size = (2 * width + 3 * GAP, bottom)
+    if flow_scale is not None:
+        size = (max(size[0], LEGEND_WIDTH), bottom + LEGEND)
+    font = ImageFont.load_default(TEXT_SIZE)
+    for t in range(context_frames + len(predicted)):
+        given = t < context_frames
+        canvas = Image.new("RGB", size, BACKGROUND)
+        draw = ImageDraw.Draw(canvas)
+        for column, title in enumerate((f"true {t + 1}", "given" if given else "predicted")):
+            draw.text((GAP + column * (width + GAP) + width // 2, HEADER // 2), title, TEXT, font, anchor="mm")
+        for row, (truth, guess) in enumerate(pairs):
+            top = HEADER + row * (height + GAP)
+            if t < len(truth):
+                canvas.paste(_framed(_enlarged(truth[t], factor), GIVEN if given else FUTURE), (GAP, top))
+            else:
+                middle = (GAP + width // 2, top + height // 2)
+                draw.text(middle, "no frame:\nthe film\nhas ended", FUTURE, font, anchor="mm", align="center")
+            shown = truth[t] if given else guess[t - context_frames]
+            canvas.paste(_framed(_enlarged(shown, factor), GIVEN if given else PREDICTED), (width + 2 * GAP, top))
+        if flow_scale is not None:
+            _draw_legend(canvas, bottom, flow_scale)
+        yield canvas
+
+
+def _draw_legend(canvas: Image.Image, top: int, scale: float) -> None:
+    """The colour wheel and what it means, in the lower left corner."""
+    diameter = LEGEND - 2 * GAP
+    canvas.paste(Image.fromarray(colour_wheel(diameter)), (GAP, top + GAP))
+    text = f"flow: the hue points to where a pixel\ncomes from, full colour {scale:.2g} px"
+    middle = (3 * GAP + diameter, top + LEGEND // 2)
+    ImageDraw.Draw(canvas).text(middle, text, TEXT, ImageFont.load_default(TEXT_SIZE), anchor="lm")
 
 
 def _figure(panels: int) -> Figure:

@@ -3,6 +3,7 @@ it is found again.
 
     runs/<dataset>-<name>[-N]/
         config.yaml env.json command.txt        what was asked, where
+        data.json                               every parameter of the training data
         metrics.jsonl results.csv               every logged step; every evaluation
         curves.png samples/                     loss curves; strips and GIFs of validation clips
         checkpoints/step_00000500/              config.json + model.safetensors (loadable by from_pretrained),
@@ -166,7 +167,7 @@ class Run:
 
 
 def _base_folder(config: TrainConfig) -> Path:
-    return Path(config.output_dir) / f"mmnist-{config.name}"
+    return Path(config.output_dir) / f"{config.dataset}-{config.name}"
 
 
 def find_run(config: TrainConfig) -> Run | None:
@@ -187,17 +188,25 @@ def find_run(config: TrainConfig) -> Run | None:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that a path means: a checkpoint itself, or of a run folder the best, else the last.
+    """The checkpoint folder that a path means: a checkpoint itself, RUN/best or RUN/last in short for that in
+    RUN/checkpoints, or of a run folder the best, else the last.
 
     Raises InputError when there is none.
     """
     path = Path(path)
-    if (path / "model.safetensors").is_file():
-        return path
+    for checkpoint in (path, path.parent / "checkpoints" / path.name):
+        if (checkpoint / "model.safetensors").is_file():
+            return checkpoint
     for name in ("best", "best-mme", "last"):
         if (path / "checkpoints" / name / "model.safetensors").is_file():
             return path / "checkpoints" / name
     raise InputError(f"{path} is neither a checkpoint (no model.safetensors) nor a run folder with one")
+
+
+def run_folder(checkpoint: str | Path) -> Path:
+    """The run folder that a checkpoint lies in; the folder above it where it lies in none."""
+    parent = Path(checkpoint).absolute().parent
+    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def load_run_config(checkpoint: str | Path) -> TrainConfig:
@@ -206,3 +215,12 @@ def load_run_config(checkpoint: str | Path) -> TrainConfig:
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml", TrainConfig())
     raise InputError(f"{checkpoint} lies in no run folder: no config.yaml above it")
+
+
+def read_data_parameters(checkpoint: str | Path) -> dict[str, Any]:
+    """Every parameter of the data that the run of a checkpoint was trained on. Raises InputError without data.json."""
+    path = run_folder(checkpoint) / "data.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read, which tells what the run was trained on: {error}") from None

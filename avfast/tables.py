@@ -28,6 +28,8 @@ class TableInfo:
     """Seed of the data; None for data that was not generated."""
     training_seeds: Mapping[str, int] = field(default_factory=dict)
     """Seed of the training per model, where it is known."""
+    sound: Mapping[str, str] = field(default_factory=dict)
+    """What the models heard: each kind (avfast.hearing) in words; empty where nothing was heard."""
     commit: str | None = None
     """Of avfast; None outside a checkout."""
     version: str = __version__
@@ -75,6 +77,7 @@ def format_tables(
         f"{one.clips} clips of {info.source}, windows from the clip's first frame",
         f"data seed {info.data_seed}" if info.data_seed is not None else "",
         _training_seeds(info.training_seeds),
+        _sound(info.sound),
         f"commit {info.commit}" if info.commit else f"version {info.version}",
         f"flow: TV-L1 preset `{info.flow_preset}`" if info.flow_preset else "",
     ]
@@ -118,7 +121,7 @@ def format_tables(
         aepe = pick(r.aepe) if r.aepe is not None else [None] * len(heads)
         values = [*pick(r.ssim), *pick(r.psnr), *aepe, r.capped_share, r.pooled_psnr, info.training_seeds.get(name)]
         writer.writerow([name, kinds[name], *values, *said.values()])
-    strict = json.dumps(_finite(document), indent=2, allow_nan=False)
+    strict = json.dumps(finite(document), indent=2, allow_nan=False)
     return Tables("\n\n".join(parts) + "\n", text.getvalue(), strict + "\n")
 
 
@@ -130,12 +133,17 @@ def _training_seeds(seeds: Mapping[str, int]) -> str:
     return f"training seed {different.pop()}" if different else ""
 
 
-def _finite(value: Any) -> Any:
+def _sound(sound: Mapping[str, str]) -> str:
+    """The footer's words: a row without a kind in its name heard its own."""
+    return "sound heard: " + ", ".join(f"{words} ({kind})" for kind, words in sound.items()) if sound else ""
+
+
+def finite(value: Any) -> Any:
     """The same document with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

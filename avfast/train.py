@@ -17,7 +17,8 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from torch import Tensor, nn
 
 from avfast import losses, plots
 from avfast.config import PRESETS, InputError, TrainConfig, choose_device, parse
-from avfast.data.store import Batch, load_split
+from avfast.data.dataset import load_split
+from avfast.data.store import Batch
 from avfast.metrics import VideoMetrics
 from avfast.model import AVModel, Rollout, load_weights, read_pretrained
 from avfast.networks import batch_norms
 from avfast.progress import Progress
+from avfast.report import write_report
 from avfast.runs import Run, find_run, load_run_config, resolve_checkpoint
 
 
@@ -45,21 +48,23 @@ class DataOrder:
         self.clips, self.starts, self.seed = clips, starts, seed
         self.batch_size, self.rank, self.world = batch_size, rank, world
         self.steps_per_epoch = clips // (batch_size * world)
-        self._epoch = -1
+        self._drawn: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
         if self.steps_per_epoch == 0:
             raise InputError(f"batch-size is {batch_size} on {world} processes, more than the {clips} training clips")
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Clip indices and window starts of this rank's part of a step's batch."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
+        # the thread that loads ahead asks too: what is drawn is replaced as a whole
+        drawn = self._drawn
+        if epoch != drawn[0]:
             generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._order = generator.permutation(self.clips)
-            self._starts = generator.integers(self.starts, size=self.clips)
-            self._epoch = epoch
+            order = generator.permutation(self.clips)
+            self._drawn = drawn = (epoch, order, generator.integers(self.starts, size=self.clips))
+        _, order, starts = drawn
         first = (position * self.world + self.rank) * self.batch_size
-        clips = self._order[first : first + self.batch_size]
-        return clips, self._starts[clips]
+        clips = order[first : first + self.batch_size]
+        return clips, starts[clips]
 
 
 class MotionStage:
@@ -151,8 +156,11 @@ class Trainer:
             self._describe(resumed)
         with self.accelerator.main_process_first():
             quiet = not self.accelerator.is_local_main_process
-            self.train_data = load_split(config, "train", quiet=quiet)
+            train_data = load_split(config, "train", quiet=quiet)
             self.val_data = load_split(config, "val", quiet=quiet)
+        if self.accelerator.is_main_process:
+            run.write("data.json", (json.dumps(train_data.parameters, indent=2) + "\n").encode())
+        self.train_data = train_data.cached(config.clips.cache, self.accelerator.device)
         self.model = AVModel(config.model).to(self.accelerator.device)
         self.resumed = resumed
         self.length = config.context_frames + config.pred_frames
@@ -189,6 +197,8 @@ class Trainer:
             self._train(stage, first=done, steps=steps)
             done += steps
         self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            write_report(self.run.folder)
         return self.run.folder
 
     def _load_mme(self, checkpoint: Path) -> None:
@@ -214,7 +224,7 @@ class Trainer:
                 accelerator.scaler.load_state_dict(self.resumed["scaler"])
         self.order = DataOrder(
             len(self.train_data),
-            config.data.clip_frames - self.length + 1,
+            self.train_data.clip_frames - self.length + 1,
             stage.batch_size,
             config.seed,
             accelerator.process_index,
@@ -229,13 +239,17 @@ class Trainer:
         pending: list[tuple[int, Tensor, Tensor]] = []
         clips = stage.batch_size * accelerator.num_processes
         description = f"stage {stage.name}"
-        with Progress(description, total=steps, done=start, quiet=not accelerator.is_local_main_process) as progress:
+        keys = (self.order[index] for index in range(start, steps))
+        with (
+            Progress(description, total=steps, done=start, quiet=not accelerator.is_local_main_process) as progress,
+            closing(self.train_data.batches(keys, self.length, accelerator.device)) as batches,
+        ):
             began, counted = time.perf_counter(), start
             for index in range(start, steps):
                 for group in optimizer.param_groups:
                     group["lr"] = stage.lr * _schedule(config, index, steps)
                 key = self.order[index]
-                batch = self.train_data.batch(*key, self.length, accelerator.device)
+                batch = next(batches)
                 with accelerator.autocast():
                     loss = stage.loss(batch, key, _horizon(config, index, steps))
                 optimizer.zero_grad(set_to_none=True)
@@ -437,7 +451,9 @@ def main(argv: list[str] | None = None) -> None:
         own = load_run_config(run.checkpoints)
         again = parse(TrainConfig, prog="avfast train", argv=argv, presets=PRESETS, default=own)
         for name in (
+            "dataset",
             "data",
+            "clips.data",
             "model",
             "stage",
             "context_frames",
@@ -447,7 +463,7 @@ def main(argv: list[str] | None = None) -> None:
             "curriculum",
             "seed",
         ):
-            if getattr(again, name) != getattr(own, name):
+            if attrgetter(name)(again) != attrgetter(name)(own):
                 raise InputError(f"{name.replace('_', '-')} cannot change in a resumed run ({run.folder})")
         config = again
     trainer = Trainer(config, run)

@@ -14,26 +14,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import av
-import av.error
 import cv2
 import numpy as np
-from av.format import Flags
-from av.stream import Disposition
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from avfast.config import InputError
 from avfast.files import replacing
+from avfast.media import decoded, has_timestamps, opened
 
 Pixels = NDArray[np.uint8]
+FitMode = Literal["stretch", "crop", "letterbox"]
 
 # a timestamp is sorted in among those of the next frames: some AVI files give frames of type B their neighbour's
 _REORDER = 4
 # mp4's usual clock: 24, 25, 30 and 30000/1001 frames per second are whole numbers of its ticks
 _TICK = Fraction(1, 90_000)
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 
 
 class Frame(NamedTuple):
@@ -66,7 +66,7 @@ class _Timed(NamedTuple):
 
 def probe_video(path: str | Path) -> VideoInfo:
     """Frame rate and duration as the file states them. Raises InputError where it cannot be opened as a video."""
-    with _opened(path) as (container, stream):
+    with opened(path, "video") as (container, stream):
         rate = _stated_rate(container, stream)
         seconds = _stated_seconds(container, stream) or (container.duration or 0) / av.time_base or None
         return VideoInfo(None if rate is None else float(rate), seconds)
@@ -76,29 +76,33 @@ def read_video(
     path: str | Path,
     *,
     fps: float | None = None,
+    start: float = 0.0,
     short_side: int | None = None,
     size: tuple[int, int] | None = None,
+    fit: FitMode = "stretch",
     grey: bool = False,
 ) -> Iterator[Frame]:
     """Decode a file's first video stream (cover pictures do not count), upright as its rotation says.
 
-    fps: choose for each of the times first + j / fps the frame nearest to it, by timestamps; frames repeat where the
-    film is slower and are left out where it is faster. short_side or size (width, height): resize as `resize` does.
-    grey: BT.601 luma of the RGB frame. 10-bit films become 8-bit, alpha is dropped.
+    fps: choose for each of the times first + start + j / fps the frame nearest to it, by timestamps; frames repeat
+    where the film is slower and are left out where it is faster; start, in seconds after the first frame, wants fps.
+    short_side or size (width, height): resize as `resize` does. fit: what happens to a film of other proportions than
+    size: it is stretched, or loses its edges evenly (`crop`), or is put between black bars (`letterbox`). grey: BT.601
+    luma of the RGB frame. 10-bit films become 8-bit, alpha is dropped.
 
     Where timestamps are missing or run backwards, the rate that the file states goes on from the last good one.
     Raises InputError, while it is iterated, for a file that cannot be opened, has no video stream or no frame, is
     damaged, ends well before the duration it states, changes its frame size (without `size`), or whose frames have no
     time while fps asks for one.
     """
-    with _opened(path) as (container, stream):
+    with opened(path, "video") as (container, stream):
         # a decoder's threads change nothing but the speed
         stream.thread_type = "AUTO"
-        frames = _complete(path, _timed(_decoded(path, container, stream), container, stream), container, stream)
+        frames = _complete(path, _timed(decoded(path, container, stream), container, stream), container, stream)
         if fps is not None:
-            frames = _at_rate(path, frames, fps)
+            frames = _at_rate(path, frames, fps, start)
         previous = image = matrix = None
-        fit = _Fit(short_side, size)
+        fitted = _Fit(short_side, size, fit)
         for timed in frames:
             # asking every frame would keep them all until Python's collector runs: their side data refer to them
             matrix = _display_matrix(timed.frame) if matrix is None else matrix
@@ -106,7 +110,7 @@ def read_video(
             if timed.frame is not previous:
                 # one thread: beside busy cores swscale's own pool took 17 ms for a 480x360 frame, one thread 3
                 pixels = timed.frame.to_ndarray(format="rgb24", threads=1)
-                image = fit(f"{path}: frame {timed.number}", _upright(pixels, *matrix), grey)
+                image = fitted(f"{path}: frame {timed.number}", _upright(pixels, *matrix), grey)
                 previous = timed.frame
             assert image is not None
             yield Frame(image, timed.number, timed.time)
@@ -154,19 +158,23 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 @contextmanager
-def video_writer(path: str | Path, fps: float = 25.0) -> Iterator[Callable[[Pixels, float], None]]:
+def video_writer(
+    path: str | Path, fps: float = 25.0, sound: tuple[NDArray[np.int16], int] | None = None
+) -> Iterator[Callable[[Pixels, float], None]]:
     """Write an mp4 file (H.264): the block gets a function `write(image, time)` and calls it once per frame.
 
     image: (H,W,3) RGB uint8, all of one size; an odd side gets its last row or column twice, because players want even
     ones. time: seconds, increasing. fps: what the file says of itself and how long the last frame stays; the times
-    decide the rest. The file appears under its name when the block ends well. Raises InputError when no frame was
-    written, OSError when the file cannot be.
+    decide the rest. sound: mono samples (N,) int16 and their rate, the first at time 0, whole as an AAC track. The file
+    appears under its name when the block ends well. Raises InputError when no frame was written, OSError when the file
+    cannot be.
     """
     with replacing(path) as temporary, av.open(f"file:{temporary}", "w", format="mp4") as container:
         stream: Any = None
+        track: _SoundTrack | None = None
 
         def write(image: Pixels, time: float) -> None:
-            nonlocal stream
+            nonlocal stream, track
             h, w = image.shape[:2]
             if h % 2 or w % 2:
                 image = np.pad(image, ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
@@ -180,23 +188,55 @@ def video_writer(path: str | Path, fps: float = 25.0) -> Iterator[Callable[[Pixe
                 context.time_base = _TICK
                 # BT.709, limited range, written into the file: players guess otherwise, by the size
                 context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
+                track = None if sound is None else _SoundTrack(container, *sound)
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", threads=1)
             frame.pts, frame.time_base = round(time / _TICK), _TICK
             frame.duration = round(1 / (fps * _TICK))
             container.mux(stream.encode(frame))
+            if track is not None:
+                track.write(time + 1 / fps)
 
         yield write
         if stream is None:
             raise InputError(f"{path}: no frame was written")
+        if track is not None:
+            track.write(math.inf)
         container.mux(stream.encode())
+
+
+class _SoundTrack:
+    """A mono AAC track, written up to one time after another, so that sound and frames lie side by side in the file."""
+
+    def __init__(self, container: Any, waveform: NDArray[np.int16], rate: int) -> None:
+        self._container, self._waveform, self._rate, self._done = container, waveform, rate, 0
+        # AAC knows some rates only; the next one above loses nothing
+        coded = next((r for r in _AAC_RATES if r >= rate), _AAC_RATES[-1])
+        self._stream = container.add_stream("aac", rate=coded, layout="mono", options={"b": "128k"})
+        self._resampler = av.AudioResampler(format="fltp", layout="mono", rate=coded)
+
+    def write(self, until: float) -> None:
+        """The samples before that time, in seconds; infinity: the rest, and the end."""
+        end = len(self._waveform) if math.isinf(until) else min(len(self._waveform), math.ceil(until * self._rate))
+        if end > self._done:
+            part = av.AudioFrame.from_ndarray(self._waveform[None, self._done : end], format="s16", layout="mono")
+            part.rate, part.pts, part.time_base = self._rate, self._done, Fraction(1, self._rate)
+            self._encode(self._resampler.resample(part))
+            self._done = end
+        if math.isinf(until):
+            self._encode(self._resampler.resample(None))
+            self._container.mux(self._stream.encode())
+
+    def _encode(self, frames: Iterable[Any]) -> None:
+        for frame in frames:
+            self._container.mux(self._stream.encode(frame))
 
 
 class _Fit:
     """Turns decoded images into frames of one size: grey first, which is a third of the work, then resized."""
 
-    def __init__(self, short_side: int | None, size: tuple[int, int] | None) -> None:
-        self._short_side, self._size = short_side, size
+    def __init__(self, short_side: int | None, size: tuple[int, int] | None, mode: FitMode = "stretch") -> None:
+        self._short_side, self._size, self._mode = short_side, size, mode
         self._first: tuple[int, int] | None = None
 
     def __call__(self, where: str, image: Pixels, grey: bool) -> Pixels:
@@ -206,54 +246,20 @@ class _Fit:
             raise InputError(f"{where} is {w}x{h} pixels, the first one {first_w}x{first_h}: give a size for all")
         if grey:
             image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.uint8, copy=False)
-        return resize(image, *target_size(h, w, self._short_side, self._size))
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first real video stream."""
-    with _one_line(path):
-        # `file:` and the whitelist: names with a colon stay names, and a playlist opens nothing on the network
-        container: Any = av.open(f"file:{path}", container_options={"protocol_whitelist": "file"})
-    with container:
-        for stream in container.streams.video:
-            if not stream.disposition & Disposition.attached_pic:
-                yield container, stream
-                return
-        raise InputError(f"{path}: no video stream in it")
-
-
-@contextmanager
-def _one_line(path: str | Path, after: str = "") -> Iterator[None]:
-    """FFmpeg's errors as InputError, with the file and the reason alone."""
-    try:
-        yield
-    except av.error.FFmpegError as error:
-        raise InputError(f"{path}: {error.strerror}{after}") from None
-
-
-def _decoded(path: str | Path, container: Any, stream: Any) -> Iterator[Any]:
-    """Every frame in the order of display."""
-    count = 0
-    trouble: av.error.FFmpegError | None = None
-    packets = container.demux(stream)
-    while True:
-        frames: list[Any] = []
-        with _one_line(path, f", after frame {count}"):
-            try:
-                packet = next(packets, None)
-                if packet is None:
-                    break
-                frames = packet.decode()
-            except av.error.InvalidDataError as error:
-                # a recording that begins between two key frames opens with packets nobody can decode
-                if count:
-                    raise
-                trouble = trouble or error
-        count += len(frames)
-        yield from frames
-    if not count:
-        raise InputError(f"{path}: no frame in it" + (f" that can be decoded: {trouble.strerror}" if trouble else ""))
+        height, width = target_size(h, w, self._short_side, self._size)
+        if self._mode == "letterbox":
+            scale = min(height / h, width / w)
+            inner = max(1, round(h * scale)), max(1, round(w * scale))
+            canvas = np.zeros((height, width, *image.shape[2:]), np.uint8)
+            top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+            canvas[top : top + inner[0], left : left + inner[1]] = resize(image, *inner)
+            return canvas
+        if self._mode == "crop":
+            scale = max(height / h, width / w)
+            kept = min(h, max(1, round(height / scale))), min(w, max(1, round(width / scale)))
+            top, left = (h - kept[0]) // 2, (w - kept[1]) // 2
+            image = image[top : top + kept[0], left : left + kept[1]]
+        return resize(image, height, width)
 
 
 def _timed(frames: Iterable[Any], container: Any, stream: Any) -> Iterator[_Timed]:
@@ -261,7 +267,7 @@ def _timed(frames: Iterable[Any], container: Any, stream: Any) -> Iterator[_Time
 
     The k-th frame shown has the k-th smallest timestamp, whatever order the file gives them in.
     """
-    stamped = _has_timestamps(container)
+    stamped = has_timestamps(container)
     rate = _stated_rate(container, stream)
     waiting: deque[tuple[Any, bool]] = deque()
     stamps: list[float] = []
@@ -308,8 +314,8 @@ def _complete(path: str | Path, frames: Iterable[_Timed], container: Any, stream
         raise InputError(f"{path}: truncated, it ends after {found:.1f} s of {seconds:.1f} s")
 
 
-def _at_rate(path: str | Path, frames: Iterable[_Timed], fps: float) -> Iterator[_Timed]:
-    """For each time first + j / fps the frame nearest to it, the earlier of two equally near ones.
+def _at_rate(path: str | Path, frames: Iterable[_Timed], fps: float, start: float) -> Iterator[_Timed]:
+    """For each time first + start + j / fps the frame nearest to it, the earlier of two equally near ones.
 
     The last frame stands for half the gap before it too, so that a rate chosen equal to the film's keeps every frame.
     """
@@ -322,7 +328,7 @@ def _at_rate(path: str | Path, frames: Iterable[_Timed], fps: float) -> Iterator
         if timed.time is None:
             raise InputError(f"{path}: it has no timestamps and states no frame rate, so fps cannot choose its frames")
         if previous is None:
-            first = end = timed.time
+            first, end = timed.time + start, timed.time
         else:
             assert previous.time is not None
             middle = (previous.time + timed.time) / 2
@@ -337,18 +343,13 @@ def _at_rate(path: str | Path, frames: Iterable[_Timed], fps: float) -> Iterator
         done += 1
 
 
-def _has_timestamps(container: Any) -> bool:
-    # raw H.264, MJPEG ...: FFmpeg makes up 25 frames per second for them, and timestamps to match
-    return not container.format.flags & Flags.no_timestamps.value
-
-
 def _stated_rate(container: Any, stream: Any) -> Fraction | None:
     # the rate that the coded pictures themselves give is no invention
-    return (stream.average_rate if _has_timestamps(container) else stream.codec_context.framerate) or None
+    return (stream.average_rate if has_timestamps(container) else stream.codec_context.framerate) or None
 
 
 def _stated_seconds(container: Any, stream: Any) -> float | None:
-    if not _has_timestamps(container):
+    if not has_timestamps(container):
         return None
     if stream.duration:
         return float(stream.duration * stream.time_base)

@@ -1,10 +1,57 @@
-"""Kernels of Triton run under its interpreter where there is no GPU; it is chosen before anything imports them."""
+"""Kernels of Triton run under its interpreter where there is no GPU; it is chosen before anything imports them. And
+made films with sound, for the tests that read videos."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
 
+import av
+import numpy as np
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _make_film(
+    path: Path,
+    images: np.ndarray,
+    sound: np.ndarray | None,
+    *,
+    fps: Fraction | int = 30,
+    rate: int = 22_050,
+    layout: str = "mono",
+    codecs: tuple[str, str] = ("ffv1", "pcm_s16le"),
+    first_sample: int = 0,
+) -> Path:
+    """A film of frames (T,H,W,3) RGB and samples (N,) or (N,channels) int16, the first of which is number
+    `first_sample` on the film's clock; the codecs must suit the file's suffix."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream(codecs[0], rate=fps)
+        video.height, video.width = images.shape[1:3]
+        video.pix_fmt = "bgr0" if codecs[0] == "ffv1" else "yuv420p"
+        track = None if sound is None else container.add_stream(codecs[1], rate=rate, layout=layout)
+        for i, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = i, 1 / Fraction(fps)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+        if sound is not None and track is not None:
+            samples = sound.reshape(len(sound), -1)
+            for first in range(0, len(samples), 1000):
+                block = np.ascontiguousarray(samples[first : first + 1000]).reshape(1, -1)
+                piece = av.AudioFrame.from_ndarray(block, format="s16", layout=layout)
+                piece.rate, piece.pts, piece.time_base = rate, first_sample + first, Fraction(1, rate)
+                container.mux(track.encode(piece))
+            container.mux(track.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_film() -> Callable[..., Path]:
+    """`_make_film`, which see."""
+    return _make_film

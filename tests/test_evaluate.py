@@ -315,6 +315,9 @@ def test_files_that_are_no_arrays(tmp_path: Path) -> None:
         (EvaluateConfig(checkpoint=("a",), context_frames=5), "context-frames goes with --pred"),
         (EvaluateConfig(checkpoint=("a",), batch_size=0), "batch-size is 0, expected at least 1"),
         (EvaluateConfig(checkpoint=("a",), clips=0), "clips is 0"),
+        (EvaluateConfig(checkpoint=("a",), audio=("own", "own")), "audio is own own, expected every kind once"),
+        (EvaluateConfig(checkpoint=("a",), audio=()), "audio is empty"),
+        (EvaluateConfig(pred="p", true="t", audio=("silent",)), "audio goes with --checkpoint only"),
         (EvaluateConfig(checkpoint=("a",), device="tpu"), "device is 'tpu'"),
         (EvaluateConfig(checkpoint=("nowhere",)), "nowhere"),
     ],
@@ -371,6 +374,50 @@ def test_scoring_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {p.name for p in out.iterdir()} == pictures | {"table.md", "table.csv", "results.json"}
     for name in pictures:
         assert Image.open(out / name).size[0] > 100
+
+
+def test_scoring_with_other_sound(runs: Path) -> None:
+    """Each row against a loop over single clips, with the sound exchanged here."""
+    from avfast.data.store import load_mmnist
+    from avfast.metrics import VideoMetrics
+    from avfast.model import AVModel
+
+    kinds = ("silent", "own", "shuffled", "shifted")
+    config = EvaluateConfig(checkpoint=(str(runs / "full"),), samples=1, audio=kinds, shift=2, clips=4, batch_size=3)
+    document = evaluate(config)
+    names = ["full/best, silent sound", "full/best", "full/best, shuffled sound", "full/best, sound shifted by 2"]
+    assert list(document["models"]) == names and document["sound"].keys() == set(kinds)
+    assert list(document["references"]) == list(reference_predictors(torch.zeros(1, 1, 1)))
+    assert document["training_seeds"] == dict.fromkeys(names, 4)
+    for words in ("2 frames later and wrapped around (shifted)", "silence (silent)", "half the set further on (shuff"):
+        assert words in document["markdown"]
+    data = MMNISTConfig(clip_frames=6, train_clips=8, val_clips=2, test_clips=5)
+    store = load_mmnist(data, "test", runs / "data", flow_preset=TrainConfig().flow_preset)
+    model = AVModel.from_pretrained(runs / "full" / "checkpoints" / "best")
+    metrics = {name: VideoMetrics(P) for name in names}
+    for i in range(4):
+        batch = store.batch([i], [0], K + P)
+        sounds = {
+            names[0]: torch.zeros_like(batch.audio),
+            names[1]: batch.audio,
+            names[2]: store.batch([(2, 3, 0, 1)[i]], [0], K + P).audio,
+            names[3]: batch.audio[:, [3, 4, 0, 1, 2]],
+        }
+        for name, audio in sounds.items():
+            frames, flow = model.predict(batch.frames[:, :K], batch.flow[:, :K], audio)
+            metrics[name].update(frames, batch.frames[:, K:], flow, batch.flow[:, K:])
+    scores = {name: m.compute() for name, m in metrics.items()}
+    assert len({tuple(r.aepe) for r in scores.values()}) == 4
+    for name, result in scores.items():
+        np.testing.assert_allclose(document["models"][name]["ssim"], result.ssim, rtol=1e-6)
+        # a hundredth of what another sound changes
+        np.testing.assert_allclose(document["models"][name]["aepe"], result.aepe, rtol=1e-6)
+    out = Path(document["out"])
+    stems = ("full_best_silent_sound", "full_best", "full_best_shuffled_sound", "full_best_sound_shifted_by_2")
+    assert {p.name for p in out.glob("sample*")} == {
+        f"{prefix}_{stem}{ending}" for stem in stems for prefix, ending in (("sample", "_1.png"), ("samples", ".gif"))
+    }
+    assert "silence (silent)" in (runs / "full" / "report.html").read_text()
 
 
 def test_runs_are_scored_on_windows_from_the_first_frame(runs: Path) -> None:

@@ -14,7 +14,16 @@ from PIL import Image
 from avfast import plots
 from avfast.config import InputError
 from avfast.metrics import MetricResult
-from avfast.plots import flow_to_rgb, save_gif, save_loss_curves, save_metric_curves, save_strip
+from avfast.plots import (
+    colour_wheel,
+    film_frames,
+    flow_film_frames,
+    flow_to_rgb,
+    save_gif,
+    save_loss_curves,
+    save_metric_curves,
+    save_strip,
+)
 
 T, K, H, W = 6, 2, 16, 32
 
@@ -85,11 +94,11 @@ def clip(channels: int = 1) -> dict[str, torch.Tensor]:
     return {"true": true, "predicted": true[K:] / 2, "true_flow": flow, "predicted_flow": flow[K:] / 2}
 
 
-def cells(image: Image.Image, rows: int, columns: int) -> tuple[np.ndarray, int, int, int]:
+def cells(image: Image.Image, rows: int, columns: int, legend: bool = False) -> tuple[np.ndarray, int, int, int]:
     """The picture's pixels, the left edge of the first cell, a cell's height and width (borders and gap included)."""
     height, width = 3 * H + 2 * plots.BORDER + plots.GAP, 3 * W + 2 * plots.BORDER + plots.GAP
     left = image.width - columns * width
-    assert image.height - rows * height == plots.TEXT_SIZE + 2 * plots.GAP and left > 0
+    assert image.height - rows * height == plots.TEXT_SIZE + 2 * plots.GAP + legend * plots.LEGEND and left > 0
     return np.asarray(image.convert("RGB")), left, height, width
 
 
@@ -97,7 +106,7 @@ def cells(image: Image.Image, rows: int, columns: int) -> tuple[np.ndarray, int,
 def test_strip(tmp_path: Path, channels: int) -> None:
     path = tmp_path / "strip.png"
     save_strip(path, **clip(channels), context_frames=K)
-    pixels, left, height, width = cells(Image.open(path), rows=4, columns=T)
+    pixels, left, height, width = cells(Image.open(path), rows=4, columns=T, legend=True)
     top = plots.TEXT_SIZE + 2 * plots.GAP
     for row in range(4):
         for t in range(T):
@@ -113,6 +122,9 @@ def test_strip(tmp_path: Path, channels: int) -> None:
             elif t > 0:
                 # 2 px to the right are full red on the shared scale, 1 px is half of it
                 assert centre.tolist() == ([255, 0, 0] if row == 2 else [255, 128, 128])
+    # the legend's rim is the direction's own colour: red to the right
+    wheel = pixels[-plots.LEGEND + plots.GAP : -plots.GAP, plots.GAP :][:, : plots.LEGEND - 2 * plots.GAP]
+    assert wheel[28, 54, 0] == 255 and wheel[28, 54, 1] < 20 and wheel[28, 1, 2] == 255 and wheel[28, 1, 0] < 20
     assert [p.name for p in tmp_path.iterdir()] == ["strip.png"]
 
 
@@ -125,6 +137,78 @@ def test_strip_enlarges_without_blurring_and_chooses_frames(tmp_path: Path) -> N
     frame = pixels[top : top + 3 * H, left : left + 3 * W, 0]
     assert set(np.unique(frame)) == {0, 255}
     assert (frame[15:18, 21:24] == 255).all() and (frame == 255).sum() == 9
+
+
+def test_the_wheel_is_its_own_legend() -> None:
+    wheel = colour_wheel(41)
+    assert wheel.shape == (41, 41, 3) and (wheel[20, 20] == 255).all() and (wheel[0, 0] == plots.BACKGROUND).all()
+    for turn in (0.1, 0.4, 0.8):
+        x, y = (round(20 + 14 * f(2 * math.pi * turn)) for f in (math.cos, math.sin))
+        vector = np.array([x - 20, y - 20]).reshape(2, 1, 1) * 2 / 41
+        assert wheel[y, x].tolist() == flow_to_rgb(vector, 1.0)[0, 0].tolist()
+
+
+def test_strip_with_sound_where_the_true_clip_ends_early(tmp_path: Path) -> None:
+    data = clip()
+    short = {"true": data["true"][:4], "true_flow": data["true_flow"][:4]}
+    audio = torch.zeros(T, 1, 5, 4)
+    # loudest at the lowest frequency of frame 5, 60 dB below that and less is black
+    audio[4, 0, 0], audio[4, 0, 1], audio[4, 0, 2] = 1.0, 1e-3, 1e-5
+    save_strip(tmp_path / "strip.png", **data | short, audio=audio, context_frames=K)
+    pixels, left, height, width = cells(Image.open(tmp_path / "strip.png"), rows=5, columns=T, legend=True)
+    top = plots.HEADER
+    for row in (0, 2):
+        assert (pixels[top + row * height : top + (row + 1) * height, left + 4 * width :] == plots.BACKGROUND).all()
+        assert (pixels[top + row * height + 3, left + 3 * width] == plots.FUTURE).all()
+    sound = pixels[top + 4 * height + plots.BORDER :, left + plots.BORDER :]
+    loud, quiet = sound[: 3 * H, 4 * width : 4 * width + 3 * W].astype(int), sound[: 3 * H, : 3 * W]
+    assert loud[-1].sum(-1).min() > 600 and (loud[: 3 * H // 5 * 4 - 1] == quiet[0, 0]).all() and quiet.max() < 10
+    for column, colour in ((0, plots.GIVEN), (K, plots.FUTURE)):
+        assert tuple(pixels[top + 4 * height, left + column * width]) == colour
+
+
+def test_film_frames() -> None:
+    data = clip(3)
+    short = data["true"][:4]
+    frames = list(film_frames(short, data["predicted"], context_frames=K))
+    factor = math.ceil(plots.FILM / W)
+    assert len(frames) == T and {f.shape for f in frames} == {frames[0].shape} and frames[0].dtype == np.uint8
+    height, width = factor * H + 2 * plots.BORDER, factor * W + 2 * plots.BORDER
+    assert frames[0].shape == (plots.HEADER + height + plots.GAP, 2 * width + 3 * plots.GAP, 3)
+    for t, frame in enumerate(frames):
+        y, lefts = plots.HEADER, (plots.GAP, 2 * plots.GAP + width)
+        if t < 4:
+            assert tuple(frame[y, lefts[0]]) == (plots.GIVEN if t < K else plots.FUTURE)
+            assert (frame[y + height // 2, lefts[0] + width // 2] == round(255 * t / 8)).all()
+        else:
+            assert (frame[y : y + 9, lefts[0] : lefts[0] + width] == plots.BACKGROUND).all()
+        assert tuple(frame[y, lefts[1]]) == (plots.GIVEN if t < K else plots.PREDICTED)
+        assert (frame[y + height // 2, lefts[1] + width // 2] == round(255 * t / (8 if t < K else 16))).all()
+
+
+def test_flow_film_frames() -> None:
+    data = clip()
+    frames = list(flow_film_frames(data["true_flow"][:4], data["predicted_flow"], context_frames=K))
+    factor = math.ceil(plots.FILM / W)
+    height, width = factor * H + 2 * plots.BORDER, factor * W + 2 * plots.BORDER
+    assert len(frames) == T
+    for t, frame in enumerate(frames):
+        assert frame.shape == (plots.HEADER + height + plots.GAP + plots.LEGEND, 2 * width + 3 * plots.GAP, 3)
+        left, right = frame[plots.HEADER + height // 2, [width // 2, width // 2 + width]].tolist()
+        if t < 4:
+            assert left == ([255, 0, 0] if t else [255, 255, 255])
+        assert right == (left if t < K else [255, 128, 128])
+
+
+def test_gifs_keep_their_pace(tmp_path: Path) -> None:
+    """GIF counts hundredths of a second: 30 frames a second are three, three and four of them in turn."""
+    save_gif(tmp_path / "a.gif", clip()["true"], clip()["predicted"], context_frames=K, frames_per_second=30)
+    image = Image.open(tmp_path / "a.gif")
+    durations = []
+    for t in range(T):
+        image.seek(t)
+        durations.append(image.info["duration"])
+    assert set(durations) == {30, 40} and sum(durations) == 200
 
 
 def test_gif(tmp_path: Path) -> None:
@@ -152,7 +236,15 @@ def test_gif(tmp_path: Path) -> None:
     [
         (lambda p, c: flow_to_rgb(np.zeros((3, 4, 4))), r"flow has shape \(3, 4, 4\)"),
         (lambda p, c: flow_to_rgb(np.zeros((2, 4, 4)), 0.0), "max_flow is 0.0"),
-        (lambda p, c: save_strip(p, **c | {"predicted": c["true"]}, context_frames=K), "predicted has 6 frames"),
+        (
+            lambda p, c: save_strip(p, **c | {"predicted": c["true"][:3]}, context_frames=K),
+            "true has 6 .* 2 to 5 true",
+        ),
+        (
+            lambda p, c: save_strip(p, **c | {"true": c["true"][:1]}, context_frames=K),
+            "one size and 2 to 6 true",
+        ),
+        (lambda p, c: save_strip(p, **c, audio=torch.zeros(5, 1, 2, 2), context_frames=K), "audio has shape"),
         (lambda p, c: save_strip(p, **c | {"true_flow": c["predicted_flow"]}, context_frames=K), "true_flow has shape"),
         (
             lambda p, c: save_strip(p, **c, context_frames=K, frames=[7]),

@@ -146,7 +146,7 @@ def rewrite_index(**changes):
         (lambda folder: (folder / "index.json").write_text("[]"), "not a clip store"),
         (rewrite_index(format="other"), "not a clip store"),
         (rewrite_index(version=99), "version 99, expected 1"),
-        (rewrite_index(arrays={}), "frames.npy: holds"),
+        (rewrite_index(arrays={}), "expected frames, and audio or waveform"),
         (lambda folder: (folder / "waveform.npy").unlink(), "waveform.npy: cannot be read"),
         (damage_truncated, "flow.npy: cannot be read"),
         (damage_header, "audio.npy: cannot be read"),

@@ -10,27 +10,31 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from avfast.audio import spectrogram
-from avfast.config import InputError, MMNISTConfig, TrainConfig
+from avfast.audio import SpectrogramConfig, spectrogram
+from avfast.config import InputError, MMNISTConfig
 from avfast.data.digits import Split
 from avfast.data.mmnist import MovingMNIST, mmnist_spectrogram
+from avfast.files import npy_appender
 from avfast.flow import PRESETS, tvl1_flow
-from avfast.progress import Progress
+from avfast.pipeline import ahead
 
 FORMAT = "avfast-clips"
 FORMAT_VERSION = 1
 """Raised whenever a folder written before could no longer be read."""
 _INDEX = "index.json"
-# dtype and number of dimensions; little-endian, so that the files serve every machine
+DATASET_FORMAT = "avfast-dataset"
+_KINDS = {FORMAT: "clip store", DATASET_FORMAT: "data set"}
+# dtype and number of dimensions; little-endian, so that the files serve every machine. The frames are always there, and
+# of the sound its spectrogram or its waveform
 _ARRAYS = {"frames": ("|u1", 5), "audio": ("<f4", 5), "flow": ("<f2", 5), "waveform": ("<i2", 2)}
 _CHUNK = 32
 
@@ -50,15 +54,35 @@ class Batch(NamedTuple):
         return Batch(*(part.to(device, non_blocking=True) for part in self))
 
 
+class Windows(NamedTuple):
+    """B windows of T frames as they are stored; what is not stored is None."""
+
+    frames: Tensor
+    """(B, T, C, H, W) uint8."""
+    audio: Tensor | None
+    """(B, T, 1, F, S) float32."""
+    flow: Tensor | None
+    """(B, T, 2, H, W) float16."""
+    waveform: Tensor | None
+    """(B, T * samples_per_frame) int16, gathered only where there is no spectrogram."""
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> Windows:
+        """Every part changed, such as brought to another device."""
+        return Windows(change(self.frames), *(None if part is None else change(part) for part in self[1:]))
+
+
 class ClipStore:
     """N clips of T frames: `frames` (N, T, C, H, W) uint8, `audio` (N, T, 1, F, S) float32, `flow` (N, T, 2, H, W)
     float16 (backward TV-L1, pixels) and `waveform` (N, T * samples) int16, memory-mapped, with the `parameters` that
-    made them.
+    made them. What is not stored is None: a spectrogram comes from the waveform then, flow from the frames, with the
+    parameters `spectrogram` (those of SpectrogramConfig) and `flow` (`preset`).
     """
 
-    def __init__(self, folder: Path, arrays: dict[str, np.ndarray], parameters: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, arrays: dict[str, Any], parameters: dict[str, Any]) -> None:
         self.folder, self.parameters = folder, parameters
-        self.frames, self.audio, self.flow, self.waveform = (arrays[name] for name in _ARRAYS)
+        self._arrays = arrays
+        self.frames: np.ndarray = arrays["frames"]
+        self.audio, self.flow, self.waveform = (arrays.get(name) for name in ("audio", "flow", "waveform"))
 
     @classmethod
     def open(cls, folder: str | Path) -> ClipStore:
@@ -68,22 +92,20 @@ class ClipStore:
         whose arrays differ from its index.
         """
         folder = Path(folder)
-        try:
-            index = json.loads((folder / _INDEX).read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder}: not a clip store, {_INDEX} cannot be read ({error})") from None
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise InputError(f"{folder}: not a clip store, {_INDEX} does not say format={FORMAT!r}")
-        if index.get("version") != FORMAT_VERSION:
-            raise InputError(f"{folder}: clip store of version {index.get('version')}, expected {FORMAT_VERSION}")
+        index = read_index(folder, FORMAT, FORMAT_VERSION)
+        listed = index.get("arrays", {})
+        if "frames" not in listed or not {"audio", "waveform"} & listed.keys() or not listed.keys() <= _ARRAYS.keys():
+            raise InputError(
+                f"{folder}: {_INDEX} lists the arrays {sorted(listed)}, expected frames, and audio or waveform"
+            )
         arrays = {}
-        for name in _ARRAYS:
+        for name, expected in listed.items():
             path = folder / f"{name}.npy"
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise InputError(f"{path}: cannot be read, missing or truncated ({error})") from None
-            found, expected = {"dtype": array.dtype.str, "shape": list(array.shape)}, index.get("arrays", {}).get(name)
+            found = {"dtype": array.dtype.str, "shape": list(array.shape)}
             if found != expected:
                 raise InputError(f"{path}: holds {found}, expected {expected} from {_INDEX}")
             arrays[name] = array
@@ -97,17 +119,29 @@ class ClipStore:
         """Frames per clip."""
         return self.frames.shape[1]
 
-    def batch(
-        self,
-        clips: Sequence[int] | np.ndarray,
-        starts: Sequence[int] | np.ndarray,
-        length: int,
-        device: torch.device | str = "cpu",
-    ) -> Batch:
-        """Windows of `length` frames: window i is clip clips[i] from frame starts[i] (counted from 0).
+    @property
+    def audio_shape(self) -> tuple[int, int]:
+        """(F, S) of a frame's spectrogram."""
+        return self._spectrogram.shape if self.audio is None else self.audio.shape[3:]
 
-        The stored types travel to the device and are converted there. flow[:, 0] is 0: a window's first frame has no
-        predecessor. Raises ValueError for different lengths or a window outside its clip.
+    @property
+    def _spectrogram(self) -> SpectrogramConfig:
+        return SpectrogramConfig(**self.parameters["spectrogram"])
+
+    def cached(self, where: Literal["none", "ram", "device"], device: torch.device | str = "cpu") -> ClipStore:
+        """The same store with what `gather` reads mapped from the disk, copied into memory, or put on the device."""
+        if where == "none":
+            return self
+        read = {name: array for name, array in self._arrays.items() if name != "waveform" or self.audio is None}
+        copies: dict[str, Any] = {name: np.array(array) for name, array in read.items()}
+        if where == "device":
+            copies = {name: torch.from_numpy(array).to(device) for name, array in copies.items()}
+        return ClipStore(self.folder, copies, self.parameters)
+
+    def gather(self, clips: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray, length: int) -> Windows:
+        """Windows of `length` frames as stored: window i is clip clips[i] from frame starts[i] (counted from 0).
+
+        Raises ValueError for different lengths or a window outside its clip.
         """
         if len(clips) != len(starts) or not len(clips) or length < 1:
             raise ValueError(f"clips, starts, length: {len(clips)} clips, {len(starts)} starts, length={length}")
@@ -118,13 +152,70 @@ class ClipStore:
                     f"{self.clip_frames} frames"
                 )
 
-        def gather(array: np.ndarray) -> Tensor:
-            windows = [array[clip, start : start + length] for clip, start in zip(clips, starts, strict=True)]
-            return torch.from_numpy(np.stack(windows)).to(device)
+        def take(array: Any, unit: int = 1) -> Tensor | None:
+            if array is None:
+                return None
+            windows = [array[c, s * unit : (s + length) * unit] for c, s in zip(clips, starts, strict=True)]
+            return torch.stack(windows) if isinstance(array, Tensor) else torch.from_numpy(np.stack(windows))
 
-        flow = gather(self.flow).float()
-        flow[:, 0] = 0
-        return Batch(gather(self.frames).float() / 255, gather(self.audio), flow)
+        waveform = None if self.audio is not None else self.waveform
+        samples = 0 if waveform is None else waveform.shape[1] // self.clip_frames
+        frames = take(self.frames)
+        assert frames is not None
+        return Windows(frames, take(self.audio), take(self.flow), take(waveform, samples))
+
+    def convert(self, windows: Windows) -> Batch:
+        """Gathered windows as a batch, on the device they are on; flow[:, 0] is 0: a window's first frame has no
+        predecessor."""
+        audio = windows.audio
+        if audio is None:
+            assert windows.waveform is not None
+            audio = spectrogram(windows.waveform, self._spectrogram)
+        if windows.flow is None:
+            flow = tvl1_flow(windows.frames, preset=self.parameters["flow"]["preset"])
+        else:
+            flow = windows.flow.float()
+            flow[:, 0] = 0
+        return Batch(windows.frames.float() / 255, audio, flow)
+
+    def batch(
+        self,
+        clips: Sequence[int] | np.ndarray,
+        starts: Sequence[int] | np.ndarray,
+        length: int,
+        device: torch.device | str = "cpu",
+    ) -> Batch:
+        """`gather`, then `convert`: the stored types travel to the device and are converted there."""
+        return self.convert(self.gather(clips, starts, length).moved(lambda part: part.to(device)))
+
+    def batches(
+        self, keys: Iterable[tuple[np.ndarray, np.ndarray]], length: int, device: torch.device
+    ) -> Generator[Batch, None, None]:
+        """The batches of many (clips, starts), in their order. For a GPU a thread gathers the next one into pinned
+        memory in the meantime; close the iterator to end it."""
+        gathered = (self.gather(clips, starts, length) for clips, starts in keys)
+        if device.type != "cuda" or isinstance(self.frames, Tensor):
+            yield from (self.convert(windows.moved(lambda part: part.to(device))) for windows in gathered)
+            return
+        with closing(ahead(windows.moved(Tensor.pin_memory) for windows in gathered)) as pinned:
+            for windows in pinned:
+                yield self.convert(windows.moved(lambda part: part.to(device, non_blocking=True)))
+
+
+def read_index(folder: Path, kind: str, version: int) -> dict[str, Any]:
+    """The index.json of a folder that avfast has made. Raises InputError, one line, where there is none, or a damaged
+    one, or one of another format or version."""
+    try:
+        index = json.loads((folder / _INDEX).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: not a {_KINDS[kind]}, {_INDEX} cannot be read ({error})") from None
+    if not isinstance(index, dict) or index.get("format") != kind:
+        raise InputError(f"{folder}: not a {_KINDS[kind]}, {_INDEX} does not say format={kind!r}")
+    found = index.get("version")
+    if found != version:
+        newer = " (a newer avfast has written it)" if isinstance(found, int) and found > version else ""
+        raise InputError(f"{folder}: {_KINDS[kind]} of version {found}, expected {version}{newer}")
+    return index
 
 
 def training_mean_image(store: ClipStore) -> Tensor:
@@ -140,11 +231,11 @@ def write_store(
 ) -> ClipStore:
     """Write chunks of clips, one after another, as a clip store and open it.
 
-    Each chunk holds the four arrays of `ClipStore` for some of the `clips` clips. The work happens in a hidden folder
-    next to `folder` which is renamed at the end, so `folder` is never half made; where another process was first, its
-    result is used. Raises InputError, one line, for a full disk or an unwritable folder, and ValueError for chunks
-    that do not fit. Whatever is raised, the unfinished folder is removed; what a killed process left is removed by the
-    next build of the same store on the same host.
+    Each chunk holds the same arrays of `ClipStore`, all four or fewer, for some of the `clips` clips. The work happens
+    in a hidden folder next to `folder` which is renamed at the end, so `folder` is never half made; where another
+    process was first, its result is used. Raises InputError, one line, for a full disk or an unwritable folder, and
+    ValueError for chunks that do not fit. Whatever is raised, the unfinished folder is removed; what a killed process
+    left is removed by the next build of the same store on the same host.
     """
     folder = Path(folder)
     work = None
@@ -199,26 +290,26 @@ def _lives(process: int) -> bool:
 
 
 def _write_arrays(folder: Path, clips: int, chunks: Iterable[dict[str, np.ndarray]]) -> dict[str, tuple[int, ...]]:
-    """Append every chunk to the four files; the shape of each array."""
+    """Append every chunk to the files of its arrays; the shape of each array."""
     shapes: dict[str, tuple[int, ...]] = {}
     written = 0
     with ExitStack() as stack:
-        # plain writes: a full disk is an OSError here, and a killed process when writing through a memory map
-        files: dict[str, BinaryIO] = {name: stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in _ARRAYS}
+        append: dict[str, Callable[[np.ndarray], None]] = {}
         for chunk in chunks:
             count = len(chunk["frames"])
-            for name, (dtype, ndim) in _ARRAYS.items():
-                array = chunk[name]
+            for name, array in chunk.items():
+                dtype, ndim = _ARRAYS[name]
                 if name not in shapes:
                     shapes[name] = (clips, *array.shape[1:])
-                    header = {"descr": dtype, "fortran_order": False, "shape": shapes[name]}
-                    np.lib.format.write_array_header_1_0(files[name], header)
+                    append[name] = stack.enter_context(npy_appender(folder / f"{name}.npy"))
                 if array.dtype != dtype or array.ndim != ndim or array.shape != (count, *shapes[name][1:]):
                     raise ValueError(
                         f"chunk[{name!r}] is {array.dtype} {array.shape}: expected {np.dtype(dtype)} "
                         f"{(count, *shapes[name][1:])} of {ndim} dimensions"
                     )
-                files[name].write(np.ascontiguousarray(array, dtype).data)
+                append[name](np.ascontiguousarray(array, dtype))
+            if chunk.keys() != shapes.keys():
+                raise ValueError(f"a chunk holds {sorted(chunk)}: expected {sorted(shapes)} as in the first one")
             written += count
     if written != clips:
         raise ValueError(f"chunks hold {written} clips: expected {clips}")
@@ -265,9 +356,3 @@ def load_mmnist(
                 progress(first + len(clips.frames), len(source))
 
     return write_store(folder, len(source), build(), parameters)
-
-
-def load_split(run: TrainConfig, split: Split, *, quiet: bool = False) -> ClipStore:
-    """One split of a run's data set, from its cache or built into it with progress shown; raises as `load_mmnist`."""
-    with Progress(f"data set, {split}", quiet=quiet) as progress:
-        return load_mmnist(run.data, split, run.data_cache, flow_preset=run.flow_preset, progress=progress.update)

@@ -1,0 +1,168 @@
+"""Clips out of videos with sound: frames at a steady rate, and to each frame the sound that begins with it.
+
+Time is the file's own clock throughout. Frame j of a clip that starts `start` seconds after the film's first frame
+stands for the time first + start + j / fps and is the film's frame nearest to it, by timestamps. fps is that of the
+settings, or the film's own mean rate where that is lower: a film of 24 frames a second stretched to 30 would teach a
+stutter.
+
+The sound of a frame is the `samples_per_frame` samples that begin at the frame's own time, rounded to whole samples
+frame by frame, so that no drift builds up where a frame is not a whole number of samples long. `samples_per_frame` is
+round(sample_rate / fps) of the settings, for slower films too: every film gives spectrograms of one shape, and of a
+slower one the sound between two windows goes unheard (at 24 frames a second and settings of 30, a fifth).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avfast.audio import SpectrogramConfig
+from avfast.config import InputError
+from avfast.sound import Samples, SoundTrack
+from avfast.video import Pixels, probe_video, read_video
+
+# encoders cut the sound a little short of the last frame: this many seconds without it are silence, more are an error
+_SOUND_SLACK = 0.1
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """How clips are read out of videos: everything that decides their bytes."""
+
+    fps: float = 30.0
+    """Frames per second; of a slower film its own rate."""
+    size: tuple[int, int] = (64, 64)
+    """Width and height, multiples of 16."""
+    fit: Literal["crop", "letterbox"] = "crop"
+    """Other proportions lose their edges evenly, or stand between black bars."""
+    channels: Literal[1, 3] = 3
+    """RGB, or 1 for grey."""
+    sample_rate: int = 22_050
+    """Samples of sound per second; mono."""
+    n_fft: int = 88
+    """Length of the spectrogram's window and transform, in samples."""
+    hop: int = 44
+    """Samples between the spectrogram's columns."""
+    spectrogram_scale: float = 16.0
+    """The magnitude that becomes 1, larger ones are clamped; n_fft / 2 is never exceeded. Speech, music and effects of
+    five films reached 7.7 to 14.4."""
+
+    @property
+    def spectrogram(self) -> SpectrogramConfig:
+        """45 x 17 per frame by default."""
+        samples = round(self.sample_rate / self.fps)
+        return SpectrogramConfig(self.sample_rate, samples, self.n_fft, self.hop, self.spectrogram_scale)
+
+    @property
+    def samples_per_frame(self) -> int:
+        """Samples of sound that belong to a frame."""
+        return self.spectrogram.samples_per_frame
+
+    def check(self) -> None:
+        """Raise InputError for values that cannot work."""
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise InputError(f"fps is {self.fps}, expected a positive number")
+        if min(self.size) < 16 or any(side % 16 for side in self.size):
+            raise InputError(f"size is {' '.join(map(str, self.size))}, expected multiples of 16")
+        try:
+            _ = self.spectrogram
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+class VideoClip(NamedTuple):
+    """T frames of a film with their sound."""
+
+    frames: Pixels
+    """(T,C,H,W) uint8."""
+    waveform: Samples
+    """(T * samples_per_frame,) int16: the frames' windows one after another."""
+    fps: float
+    """Rate of the frames: the settings', or the film's own where it is lower."""
+    times: NDArray[np.float64]
+    """(T,) seconds on the file's clock."""
+
+
+def read_clip(path: str | Path, settings: ClipSettings, *, start: float = 0.0, frames: int) -> VideoClip:
+    """The clip of `frames` frames that starts `start` seconds after the film's first frame.
+
+    Raises InputError for a file that cannot be read, without video or sound, or whose video or sound is too short.
+    """
+    with closing(iter_clips(path, settings, frames=frames, start=start)) as clips:
+        clip = next(clips, None)
+    if clip is None:
+        raise InputError(f"{path}: too short, its video or its sound ends before {frames} frames from {start:g} s")
+    return clip
+
+
+def iter_clips(
+    path: str | Path, settings: ClipSettings, *, frames: int, start: float = 0.0
+) -> Generator[VideoClip, None, None]:
+    """Consecutive clips of `frames` frames, from `start` seconds after the film's first frame on, without overlap; what
+    is left at the end and does not fill a clip, or has no sound, is left out. Holds one clip, whatever the film's
+    length.
+
+    Raises InputError, while it is iterated, for a file that cannot be read to its end or has no sound track.
+    """
+    settings.check()
+    if frames < 1 or not start >= 0:
+        raise ValueError(f"frames is {frames} and start {start}: expected at least 1 frame and 0 seconds")
+    fps = film_rate(path, settings)
+    with SoundTrack(path, settings.sample_rate) as track:
+        film = read_video(path, fps=fps, start=start, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
+        images: list[Pixels] = []
+        times: list[float] = []
+        for frame in film:
+            assert frame.time is not None
+            images.append(frame.image)
+            times.append(frame.time)
+            if len(images) == frames:
+                waveform = _windows(track, settings, times)
+                if waveform is not None:
+                    yield VideoClip(planes(images), waveform, fps, np.array(times))
+                images, times = [], []
+
+
+def film_rate(path: str | Path, settings: ClipSettings) -> float:
+    """Frames per second at which a film's clips are read. Raises InputError where it cannot be opened as a video."""
+    own = probe_video(path).fps
+    return settings.fps if own is None else min(settings.fps, own)
+
+
+def sound_windows(path: str | Path, settings: ClipSettings, times: NDArray[np.float64]) -> Samples:
+    """(T * samples_per_frame,) int16: the windows that begin at T increasing times on the file's clock, out of a film
+    or a sound file.
+
+    Raises InputError as `read_sound` does, and where the track ends before the last window.
+    """
+    with SoundTrack(path, settings.sample_rate) as track:
+        waveform = _windows(track, settings, list(times))
+        if waveform is None:
+            rate = settings.sample_rate
+            covered = np.rint(times * rate) + settings.samples_per_frame <= track.end + _SOUND_SLACK * rate
+            raise InputError(
+                f"{path}: its sound ends at {track.end / rate:.2f} s, {times[-1]:.2f} s and a frame are wanted: "
+                f"it covers {covered.sum()} of {len(times)} frames"
+            )
+    return waveform
+
+
+def _windows(track: SoundTrack, settings: ClipSettings, times: list[float]) -> Samples | None:
+    """The windows that begin at these times; None where the track ends more than a little before the last one does."""
+    count, rate = settings.samples_per_frame, settings.sample_rate
+    windows = np.concatenate([track.window(round(time * rate), count) for time in times])
+    covered = track.end + _SOUND_SLACK * rate >= round(times[-1] * rate) + count
+    return windows if covered else None
+
+
+def planes(images: list[Pixels]) -> Pixels:
+    """Frames (T,C,H,W) of T images (H,W,3) or (H,W)."""
+    frames = np.stack(images)
+    return frames[:, None] if frames.ndim == 3 else np.ascontiguousarray(frames.transpose(0, 3, 1, 2))

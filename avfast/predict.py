@@ -1,0 +1,325 @@
+"""The future of videos, predicted from their first frames and their whole sound: films, pictures and arrays.
+
+    python -m avfast.predict clip.mp4 --checkpoint runs/mmnist-demo
+    avfast predict clips/ --checkpoint runs/mmnist-demo/last --horizon 60
+
+Frames are read as the run's own data was: its rate, size, channels and spectrogram. For every video a folder appears,
+once everything in it is there:
+
+    predictions/clip/film.mp4 film.gif        true | predicted, the film with the sound that was heard
+    predictions/clip/flow.mp4                 the same for the flow, in colours
+    predictions/clip/strip.png curves.png     frames, flow and spectrogram over time; scores per frame
+    predictions/clip/frames.npy flow.npy      predicted: (P,C,H,W) in [0,1], (P,2,H,W) backward, pixels; float32
+    predictions/clip/true_frames.npy          (T',C,H,W) uint8, the given ones first; T' = K + P, or where the film ends
+    predictions/clip/prediction.json          every setting, and the scores where there are true frames
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from avfast import __version__, plots
+from avfast.audio import spectrogram
+from avfast.cli import print_failures
+from avfast.config import InputError, TrainConfig, choose_device, parse
+from avfast.data.clips import ClipSettings, film_rate, planes, sound_windows
+from avfast.data.mmnist import mmnist_spectrogram
+from avfast.data.store import Batch
+from avfast.env import commit
+from avfast.evaluate import Prediction, Predictor, copy_last_flow, repeat_last, score
+from avfast.files import publish
+from avfast.flow import tvl1_flow
+from avfast.hearing import Hearing, check_hearing, describe, heard, other_clip
+from avfast.inputs import Item, find_items, settle_failures
+from avfast.metrics import MetricResult, ProtocolName, get_protocol
+from avfast.model import AVModel, Rollout
+from avfast.pipeline import ahead
+from avfast.progress import Progress
+from avfast.report import refresh_report
+from avfast.runs import load_run_config, read_data_parameters, resolve_checkpoint
+from avfast.sound import Samples, SoundTrack, read_sound
+from avfast.tables import finite
+from avfast.video import read_video, video_writer
+
+MARKER = "prediction.json"
+# of the sound in the films, whatever the model hears
+_FILM_RATE = 44_100
+# more columns than this make a strip too wide to look at
+_STRIP_FRAMES = 20
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Predict the future of videos from their first frames and their sound."""
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="VIDEO")] = ()
+    """Videos with sound, folders of them, quoted globs, .txt files with one of these per line."""
+    checkpoint: str | None = None
+    """Run folder (its best checkpoint), RUN/last, RUN/best, or a checkpoint folder within a run."""
+    out: str = "predictions"
+    """Folder for the results: one folder per video, with -2, -3 ... where it exists already."""
+    horizon: int | None = None
+    """Frames to predict, as many as the sound covers at most; by default the run's eval-frames."""
+    sound: str | None = None
+    """Sound file or film whose sound is heard instead, from its beginning, for all videos."""
+    audio: Hearing = "own"
+    """What the model hears: the video's own sound (or --sound), `shuffled` that of another of the videos, `silent`
+    none, `shifted` its own, later by --shift frames and wrapped around."""
+    shift: int = 5
+    """Frames by which `shifted` sound comes later; below 0 earlier."""
+    protocol: ProtocolName = "paper"
+    """Definition of SSIM and PSNR."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`."""
+
+    def check(self) -> None:
+        """Raise InputError for values that cannot work together."""
+        if not self.inputs:
+            raise InputError("VIDEO is missing, expected videos, folders, globs or lists")
+        if self.checkpoint is None:
+            raise InputError("--checkpoint is missing, expected a run folder or a checkpoint")
+        if Path(self.out).exists() and not Path(self.out).is_dir():
+            raise InputError(f"out is {self.out}, which is not a folder")
+        if self.horizon is not None and self.horizon < 1:
+            raise InputError(f"horizon is {self.horizon}, expected at least 1")
+        if self.sound is not None and self.audio in ("shuffled", "silent"):
+            raise InputError(f"--sound {self.sound} would not be heard: audio is {self.audio}, expected own or shifted")
+        choose_device(self.device)
+
+
+class _Clip(NamedTuple):
+    """What is known of one video, on the CPU."""
+
+    item: Item
+    fps: float
+    start: float
+    """Time of the first frame on the file's clock."""
+    frames: np.ndarray
+    """(T',C,H,W) uint8, K <= T' <= T."""
+    audio: Tensor
+    """(T,1,F,S), as it is heard."""
+    sound: Path | None
+    """Where it comes from; None: silence."""
+    played: Samples
+    """The same at `_FILM_RATE`, for the films."""
+
+
+def clip_settings(checkpoint: Path, run: TrainConfig) -> ClipSettings:
+    """How videos are read for a checkpoint of a run: as the run's training data was.
+
+    Raises InputError where the run does not tell.
+    """
+    if run.dataset == "clips":
+        said = read_data_parameters(checkpoint)
+        settings = {field.name: said[field.name] for field in dataclasses.fields(ClipSettings)}
+        return ClipSettings(**settings | {"size": tuple(settings["size"])})
+    sound = mmnist_spectrogram(run.data.tone)
+    return ClipSettings(
+        fps=sound.sample_rate / sound.samples_per_frame,
+        size=(48, 48),
+        channels=run.model.image_channels,
+        sample_rate=sound.sample_rate,
+        n_fft=sound.n_fft,
+        hop=sound.hop,
+        spectrogram_scale=sound.scale,
+    )
+
+
+def predict(config: PredictConfig) -> dict[str, Any]:
+    """Predict every video of the inputs and write its folder, see PredictConfig and the module's docstring.
+
+    Returns `out`, `predictions`, a list of the contents of prediction.json with "folder" added, `seconds`, and
+    `failed`, a list of {"input", "reason"} that failed.json in `out` holds too. Raises InputError when nothing could be
+    done and for settings that do not work, OSError when the results cannot be written.
+    """
+    config.check()
+    predictor = _Predictor(config)
+    items, unusable = find_items(config.inputs, MARKER)
+    films = [item for item in items if item.images is None]
+    if config.audio == "shuffled" and len(films) < 2:
+        raise InputError(f"audio is shuffled, which wants two videos or more, and there are {len(films)}")
+    failed = [{"input": text, "reason": reason} for text, reason in unusable.items()]
+    failed += [{"input": str(i.path), "reason": "images have no sound"} for i in items if i.images is not None]
+
+    began = time.monotonic()
+    predictions: list[dict[str, Any]] = []
+    with (
+        Progress("predicting, videos", total=len(films)) as progress,
+        closing(ahead(predictor.clips(films))) as clips,
+    ):
+        for done, (item, clip) in enumerate(clips, start=1):
+            if isinstance(clip, str):
+                failed.append({"input": str(item.path), "reason": clip.removeprefix(f"{item.path}: ")})
+            else:
+                predictions.append(predictor.predict(clip))
+            progress.update(done, len(films), item.name)
+    settle_failures(Path(config.out), failed, bool(predictions))
+    refresh_report(Path(config.out))
+    seconds = time.monotonic() - began
+    return {"out": config.out, "predictions": predictions, "seconds": seconds, "failed": failed}
+
+
+class _Predictor:
+    """A model with its run's way to read videos; a thread may read clips ahead while another predicts."""
+
+    def __init__(self, config: PredictConfig) -> None:
+        assert config.checkpoint is not None
+        checkpoint = resolve_checkpoint(config.checkpoint)
+        run = load_run_config(checkpoint)
+        self._config, self._run = config, run
+        self._k, self._total = run.context_frames, run.context_frames + (config.horizon or run.eval_frames)
+        check_hearing((config.audio,), config.shift, self._total)
+        self._settings = clip_settings(checkpoint, run)
+        self._device = torch.device(choose_device(config.device))
+        self._model = AVModel.from_pretrained(checkpoint, device=self._device)
+        self._about = {
+            "checkpoint": str(checkpoint.resolve()),
+            "given_frames": self._k,
+            "predicted_frames": self._total - self._k,
+            "audio": config.audio,
+            "audio_words": describe(config.audio, config.shift),
+            "reading": dataclasses.asdict(self._settings),
+            "flow_preset": run.flow_preset,
+            "protocol": {"name": config.protocol, "words": get_protocol(config.protocol).words},
+            "version": __version__,
+            "commit": commit(),
+        }
+
+    def clips(self, films: list[Item]) -> Iterator[tuple[Item, _Clip | str]]:
+        """Every video read, or the reason why it cannot be."""
+        for index, item in enumerate(films):
+            sound = item.path if self._config.sound is None else Path(self._config.sound)
+            if self._config.audio == "shuffled":
+                sound = films[other_clip(index, len(films))].path
+            try:
+                yield item, self._read(item, sound)
+            except InputError as error:
+                yield item, str(error)
+
+    def _read(self, item: Item, sound: Path) -> _Clip:
+        settings, hearing, shift = self._settings, self._config.audio, self._config.shift
+        fps = film_rate(item.path, settings)
+        film = read_video(item.path, fps=fps, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
+        frames = list(islice(film, self._total))
+        if len(frames) < self._k:
+            found = f"{len(frames)} frames at {fps:g} a second"
+            raise InputError(f"{item.path}: {found}, expected the {self._k} given ones at least")
+        start = frames[0].time
+        assert start is not None
+        seconds = self._total / fps
+        if hearing == "silent":
+            waveform = np.zeros(self._total * settings.samples_per_frame, np.int16)
+            played = np.zeros(round(seconds * _FILM_RATE), np.int16)
+        else:
+            # another sound from its own beginning, the film's from its first frame on
+            first = start if sound == item.path else _sound_start(sound, settings.sample_rate)
+            waveform = sound_windows(sound, settings, first + np.arange(self._total) / fps)
+            played = read_sound(sound, _FILM_RATE, start=first, seconds=seconds).samples
+        if hearing == "shifted":
+            played = np.roll(played, round(shift / fps * _FILM_RATE))
+        audio = heard(spectrogram(torch.from_numpy(waveform), settings.spectrogram), hearing, shift)
+        images = planes([frame.image for frame in frames])
+        return _Clip(item, fps, start, images, audio, None if hearing == "silent" else sound, played)
+
+    def predict(self, clip: _Clip) -> dict[str, Any]:
+        """Predict one video and write its folder; what prediction.json holds, and the folder."""
+        k = self._k
+        frames = torch.from_numpy(clip.frames).to(self._device)[None]
+        flow = tvl1_flow(frames, preset=self._run.flow_preset)
+        batch = Batch(frames.float() / 255, clip.audio.to(self._device)[None], flow)
+        rollout = self._model.predict(batch.frames[:, :k], flow[:, :k], batch.audio)
+        results = _scores(batch, rollout, k, self._config.protocol)
+        about = {
+            "video": str(clip.item.path),
+            "sound": None if clip.sound is None else str(clip.sound),
+            "fps": clip.fps,
+            "start_seconds": clip.start,
+            "true_frames": len(clip.frames),
+            **self._about,
+            "scores": {name: result.as_dict() for name, result in results.items()},
+        }
+        final = Path(self._config.out) / clip.item.name
+        unfinished = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        try:
+            unfinished.mkdir(parents=True)
+            _write(unfinished, clip, batch, rollout, results, k)
+            (unfinished / MARKER).write_text(json.dumps(finite(about), indent=2, allow_nan=False) + "\n")
+            folder = publish(unfinished, final)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return about | {"folder": str(folder)}
+
+
+def _sound_start(path: Path, rate: int) -> float:
+    """Time of a track's first sample on its file's clock."""
+    with SoundTrack(path, rate) as track:
+        return track.start / rate
+
+
+def _scores(batch: Batch, rollout: Rollout, k: int, protocol: ProtocolName) -> dict[str, MetricResult]:
+    """Of the predicted frames that have a true one, beside two predictors that need no training; none without."""
+    count = batch.frames.shape[1] - k
+    if not count:
+        return {}
+    predicted = Prediction(rollout.frames[:, :count], rollout.flow[:, :count])
+    predictors: dict[str, Predictor] = {
+        "predicted": lambda *_: predicted,
+        "repeat last frame": repeat_last,
+        "copy-last-flow": copy_last_flow,
+    }
+    return score([batch], predictors, k, protocol)
+
+
+def _write(folder: Path, clip: _Clip, batch: Batch, rollout: Rollout, results: dict[str, MetricResult], k: int) -> None:
+    true, true_flow = batch.frames[0].cpu(), batch.flow[0].cpu()
+    frames, flow = rollout.frames[0].cpu(), rollout.flow[0].cpu()
+    np.save(folder / "frames.npy", frames.numpy())
+    np.save(folder / "flow.npy", flow.numpy())
+    np.save(folder / "true_frames.npy", clip.frames)
+    films = {
+        "film.mp4": plots.film_frames(true, frames, context_frames=k),
+        "flow.mp4": plots.flow_film_frames(true_flow, flow, context_frames=k),
+    }
+    for name, pictures in films.items():
+        with video_writer(folder / name, clip.fps, (clip.played, _FILM_RATE)) as write:
+            for number, picture in enumerate(pictures):
+                write(picture, number / clip.fps)
+    plots.save_gif(folder / "film.gif", true, frames, context_frames=k, frames_per_second=clip.fps)
+    total = k + len(frames)
+    spread = np.linspace(1, total, min(total, _STRIP_FRAMES)).round().astype(int).tolist()
+    chosen = {*spread, k, k + 1}
+    plots.save_strip(folder / "strip.png", true, frames, true_flow, flow, clip.audio, context_frames=k, frames=chosen)
+    if results:
+        plots.save_metric_curves(
+            folder / "curves.png", results, context_frames=k, references=results.keys() - {"predicted"}
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    summary = predict(parse(PredictConfig, prog="avfast predict", argv=argv))
+    for done in summary["predictions"]:
+        scores = done["scores"].get("predicted")
+        quality = f", SSIM {scores['mean_ssim']:.3f}, PSNR {scores['mean_psnr']:.2f} dB" if scores else ""
+        print(f"{done['video']}: {done['predicted_frames']} frames predicted{quality}: {done['folder']}")
+    print_failures(summary["failed"])
+
+
+if __name__ == "__main__":
+    from avfast.cli import run_command
+
+    run_command(main)
