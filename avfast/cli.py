@@ -20,6 +20,7 @@ from avfast.config import InputError
 SUBCOMMANDS = {
     "train": "train both stages of the model on the built-in data set",
     "evaluate": "score runs, or anyone's predictions, as the paper's tables do",
+    "export": "write a trained model as ONNX, checked against PyTorch, for deployment",
     "flow": "TV-L1 flow of videos and image folders, into files",
     "env": "what this machine will use, and why",
 }

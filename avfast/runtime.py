@@ -263,7 +263,7 @@ class Stream:
             available["condensed"] = available["condensed"][:, t]
         if "vectors" in self._sound:
             available["vector"] = self._sound["vectors"][:, t - 1]
-        wanted = self._predictor.about["step_inputs"]
+        wanted = [port["name"] for port in self._predictor.about["inputs"]]
         out = self._run["step"]({name: available[name] for name in wanted})
         self._state = {name: out[f"next_{name}"] for name in ("hidden", "cell")}
         if t == self.given:

@@ -83,7 +83,7 @@ def test_unknown_subcommand_without_a_near_one(capsys: pytest.CaptureFixture[str
         main(["xylophone"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
-        "avfast: error: unknown subcommand 'xylophone', expected one of train, evaluate, flow, env\n"
+        "avfast: error: unknown subcommand 'xylophone', expected one of train, evaluate, export, flow, env\n"
     )
 
 

@@ -243,10 +243,7 @@ def load_mmnist(
     if flow_preset not in PRESETS:
         raise InputError(f"flow_preset={flow_preset!r}: expected one of {', '.join(PRESETS)}")
     source = MovingMNIST(config, split)
-    flow_parameters = {"preset": flow_preset, **dataclasses.asdict(PRESETS[flow_preset])}
-    parameters = {**source.parameters(), "flow": flow_parameters}
-    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cache) / f"mmnist-{split}-{digest}"
+    folder, parameters = _mmnist_place(source, split, cache, flow_preset)
     if folder.exists():
         return ClipStore.open(folder)
 
@@ -265,6 +262,20 @@ def load_mmnist(
                 progress(first + len(clips.frames), len(source))
 
     return write_store(folder, len(source), build(), parameters)
+
+
+def _mmnist_place(source: MovingMNIST, split: Split, cache: str | Path, flow_preset: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a split in a cache, and the parameters whose hash is in its name."""
+    flow_parameters = {"preset": flow_preset, **dataclasses.asdict(PRESETS[flow_preset])}
+    parameters = {**source.parameters(), "flow": flow_parameters}
+    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(cache) / f"mmnist-{split}-{digest}", parameters
+
+
+def built_split(run: TrainConfig, split: Split) -> ClipStore | None:
+    """One split of a run's data set where it has been built already, else None. Raises InputError as `load_mmnist`."""
+    folder, _ = _mmnist_place(MovingMNIST(run.data, split), split, run.data_cache, run.flow_preset)
+    return ClipStore.open(folder) if folder.exists() else None
 
 
 def load_split(run: TrainConfig, split: Split, *, quiet: bool = False) -> ClipStore:
