@@ -1,9 +1,9 @@
 """Write a trained model for deployment: `python -m avfast.export RUN --out model/`.
 
 The folder holds one file per graph of `avfast.graphs`: ONNX (run by `avfast.runtime`), torch.export programs, or
-AOTInductor packages, all of PyTorch's own ops alone. Every file says what it is: config, precision, versions, hash of the
-weights, and the meaning of each input and output. Before the folder gets its name a whole rollout is run through it and
-compared with PyTorch; where they differ too much nothing is left behind.
+AOTInductor packages, all of PyTorch's own ops alone. Every file says what it is: config, precision, versions, hash of
+the weights, and the meaning of each input and output. Before the folder gets its name a whole rollout is run through it
+and compared with PyTorch; where they differ too much nothing is left behind.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def export(config: ExportConfig) -> dict[str, float]:
     run = _run_config(checkpoint)
     if run is not None and run.model.refinement != model.config.refinement and not config.motion_only:
         raise InputError(
-            f"{checkpoint} is of the motion stage only, its run has refinement {run.model.refinement}: train stage car, "
-            "or give --motion-only"
+            f"{checkpoint} is of the motion stage only, its run has refinement {run.model.refinement}: "
+            "train stage car, or give --motion-only"
         )
     with Progress(f"export, {config.format} {config.precision}") as progress:
         differences = export_model(
@@ -121,7 +121,9 @@ def export_model(
         wrong = {name: value for name, value in differences.items() if not value <= limit}
         if wrong:
             listed = ", ".join(f"{name} by {value:.3g}" for name, value in wrong.items())
-            raise InputError(f"the exported graphs differ from PyTorch in {listed}, expected at most {limit:g}: not written")
+            raise InputError(
+                f"the exported graphs differ from PyTorch in {listed}, expected at most {limit:g}: not written"
+            )
     progress(len(graphs) + 1, len(graphs) + 1, "done")
     return differences
 

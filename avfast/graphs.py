@@ -1,6 +1,6 @@
 """The model cut into the five graphs that `avfast.export` writes and `avfast.runtime` runs.
 
-    audio     new sound windows, keys and values of the earlier ones -> audio vectors, condensed rows, all keys and values
+    audio     new sound windows, keys and values so far -> audio vectors, condensed rows, all keys and values
     observe   given frames and their flow, state -> state after them (E_m and the ConvLSTMs, no decoder)
     context   V_K -> z1..z4
     step      one step t of MME and CAR: (F_t, V_t), state, memory up to A_{t+1} -> F_{t+1}, V_{t+1}, state
@@ -12,7 +12,7 @@ convolutions and the hidden state are float16; images, flow, warp, the ConvLSTM'
 stay float32.
 
 Shape legend: B batch, C image channels, h w the feature maps' size, H W = 16h 16w, F S spectrogram, D = 128 feature
-channels, L ConvLSTM layers, N new frames or windows, P earlier windows, M memory tokens, K given frames, T frames in all.
+channels, L ConvLSTM layers, N new frames or windows, P earlier windows, M memory tokens, K given frames of T in all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops import scan
 from torch.export import Dim, ExportedProgram
@@ -122,7 +121,7 @@ class Graph(nn.Module):
         return recall(feature.float(), None, None, self.mme.recall.value(rows)[:, None]).to(feature.dtype)
 
     def _recall_tokens(self, feature: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Recall by attention, in float32: feature (B,N,D,h,w), key and value (B,M,D), visible (N,M) or None for all."""
+        """Recall by attention, in float32: feature (B,N,D,h,w), key and value (B,M,D), visible (N,M), None for all."""
         b, n, d, h, w = feature.shape
         query = self.mme.recall.query(feature.flatten(0, 1).float())
         query = query.unflatten(0, (b, n)).flatten(3).mT
@@ -342,7 +341,7 @@ class RolloutGraph(Graph):
             return [image, flow, hidden, cell, previous], [previous.clone(), flow.clone()]
 
         loop = scan if self.unroll is None else _unrolled
-        # frame K belongs to the first predicted step. Its feature stands first here, and is forgotten at once: onnxruntime
+        # frame K belongs to the first predicted step. Its feature stands first here, and is forgotten: onnxruntime
         # refuses a loop of no rounds, which K = 1 would be
         rounds = (torch.arange(given, device=frames.device) > 0).float()
         (hidden, cell), _ = loop(observe, [hidden, cell], [features.roll(1, 1).transpose(0, 1), rounds])
@@ -399,7 +398,7 @@ def border_warp(image: Tensor, flow: Tensor) -> Tensor:
 
 
 def trace(graph: Graph, sizes: dict[str, int]) -> ExportedProgram:
-    """A graph as a program of PyTorch's own ops alone, for any sizes. `sizes`: those of the example it is traced with."""
+    """A graph as a program of PyTorch's own ops alone, for any sizes. `sizes`: those of the example it is traced on."""
     shapes = list(graph.dynamic_shapes())
     named = len([p for p in inspect.signature(graph.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD])
     # arguments after a `*` are one tuple
@@ -411,7 +410,9 @@ def trace(graph: Graph, sizes: dict[str, int]) -> ExportedProgram:
         return program.run_decompositions({**torch.export.default_decompositions(), **DECOMPOSITIONS, **plain})
 
 
-def make_graphs(model: AVModel, dtype: torch.dtype = torch.float32, unroll: tuple[int, int] | None = None) -> list[Graph]:
+def make_graphs(
+    model: AVModel, dtype: torch.dtype = torch.float32, unroll: tuple[int, int] | None = None
+) -> list[Graph]:
     """The graphs that a model needs. They share one copy of it, with BatchNorm folded, in the given precision."""
     model = _typed(fold_batch_norms(model), dtype)
     kinds: list[Graph] = [] if model.config.motion == "v" else [AudioGraph(model)]
@@ -440,7 +441,7 @@ class _Folded(nn.Module):
 
 
 def fold_batch_norms(model: AVModel) -> AVModel:
-    """A copy of a model, in evaluation mode and without gradients, whose convolutions do what BatchNorm did after them."""
+    """A copy of a model, in evaluation mode and without gradients, whose convolutions do what BatchNorm did."""
     model = copy.deepcopy(model).eval().cpu()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -490,7 +491,7 @@ def _unrolled(step: Callable[..., Any], carry: list[Tensor], items: list[Tensor]
 
 
 def _dimension(size: str) -> tuple[int, str]:
-    """"16h" as (16, "h")."""
+    """ "16h" as (16, "h")."""
     times, name = re.fullmatch(r"(\d*)([A-Za-z]+)", size).groups()  # type: ignore[union-attr]
     return int(times or 1), name
 

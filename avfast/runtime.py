@@ -71,7 +71,9 @@ class Predictor:
         }
         self.device = sessions["step"].device
         if len(providers) > 1 and self.device == "cpu":
-            self.note = "onnxruntime could not load its CUDA provider: the CUDA and cuDNN libraries it needs are missing"
+            self.note = (
+                "onnxruntime could not load its CUDA provider: the CUDA and cuDNN libraries it needs are missing"
+            )
             if device == "cuda":
                 raise InputError(f"device is 'cuda', but {self.note}")
         self._set(sessions, {name: session.about for name, session in sessions.items()}, str(folder))
@@ -134,7 +136,9 @@ class Predictor:
         expected = "(B, K, C, H, W)" if ndim == 5 else "(B, C, H, W)"
         shape = _shape(name, images)
         if len(shape) != ndim or shape[-3] != channels or 0 in shape or shape[-2] % 16 or shape[-1] % 16:
-            raise ValueError(f"{name} has shape {shape}, expected {expected} with C = {channels}, H and W multiples of 16")
+            raise ValueError(
+                f"{name} has shape {shape}, expected {expected} with C = {channels}, H and W multiples of 16"
+            )
         if images.dtype == np.uint8:
             return images.astype(np.float32) / 255
         values = _finite(name, images)
@@ -152,15 +156,17 @@ class Predictor:
             return signals.spectrogram(sound, self.spectrogram)
         if len(shape) != 5 or shape[2:] != (1, *expected) or 0 in shape:
             waveform = f", or a waveform (B, T * {self.spectrogram.samples_per_frame})" if self.spectrogram else ""
-            raise ValueError(f"sound has shape {shape}, expected spectrograms (B, T, 1, {expected[0]}, {expected[1]}){waveform}")
+            raise ValueError(
+                f"sound has shape {shape}, expected spectrograms (B, T, 1, {expected[0]}, {expected[1]}){waveform}"
+            )
         return _finite("sound", sound)
 
 
 class Stream:
     """A batch of clips that grows by given frames and by sound, and predicts the frame that comes next.
 
-    Frames are numbered from 1. The state is that after the given frames, predicted ones are forgotten as soon as a given
-    one arrives. To predict frame t + 1, or to take in a frame after t, the sound of frame t + 1 must have been heard
+    Frames are numbered from 1. The state is that after the given frames: predicted ones are forgotten as soon as a
+    given one arrives. To predict frame t + 1, or to take in a frame after t, the sound of frame t + 1 must have been heard
     (models of the variant `v` hear none).
     """
 
@@ -210,7 +216,9 @@ class Stream:
         self._one_batch("frames", len(frames))
         b, n, _, h, w = frames.shape
         if self._last is not None and self._last.shape[-2:] != (h, w):
-            raise ValueError(f"frames are {h}x{w}, those before {self._last.shape[-2]}x{self._last.shape[-1]}: expected one size")
+            raise ValueError(
+                f"frames are {h}x{w}, those before {self._last.shape[-2]}x{self._last.shape[-1]}: expected one size"
+            )
         # every frame but the last one is taken in here
         self._need_sound(self.given + n - (0 if self.given or n > 1 else 1), "to take frames in")
         if flow is None:
@@ -227,13 +235,18 @@ class Stream:
             layers = self._config["convlstm_layers"]
             shape = (b, layers, FEATURES, h // 16, w // 16)
             half = self._predictor.about["precision"] == "fp16"
-            self._state = {"hidden": np.zeros(shape, np.float16 if half else np.float32), "cell": np.zeros(shape, np.float32)}
+            self._state = {
+                "hidden": np.zeros(shape, np.float16 if half else np.float32),
+                "cell": np.zeros(shape, np.float32),
+            }
         earlier, moved = frames[:, :-1], flow[:, :-1]
         if self._after_given is not None:
             self._state = self._after_given
         elif self.given:
             # the given frame before has not been taken in yet
-            earlier, moved = (np.concatenate((x[:, None], y), 1) for x, y in ((self._image, earlier), (self._flow, moved)))
+            earlier, moved = (
+                np.concatenate((x[:, None], y), 1) for x, y in ((self._image, earlier), (self._flow, moved))
+            )
         if earlier.shape[1]:
             self._observe(earlier, moved, first=self.given + n - earlier.shape[1])
         self.given += n

@@ -1,7 +1,7 @@
 """What the model is fed, as numpy arrays and without PyTorch: spectrograms, TV-L1 flow, and films with their sound.
 
-Each equals its counterpart in `avfast.audio`, `avfast.flow` and `avfast.video`; this is what `avfast.runtime` uses where
-nothing but onnxruntime, numpy and av is installed. Shape legend: B clips, T K frames, C channels, H W pixels, F S the
+Each equals its counterpart in `avfast.audio`, `avfast.flow` and `avfast.video`; this is what `avfast.runtime` uses
+where nothing but onnxruntime, numpy and av is installed. Shape legend: B clips, T K frames, C channels, H W pixels, F S the
 spectrogram of one frame.
 """
 
@@ -78,7 +78,9 @@ def _engine() -> type[_C]:  # type: ignore[valid-type]
     try:
         return importlib.import_module("avfast._C")  # type: ignore[return-value]
     except ImportError as error:
-        raise InputError(f"flow is missing, and to compute it avfast._C is needed, which does not load: {error}") from None
+        raise InputError(
+            f"flow is missing, and to compute it avfast._C is needed, which does not load: {error}"
+        ) from None
 
 
 def read_clip(

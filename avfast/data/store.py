@@ -264,7 +264,9 @@ def load_mmnist(
     return write_store(folder, len(source), build(), parameters)
 
 
-def _mmnist_place(source: MovingMNIST, split: Split, cache: str | Path, flow_preset: str) -> tuple[Path, dict[str, Any]]:
+def _mmnist_place(
+    source: MovingMNIST, split: Split, cache: str | Path, flow_preset: str
+) -> tuple[Path, dict[str, Any]]:
     """The folder of a split in a cache, and the parameters whose hash is in its name."""
     flow_parameters = {"preset": flow_preset, **dataclasses.asdict(PRESETS[flow_preset])}
     parameters = {**source.parameters(), "flow": flow_parameters}
