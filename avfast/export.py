@@ -262,7 +262,7 @@ def verify(
             frames, flow, audio = (x.numpy() for x in inputs)
             steps = unroll or expected.frames.shape[1]
             if given + steps <= audio.shape[1]:
-                session = runtime._Session(whole, ["CPUExecutionProvider"], None)
+                session = runtime.Session(whole, ["CPUExecutionProvider"], None)
                 out = session({"frames": frames, "flow": flow, "audio": audio[:, : given + steps]})
                 part = tuple(x[:, :steps] for x in expected)
                 rollout = runtime.Rollout(out["predicted_frames"], out["predicted_flow"])

@@ -55,6 +55,8 @@ class Predictor:
 
     about: dict[str, Any]
     """What the export says of itself: config, precision, hash of the weights, spectrogram, flow."""
+    graphs: Mapping[str, Run]
+    """The graphs by name; `about["inputs"]` and the like say what each takes."""
     device: str
     """Where it runs: "cpu" or "cuda"."""
     note: str | None
@@ -65,7 +67,7 @@ class Predictor:
     ) -> None:
         providers, self.note = _providers(device)
         sessions = {
-            name: _Session(Path(folder) / f"{name}.onnx", providers, threads)
+            name: Session(Path(folder) / f"{name}.onnx", providers, threads)
             for name in GRAPHS
             if name == "step" or (Path(folder) / f"{name}.onnx").exists()
         }
@@ -80,7 +82,7 @@ class Predictor:
 
     def _set(self, graphs: Mapping[str, Run], about: dict[str, dict[str, Any]], source: str) -> None:
         """Take graphs that belong together. Raises InputError where one is missing or of another export."""
-        self._graphs, self.about = graphs, about["step"]
+        self.graphs, self.about = graphs, about["step"]
         if self.about.get("format") != FORMAT:
             raise InputError(f"{source} is of format {self.about.get('format')}, this avfast runs format {FORMAT}")
         for name in self.about["graphs"]:
@@ -166,12 +168,12 @@ class Stream:
     """A batch of clips that grows by given frames and by sound, and predicts the frame that comes next.
 
     Frames are numbered from 1. The state is that after the given frames: predicted ones are forgotten as soon as a
-    given one arrives. To predict frame t + 1, or to take in a frame after t, the sound of frame t + 1 must have been heard
-    (models of the variant `v` hear none).
+    given one arrives. To predict frame t + 1, or to take in a frame after t, the sound of frame t + 1 must have been
+    heard (models of the variant `v` hear none).
     """
 
     def __init__(self, predictor: Predictor) -> None:
-        self._predictor, self._run = predictor, predictor._graphs
+        self._predictor, self._run = predictor, predictor.graphs
         self._config = predictor.config
         self.batch = 0
         """Clips, known from the first frame or sound on."""
@@ -248,7 +250,8 @@ class Stream:
                 np.concatenate((x[:, None], y), 1) for x, y in ((self._image, earlier), (self._flow, moved))
             )
         if earlier.shape[1]:
-            self._observe(earlier, moved, first=self.given + n - earlier.shape[1])
+            # all but the newest one, which the next step reads
+            self._observe(earlier, moved, first=self.given + n - 1 - earlier.shape[1])
         self.given += n
         self.newest = self.given
         self._image = self._previous = self._last = np.ascontiguousarray(frames[:, -1])
@@ -311,9 +314,9 @@ class Stream:
             raise ValueError(f"sound covers {self.heard} frames, expected {frames} or more {purpose}")
 
 
-class _Session:
-    """One ONNX file. On CUDA outputs stay on the device and are bound as they are where they come back as inputs
-    (written for CUDA, not measured there yet; the same path runs on the CPU in the tests)."""
+class Session:
+    """One ONNX file, called with inputs by name. On CUDA outputs stay on the device, and are bound where they come back
+    as inputs (written for CUDA, not measured there yet; the same path runs on the CPU in the tests)."""
 
     def __init__(self, path: Path, providers: list[str], threads: int | None, *, bind: bool | None = None) -> None:
         import onnxruntime

@@ -1,8 +1,9 @@
 """What the model is fed, as numpy arrays and without PyTorch: spectrograms, TV-L1 flow, and films with their sound.
 
 Each equals its counterpart in `avfast.audio`, `avfast.flow` and `avfast.video`; this is what `avfast.runtime` uses
-where nothing but onnxruntime, numpy and av is installed. Shape legend: B clips, T K frames, C channels, H W pixels, F S the
-spectrogram of one frame.
+where nothing but onnxruntime, numpy and av is installed.
+
+Shape legend: B clips, T K frames, C channels, H W pixels, F S the spectrogram of one frame.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def bench_step(model: AVModel, predictor: Predictor, batch: int, compare: Callab
     torch.manual_seed(0)
     values = graph.example(B=batch, M=6, h=3, w=3)
     feed = {port.name: value.numpy() for port, value in zip(graph.inputs, values, strict=True)}
-    run = predictor._graphs["step"]
+    run = predictor.graphs["step"]
     compiled = torch.compile(graph, dynamic=False)
     with torch.no_grad():
         for ours, eager, fast in zip(run(feed).values(), graph(*values), compiled(*values), strict=True):
