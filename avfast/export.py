@@ -169,11 +169,13 @@ def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, about: dict[
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"format onnx needs the extra `onnx` ({error}): pip install 'avfast[onnx]'") from None
-    names = {"input_names": [p.name for p in graph.inputs], "output_names": [p.name for p in graph.outputs]}
+    inputs, outputs = ([p.name for p in ports] for ports in (graph.inputs, graph.outputs))
     with warnings.catch_warnings():
         # about torchvision, which is not there and not needed, and about torch's own internals
         warnings.simplefilter("ignore")
-        converted = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
+        converted = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs, output_names=outputs
+        )
     assert converted is not None
     proto = converted.model_proto
     for values, ports in ((proto.graph.input, graph.inputs), (proto.graph.output, graph.outputs)):
@@ -207,7 +209,9 @@ class TorchPredictor(runtime.Predictor):
 
     def __init__(self, folder: str | Path) -> None:
         self.device, self.note = "cpu", None
-        graphs, about = {}, {}
+        graphs: dict[str, runtime.Run] = {}
+        about = {}
+        call: Callable[..., Any]
         for name in runtime.GRAPHS:
             if (path := Path(folder) / f"{name}{_SUFFIX['aoti']}").exists():
                 package = torch._inductor.aoti_load_package(str(path))
@@ -254,7 +258,7 @@ def verify(
     }
     if run is not None and (real := _real_inputs(run, given)) is not None:
         cases["real clips"] = real
-    found = {}
+    found: dict[str, float] = {}
     for name, inputs in cases.items():
         expected = model.predict(*inputs)
         found |= _differences(name, predictor.rollout(*(x.numpy() for x in inputs)), expected)
@@ -264,7 +268,7 @@ def verify(
             if given + steps <= audio.shape[1]:
                 session = runtime.Session(whole, ["CPUExecutionProvider"], None)
                 out = session({"frames": frames, "flow": flow, "audio": audio[:, : given + steps]})
-                part = tuple(x[:, :steps] for x in expected)
+                part = (expected.frames[:, :steps], expected.flow[:, :steps])
                 rollout = runtime.Rollout(out["predicted_frames"], out["predicted_flow"])
                 found |= _differences(f"{name}, rollout", rollout, part)
     return found

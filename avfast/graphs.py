@@ -116,6 +116,12 @@ class Graph(nn.Module):
         flow = self.mme.decoder(top)
         return backward_warp(image, flow), flow, hidden, cell
 
+    def _project(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of audio vectors, for recall by attention."""
+        key, value = self.mme.recall.project(vectors)
+        assert key is not None
+        return key, value
+
     def _recall_rows(self, feature: Tensor, rows: Tensor) -> Tensor:
         """Recall from one condensed row each: feature (B,D,h,w), rows (B,D)."""
         return recall(feature.float(), None, None, self.mme.recall.value(rows)[:, None]).to(feature.dtype)
@@ -123,6 +129,7 @@ class Graph(nn.Module):
     def _recall_tokens(self, feature: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
         """Recall by attention, in float32: feature (B,N,D,h,w), key and value (B,M,D), visible (N,M), None for all."""
         b, n, d, h, w = feature.shape
+        assert self.mme.recall.query is not None
         query = self.mme.recall.query(feature.flatten(0, 1).float())
         query = query.unflatten(0, (b, n)).flatten(3).mT
         mask = None if visible is None else visible[:, None]
@@ -153,7 +160,7 @@ class AudioGraph(Graph):
     def forward(self, windows: Tensor, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, ...]:
         vectors = self.mme.audio_encoder(windows)
         if self.config.motion == "v+recall":
-            key, value = self.mme.recall.project(vectors)
+            key, value = self._project(vectors)
             return vectors, torch.cat((past_key, key), 1), torch.cat((past_value, value), 1)
         query, key, value = self.mme.condense.qkv(vectors).chunk(3, dim=-1)
         key, value = torch.cat((past_key, key), 1), torch.cat((past_value, value), 1)
@@ -260,9 +267,9 @@ class StepGraph(Graph):
         image, flow, hidden, cell = self._move(image, flow, hidden, cell, recalled)
         if self.model.car is None:
             return image.clamp(0, 1), flow, image, hidden, cell
-        previous, *rest = rest
-        vector = rest.pop(0) if hears(self.model) else None
-        prediction = self.model.car.step(previous, flow, vector, rest or None, self.mme.encoder).clamp(0, 1)
+        previous, *contexts = rest
+        vector = contexts.pop(0) if hears(self.model) else None
+        prediction = self.model.car.step(previous, flow, vector, contexts or None, self.mme.encoder).clamp(0, 1)
         return prediction, flow, image, hidden, cell
 
 
@@ -291,15 +298,16 @@ class RolloutGraph(Graph):
 
     def forward(self, frames: Tensor, flow: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         given, total = frames.shape[1], audio.shape[1]
-        vectors = memory = None
+        vectors: Tensor | None = None
+        memory: tuple[Tensor, ...] = ()
         if self.config.motion != "v":
             vectors = self.mme.audio_encoder(audio)
-            memory = (self.mme.condense(vectors),) if self.config.motion == "mme" else self.mme.recall.project(vectors)
+            memory = (self.mme.condense(vectors),) if self.config.motion == "mme" else self._project(vectors)
         car = self.model.car
         contexts = car.context_encoder(frames[:, -1]) if car is not None and car.variant != "unet" else None
 
         features = self.mme.encoder(flow, frames)
-        if memory is not None:
+        if memory:
             rows = [m[:, 1 : given + 1] if self.config.motion == "mme" else m[:, : given + 1] for m in memory]
             features = self.observe.recalled(features, *rows)
         state = (*features.shape[:1], self.config.convlstm_layers, *features.shape[2:])
@@ -309,7 +317,6 @@ class RolloutGraph(Graph):
         # per step: the condensed row or which tokens are visible, and A_t's vector
         per_step = [torch.arange(given, total, device=frames.device)]
         if self.config.motion == "mme":
-            assert memory is not None
             per_step.append(memory[0][:, given:].transpose(0, 1))
         if vectors is not None and hears(self.model):
             per_step.append(vectors[:, given - 1 : -1].transpose(0, 1))
@@ -324,12 +331,13 @@ class RolloutGraph(Graph):
             number, *rows = item
 
             def recalled(feature: Tensor) -> Tensor:
-                if memory is None:
+                if not memory:
                     return feature
                 if self.config.motion == "mme":
                     return self._recall_rows(feature, rows[0])
                 visible = torch.arange(memory[0].shape[1], device=feature.device) <= number
-                return self._recall_tokens(feature[:, None], *memory, visible[None])[:, 0]
+                key, value = memory
+                return self._recall_tokens(feature[:, None], key, value, visible[None])[:, 0]
 
             image, flow, hidden, cell = self._move(image, flow, hidden, cell, recalled)
             if car is None:

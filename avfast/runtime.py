@@ -142,7 +142,7 @@ class Predictor:
                 f"{name} has shape {shape}, expected {expected} with C = {channels}, H and W multiples of 16"
             )
         if images.dtype == np.uint8:
-            return images.astype(np.float32) / 255
+            return images.astype(np.float32) / np.float32(255)
         values = _finite(name, images)
         if values.min() < 0 or values.max() > 1:
             raise ValueError(f"{name} holds values from {values.min():g} to {values.max():g}, expected [0, 1]")

