@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -113,7 +114,9 @@ def export_model(
         for done, graph in enumerate(graphs):
             progress(done, len(graphs) + 1, graph.name)
             own = {**about, "graph": graph.name, **_ports(graph)}
-            _WRITERS[config.format](graph, trace(graph, sizes), folder / f"{graph.name}{_SUFFIX[config.format]}", own)
+            with _quiet():
+                program = trace(graph, sizes)
+                _WRITERS[config.format](graph, program, folder / f"{graph.name}{_SUFFIX[config.format]}", own)
         progress(len(graphs), len(graphs) + 1, "comparing with PyTorch")
         differences = verify(folder, model, given=given, unroll=config.unroll, run=run)
         limit = TOLERANCE[config.precision]
@@ -126,6 +129,19 @@ def export_model(
             )
     progress(len(graphs) + 1, len(graphs) + 1, "done")
     return differences
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' warnings back: of torchvision, which is not needed, and of their own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _run_config(checkpoint: Path) -> TrainConfig | None:
@@ -170,12 +186,9 @@ def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, about: dict[
     except ImportError as error:
         raise InputError(f"format onnx needs the extra `onnx` ({error}): pip install 'avfast[onnx]'") from None
     inputs, outputs = ([p.name for p in ports] for ports in (graph.inputs, graph.outputs))
-    with warnings.catch_warnings():
-        # about torchvision, which is not there and not needed, and about torch's own internals
-        warnings.simplefilter("ignore")
-        converted = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs, output_names=outputs
-        )
+    converted = torch.onnx.export(
+        program, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs, output_names=outputs
+    )
     assert converted is not None
     proto = converted.model_proto
     for values, ports in ((proto.graph.input, graph.inputs), (proto.graph.output, graph.outputs)):

@@ -32,6 +32,8 @@ METADATA = "avfast"
 GRAPHS = ("audio", "context", "observe", "step")
 """The graphs that the runner uses, where a model has them; `rollout` is for other hosts."""
 FEATURES = 128
+_MEMORY: dict[str, tuple[str, ...]] = {"v": (), "mme": ("condensed",), "v+recall": ("key", "value")}
+"""What a step recalls from, by variant of motion."""
 
 Array = NDArray[Any]
 Run = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -92,6 +94,8 @@ class Predictor:
             if found.get("hash") != self.about["hash"] or found.get("precision") != self.about["precision"]:
                 raise InputError(f"{source}: {name}.onnx and step.onnx are of different exports")
         self.config = self.about["config"]
+        if self.config["motion"] not in _MEMORY:
+            raise InputError(f"{source} has motion {self.config['motion']!r}, expected one of {', '.join(_MEMORY)}")
         sound = self.about["spectrogram"]
         self.spectrogram = None if sound is None else SpectrogramConfig(**sound)
 
@@ -301,8 +305,7 @@ class Stream:
 
     def _memory(self, count: int) -> dict[str, Array]:
         """What a step recalls from once the sound of `count` frames has been heard."""
-        names = {"v": (), "mme": ("condensed",), "v+recall": ("key", "value")}[self._config["motion"]]
-        return {name: self._sound[name][:, :count] for name in names}
+        return {name: self._sound[name][:, :count] for name in _MEMORY[self._config["motion"]]}
 
     def _one_batch(self, name: str, batch: int) -> None:
         if self.batch and batch != self.batch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -165,15 +164,6 @@ def test_bad_requests_are_one_clear_line(random_model: MakeModel, tmp_path: Path
     assert not Path(out).exists()
 
 
-def scan_and_unrolled(tmp_path: Path, model: AVModel, **config: Any) -> None:
-    for unroll in (None, 4):
-        folder = tmp_path / f"unroll-{unroll}"
-        differences = export_model(model, folder, config=ExportConfig(unroll=unroll, **config))
-        assert any("rollout" in name for name in differences)
-        ops = {node.op_type for node in onnx.load(folder / "rollout.onnx").graph.node}
-        assert ("Scan" in ops) == (unroll is None)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("motion", ["v", "v+recall", "mme"])
 @pytest.mark.parametrize("refinement", ["none", "unet", "unet+context", "car"])
@@ -187,9 +177,14 @@ def test_every_variant(random_model: MakeModel, motion: str, refinement: str, pr
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("unroll", [None, 4])
 @pytest.mark.parametrize("motion", ["v", "v+recall", "mme"])
-def test_whole_rollout_in_one_graph(random_model: MakeModel, motion: str, tmp_path: Path):
-    scan_and_unrolled(tmp_path, random_model(motion=motion, refinement="none" if motion == "v" else "car"))
+def test_whole_rollout_in_one_graph(random_model: MakeModel, motion: str, unroll: int | None, tmp_path: Path):
+    model = random_model(motion=motion, refinement="none" if motion == "v" else "car")
+    differences = export_model(model, tmp_path / "model", config=ExportConfig(unroll=unroll))
+    assert any("rollout" in name for name in differences)
+    ops = {node.op_type for node in onnx.load(tmp_path / "model" / "rollout.onnx").graph.node}
+    assert ("Scan" in ops) == (unroll is None)
 
 
 @pytest.mark.slow

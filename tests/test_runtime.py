@@ -221,11 +221,27 @@ def test_graphs_of_different_exports_do_not_run_together(exported: tuple[Path, A
     (tmp_path / "model" / "context.onnx").unlink()
     with pytest.raises(InputError, match=r"lacks context.onnx"):
         Predictor(tmp_path / "model")
-    other = onnx.load(exported[0] / "context.onnx")
-    about = json.loads(other.metadata_props[0].value)
-    onnx.helper.set_model_props(other, {runtime.METADATA: json.dumps({**about, "hash": "another"})})
-    onnx.save(other, tmp_path / "model" / "context.onnx")
+    rewrite(exported[0] / "context.onnx", tmp_path / "model" / "context.onnx", hash="another")
     with pytest.raises(InputError, match=r"context.onnx and step.onnx are of different exports"):
+        Predictor(tmp_path / "model")
+
+
+def rewrite(source: Path, target: Path, **changes: Any) -> None:
+    """Copy a graph with other values in what it says of itself."""
+    graph = onnx.load(source)
+    about = json.loads(graph.metadata_props[0].value)
+    onnx.helper.set_model_props(graph, {runtime.METADATA: json.dumps({**about, **changes})})
+    onnx.save(graph, target)
+
+
+def test_exports_that_this_version_does_not_know(exported: tuple[Path, AVModel], predictor: Predictor, tmp_path: Path):
+    shutil.copytree(exported[0], tmp_path / "model")
+    step = tmp_path / "model" / "step.onnx"
+    rewrite(exported[0] / "step.onnx", step, format=99)
+    with pytest.raises(InputError, match="is of format 99, this avfast runs format 1"):
+        Predictor(tmp_path / "model")
+    rewrite(exported[0] / "step.onnx", step, config={**predictor.config, "motion": "telepathy"})
+    with pytest.raises(InputError, match="has motion 'telepathy', expected one of v, mme, v.recall"):
         Predictor(tmp_path / "model")
 
 
