@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ def spectrogram(waveform: Tensor, config: SpectrogramConfig) -> Tensor:
 
     Raises ValueError for another dtype or for a length that is not a positive multiple of samples_per_frame.
     """
+    # here: SpectrogramConfig serves avfast.runtime too, which works without PyTorch
+    import torch
+
     samples = config.samples_per_frame
     if waveform.dtype != torch.int16 and not waveform.is_floating_point():
         raise ValueError(f"waveform has dtype {waveform.dtype}: expected int16 or a floating type")

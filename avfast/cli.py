@@ -25,6 +25,7 @@ SUBCOMMANDS = {
     "prepare": "turn a folder of videos with sound into a data set",
     "predict": "the future of videos from their first frames and their sound: films, pictures, arrays",
     "report": "a run as one web page: curves, tables, pictures and films",
+    "export": "write a trained model as ONNX, checked against PyTorch, for deployment",
     "flow": "TV-L1 flow of videos and image folders, into files",
     "env": "what this machine will use, and why",
 }

@@ -123,16 +123,29 @@ class CAR(nn.Module):
         contexts = self.context_encoder(frame) if self.variant != "unet" else None
         outputs = []
         for t in range(flow.shape[1]):
-            affine = motion = None
-            if self.variant == "car":
-                affine = self.affine
-                motion = motion_encoder(flow[:, t : t + 1], frame[:, None])[:, 0].mean(dim=(-2, -1))
-                if audio is not None:
-                    motion = torch.cat((motion, audio[:, t]), dim=1)
-            warped = backward_warp(frame, flow[:, t])
-            outputs.append(warped + self.unet(warped, contexts, affine, motion))
+            vector = None if audio is None else audio[:, t]
+            outputs.append(self.step(frame, flow[:, t], vector, contexts, motion_encoder))
             frame = outputs[-1].clamp(0, 1)
         return torch.stack(outputs, dim=1)
+
+    def step(
+        self,
+        frame: Tensor,
+        flow: Tensor,
+        audio: Tensor | None,
+        contexts: list[Tensor] | None,
+        motion_encoder: MotionEncoder,
+    ) -> Tensor:
+        """One step: frame V_t (B,C,H,W), flow F_{t+1} (B,2,H,W), vector of A_t (B,D) or None, context features or None
+        -> V_{t+1} (B,C,H,W), not clamped."""
+        affine = motion = None
+        if self.variant == "car":
+            affine = self.affine
+            motion = motion_encoder(flow[:, None], frame[:, None])[:, 0].mean(dim=(-2, -1))
+            if audio is not None:
+                motion = torch.cat((motion, audio), dim=1)
+        warped = backward_warp(frame, flow)
+        return warped + self.unet(warped, contexts, affine, motion)
 
 
 class AVModel(nn.Module):

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import av
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from avfast.config import InputError
 from avfast.files import replacing
@@ -150,6 +148,11 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     h, w = image.shape[:2]
     # an axis at a time: OpenCV's area filter becomes nearest-like for both as soon as one of them grows
     smaller = min(h, height), min(w, width)
+    if (h, w) == (height, width):
+        return image
+    # here and below: reading a film at its own size needs neither OpenCV nor Pillow
+    import cv2
+
     if smaller != (h, w):
         image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA)
     if smaller != (height, width):
@@ -245,6 +248,8 @@ class _Fit:
         if (h, w) != self._first and self._size is None:
             raise InputError(f"{where} is {w}x{h} pixels, the first one {first_w}x{first_h}: give a size for all")
         if grey:
+            import cv2
+
             image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.uint8, copy=False)
         height, width = target_size(h, w, self._short_side, self._size)
         if self._mode == "letterbox":
@@ -377,6 +382,8 @@ def _upright(image: Pixels, a: int, b: int, c: int, d: int) -> Pixels:
 
 def _read_image(path: str | Path) -> Pixels:
     """RGB pixels (H,W,3)."""
+    from PIL import Image, ImageOps
+
     # not cv2.imread, which fills the missing half of a truncated JPEG with grey and says nothing
     try:
         with Image.open(path) as opened:

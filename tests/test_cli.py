@@ -84,7 +84,7 @@ def test_unknown_subcommand_without_a_near_one(capsys: pytest.CaptureFixture[str
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
         "avfast: error: unknown subcommand 'xylophone', expected one of "
-        "train, evaluate, prepare, predict, report, flow, env\n"
+        "train, evaluate, prepare, predict, report, export, flow, env\n"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from avfast.config import InputError, TrainConfig
 from avfast.data.digits import SPLITS, Split
-from avfast.data.store import DATASET_FORMAT, ClipStore, load_mmnist, read_index
+from avfast.data.store import DATASET_FORMAT, ClipStore, built_mmnist, load_mmnist, read_index
 from avfast.progress import Progress
 
 DATASET_VERSION = 1
@@ -94,6 +94,13 @@ def load_split(run: TrainConfig, split: Split, *, quiet: bool = False) -> ClipSt
         return store
     with Progress(f"data set, {split}", quiet=quiet) as progress:
         return load_mmnist(run.data, split, run.data_cache, flow_preset=run.flow_preset, progress=progress.update)
+
+
+def built_split(run: TrainConfig, split: Split) -> ClipStore | None:
+    """One split of a run's data set where it is there already, else None. Raises InputError as `load_split` does."""
+    if run.dataset == "clips":
+        return load_split(run, split)
+    return built_mmnist(run.data, split, run.data_cache, flow_preset=run.flow_preset)
 
 
 def _refuse_misfit(run: TrainConfig, store: ClipStore) -> None:

@@ -334,10 +334,7 @@ def load_mmnist(
     if flow_preset not in PRESETS:
         raise InputError(f"flow_preset={flow_preset!r}: expected one of {', '.join(PRESETS)}")
     source = MovingMNIST(config, split)
-    flow_parameters = {"preset": flow_preset, **dataclasses.asdict(PRESETS[flow_preset])}
-    parameters = {**source.parameters(), "flow": flow_parameters}
-    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cache) / f"mmnist-{split}-{digest}"
+    folder, parameters = _mmnist_place(source, split, cache, flow_preset)
     if folder.exists():
         return ClipStore.open(folder)
 
@@ -356,3 +353,19 @@ def load_mmnist(
                 progress(first + len(clips.frames), len(source))
 
     return write_store(folder, len(source), build(), parameters)
+
+
+def _mmnist_place(
+    source: MovingMNIST, split: Split, cache: str | Path, flow_preset: str
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of a split in a cache, and the parameters whose hash is in its name."""
+    flow_parameters = {"preset": flow_preset, **dataclasses.asdict(PRESETS[flow_preset])}
+    parameters = {**source.parameters(), "flow": flow_parameters}
+    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(cache) / f"mmnist-{split}-{digest}", parameters
+
+
+def built_mmnist(config: MMNISTConfig, split: Split, cache: str | Path, *, flow_preset: str) -> ClipStore | None:
+    """The same where it has been built into the cache already, else None. Raises InputError as `load_mmnist`."""
+    folder, _ = _mmnist_place(MovingMNIST(config, split), split, cache, flow_preset)
+    return ClipStore.open(folder) if folder.exists() else None

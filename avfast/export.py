@@ -1,0 +1,343 @@
+"""Write a trained model for deployment: `python -m avfast.export RUN --out model/`.
+
+The folder holds one file per graph of `avfast.graphs`: ONNX (run by `avfast.runtime`), torch.export programs, or
+AOTInductor packages, all of PyTorch's own ops alone. Every file says what it is: config, precision, versions, hash of
+the weights, and the meaning of each input and output. Before the folder gets its name a whole rollout is run through it
+and compared with PyTorch; where they differ too much nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from avfast import __version__, runtime
+from avfast.config import InputError, TrainConfig, parse
+from avfast.data.mmnist import mmnist_spectrogram
+from avfast.data.dataset import built_split
+from avfast.flow import PRESETS
+from avfast.graphs import Graph, Port, make_graphs, trace
+from avfast.model import AVModel
+from avfast.progress import Progress
+from avfast.runs import load_run_config, resolve_checkpoint
+
+Format = Literal["onnx", "pt2", "aoti"]
+OPSET = 18
+"""At 20, GridSample's version of it kept loops from loading in onnxruntime; 18 has every operator needed here."""
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+"""Largest difference of a frame's values (in [0,1]) over a rollout, and of flow, as a share of its largest value."""
+_SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".aoti.pt2"}
+_VERIFIED_STEPS = 30
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained model as ONNX, checked against PyTorch, for avfast.runtime and for other hosts."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ""
+    """Run folder (its best checkpoint, else the last) or checkpoint folder."""
+    out: str = "model"
+    """Folder to write; it must not exist."""
+    format: Format = "onnx"
+    """`onnx`; `pt2`, torch.export programs; `aoti`, compiled by AOTInductor for this machine's CPU."""
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """`fp16`: convolutions and hidden state in half precision; images, flow, warp and cell state stay fp32."""
+    rollout: bool = True
+    """Write rollout, the whole prediction in one graph, too. avfast.runtime does not need it."""
+    unroll: int | None = None
+    """Write rollout without loops, for exactly this many predicted frames and the run's context-frames."""
+    motion_only: bool = False
+    """Accept a checkpoint of the motion stage of a run that is to refine: its prediction is the warped frame."""
+
+
+def export(config: ExportConfig) -> dict[str, float]:
+    """Write the folder `out`. Returns the largest differences from PyTorch by name of what was compared.
+
+    Raises InputError for a run without a checkpoint or with one of the motion stage only, an existing `out`, and where
+    the exported graphs do not agree with PyTorch; nothing is left behind then.
+    """
+    if not config.run:
+        raise InputError("RUN is missing, expected a run folder or a checkpoint")
+    if config.unroll is not None and (config.unroll < 1 or not config.rollout):
+        raise InputError(f"unroll is {config.unroll}, expected at least 1 predicted frame, and not with --no-rollout")
+    checkpoint = resolve_checkpoint(config.run)
+    model = AVModel.from_pretrained(checkpoint)
+    run = _run_config(checkpoint)
+    if run is not None and run.model.refinement != model.config.refinement and not config.motion_only:
+        raise InputError(
+            f"{checkpoint} is of the motion stage only, its run has refinement {run.model.refinement}: "
+            "train stage car, or give --motion-only"
+        )
+    with Progress(f"export, {config.format} {config.precision}") as progress:
+        differences = export_model(
+            model, config.out, config=config, run=run, progress=lambda d, t, text: progress.update(d, t, text)
+        )
+        for name, value in differences.items():
+            progress.note(f"largest difference from PyTorch, {name}: {value:.2g}")
+    return differences
+
+
+def export_model(
+    model: AVModel,
+    out: str | Path,
+    *,
+    config: ExportConfig = ExportConfig(),
+    run: TrainConfig | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> dict[str, float]:
+    """`export` of a model in memory. run: what it was trained on, which tells the runner how to make spectrograms."""
+    given = 5 if run is None else run.context_frames
+    unroll = None if config.unroll is None else (given, config.unroll)
+    dtype = torch.float16 if config.precision == "fp16" else torch.float32
+    graphs = [g for g in make_graphs(model, dtype, unroll) if config.rollout or g.name != "rollout"]
+    about = _about(model, config, run, [g.name for g in graphs])
+    # an example in which no two sizes agree by chance
+    sizes = {"B": 2, "N": 3, "P": 4, "M": 6, "K": 3, "T": 7, "h": 2, "w": 3}
+    with _new_folder(Path(out)) as folder:
+        for done, graph in enumerate(graphs):
+            progress(done, len(graphs) + 1, graph.name)
+            own = {**about, "graph": graph.name, **_ports(graph)}
+            with _quiet():
+                program = trace(graph, sizes)
+                _WRITERS[config.format](graph, program, folder / f"{graph.name}{_SUFFIX[config.format]}", own)
+        progress(len(graphs), len(graphs) + 1, "comparing with PyTorch")
+        differences = verify(folder, model, given=given, unroll=config.unroll, run=run)
+        limit = TOLERANCE[config.precision]
+        # the negation catches NaN too
+        wrong = {name: value for name, value in differences.items() if not value <= limit}
+        if wrong:
+            listed = ", ".join(f"{name} by {value:.3g}" for name, value in wrong.items())
+            raise InputError(
+                f"the exported graphs differ from PyTorch in {listed}, expected at most {limit:g}: not written"
+            )
+    progress(len(graphs) + 1, len(graphs) + 1, "done")
+    return differences
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' warnings back: of torchvision, which is not needed, and of their own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _run_config(checkpoint: Path) -> TrainConfig | None:
+    try:
+        return load_run_config(checkpoint)
+    except InputError:
+        # a checkpoint alone is a model too; only the sound's and the flow's settings are not known then
+        return None
+
+
+def _about(model: AVModel, config: ExportConfig, run: TrainConfig | None, graphs: list[str]) -> dict[str, Any]:
+    """What every file of an export says of the whole."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {
+        "format": runtime.FORMAT,
+        "avfast": __version__,
+        "torch": torch.__version__,
+        "config": dataclasses.asdict(model.config),
+        "precision": config.precision,
+        "hash": digest.hexdigest(),
+        "graphs": graphs,
+        "spectrogram": None if run is None else dataclasses.asdict(mmnist_spectrogram(run.data.tone)),
+        "flow": dataclasses.asdict(PRESETS[TrainConfig().flow_preset if run is None else run.flow_preset]),
+    }
+
+
+def _ports(graph: Graph) -> dict[str, Any]:
+    def described(port: Port) -> dict[str, Any]:
+        dtype = "float16" if port.half and graph.dtype == torch.float16 else "float32"
+        return {"name": port.name, "shape": list(port.shape), "dtype": dtype, "meaning": port.meaning}
+
+    return {"inputs": [described(p) for p in graph.inputs], "outputs": [described(p) for p in graph.outputs]}
+
+
+def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"format onnx needs the extra `onnx` ({error}): pip install 'avfast[onnx]'") from None
+    inputs, outputs = ([p.name for p in ports] for ports in (graph.inputs, graph.outputs))
+    converted = torch.onnx.export(
+        program, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs, output_names=outputs
+    )
+    assert converted is not None
+    proto = converted.model_proto
+    for values, ports in ((proto.graph.input, graph.inputs), (proto.graph.output, graph.outputs)):
+        for value, port in zip(values, ports, strict=True):
+            for dim, size in zip(value.type.tensor_type.shape.dim, port.shape, strict=True):
+                if isinstance(size, str):
+                    dim.dim_param = size
+    # sizes within the graph are known by torch's names for them, which are gone now
+    del proto.graph.value_info[:]
+    proto.producer_name, proto.producer_version = "avfast", __version__
+    onnx.helper.set_model_props(proto, {runtime.METADATA: json.dumps(about)})
+    onnx.save(proto, path)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def _write_pt2(graph: Graph, program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
+    torch.export.save(program, path, extra_files={runtime.METADATA: json.dumps(about)})
+
+
+def _write_aoti(graph: Graph, program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
+    metadata = {"aot_inductor.metadata": {runtime.METADATA: json.dumps(about)}}
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=metadata)
+
+
+_WRITERS = {"onnx": _write_onnx, "pt2": _write_pt2, "aoti": _write_aoti}
+
+
+class TorchPredictor(runtime.Predictor):
+    """`runtime.Predictor` over torch.export programs or AOTInductor packages, whichever a folder holds."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.device, self.note = "cpu", None
+        graphs: dict[str, runtime.Run] = {}
+        about = {}
+        call: Callable[..., Any]
+        for name in runtime.GRAPHS:
+            if (path := Path(folder) / f"{name}{_SUFFIX['aoti']}").exists():
+                package = torch._inductor.aoti_load_package(str(path))
+                call, text = package, package.get_metadata()[runtime.METADATA]
+            elif (path := Path(folder) / f"{name}{_SUFFIX['pt2']}").exists():
+                extra = {runtime.METADATA: ""}
+                call, text = torch.export.load(path, extra_files=extra).module(), extra[runtime.METADATA]
+            else:
+                continue
+            about[name] = json.loads(text)
+            graphs[name] = _over_arrays(call, about[name])
+        if "step" not in graphs:
+            raise InputError(f"{folder} holds no exported model: step is missing")
+        self._set(graphs, about, str(folder))
+
+
+def _over_arrays(call: Callable[..., Any], about: dict[str, Any]) -> runtime.Run:
+    """A torch program as the runner calls graphs: arrays by name in, arrays by name out."""
+
+    def run(feed: Mapping[str, Any]) -> dict[str, Any]:
+        with torch.no_grad():
+            outputs = call(*(torch.from_numpy(np.array(feed[port["name"]])) for port in about["inputs"]))
+        return {port["name"]: x.numpy() for port, x in zip(about["outputs"], outputs, strict=True)}
+
+    return run
+
+
+def open_export(folder: str | Path) -> runtime.Predictor:
+    """The runner of an exported folder of any format, on the CPU."""
+    onnx = (Path(folder) / "step.onnx").exists()
+    return runtime.Predictor(folder, device="cpu") if onnx else TorchPredictor(folder)
+
+
+def verify(
+    folder: Path, model: AVModel, *, given: int = 5, unroll: int | None = None, run: TrainConfig | None = None
+) -> dict[str, float]:
+    """Largest differences between a folder's graphs and PyTorch over whole rollouts: on random inputs in two sizes that
+    are not those of the export, and on real clips where the run's data set is there. Of frames in their unit, of flow
+    relative to its largest value (at least 1 pixel)."""
+    predictor = open_export(folder)
+    cases = {
+        "random 1x48x48": _random_inputs(model, 1, given, 48, 48),
+        "random 3x64x80": _random_inputs(model, 3, given, 64, 80),
+    }
+    if run is not None and (real := _real_inputs(run, given)) is not None:
+        cases["real clips"] = real
+    found: dict[str, float] = {}
+    for name, inputs in cases.items():
+        expected = model.predict(*inputs)
+        found |= _differences(name, predictor.rollout(*(x.numpy() for x in inputs)), expected)
+        if (whole := folder / "rollout.onnx").exists():
+            frames, flow, audio = (x.numpy() for x in inputs)
+            steps = unroll or expected.frames.shape[1]
+            if given + steps <= audio.shape[1]:
+                session = runtime.Session(whole, ["CPUExecutionProvider"], None)
+                out = session({"frames": frames, "flow": flow, "audio": audio[:, : given + steps]})
+                part = (expected.frames[:, :steps], expected.flow[:, :steps])
+                rollout = runtime.Rollout(out["predicted_frames"], out["predicted_flow"])
+                found |= _differences(f"{name}, rollout", rollout, part)
+    return found
+
+
+def _random_inputs(model: AVModel, batch: int, given: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.rand(batch, given, model.config.image_channels, height, width, generator=generator)
+    flow = 2 * torch.randn(batch, given, 2, height, width, generator=generator)
+    flow[:, 0] = 0
+    audio = torch.rand(batch, given + _VERIFIED_STEPS, 1, *model.config.audio_shape, generator=generator)
+    return frames, flow, audio
+
+
+def _real_inputs(run: TrainConfig, given: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Two test clips, where the run's test split has been built already."""
+    try:
+        store = built_split(run, "test")
+    except InputError:
+        # the digits have been moved since
+        return None
+    if store is None:
+        return None
+    clips = list(range(min(2, len(store))))
+    batch = store.batch(clips, [0] * len(clips), store.clip_frames)
+    return batch.frames[:, :given], batch.flow[:, :given], batch.audio
+
+
+def _differences(name: str, found: tuple[Any, Any], expected: tuple[Tensor, Tensor]) -> dict[str, float]:
+    frames, flow = (np.abs(a - b.numpy()).max() for a, b in zip(found, expected, strict=True))
+    return {f"{name}, frames": float(frames), f"{name}, flow": float(flow / max(1.0, expected[1].abs().max().item()))}
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path`, renamed to it when the block ends well and removed when it does not."""
+    if path.exists():
+        raise InputError(f"out is {path}, which exists already: expected a new folder")
+    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    work.mkdir(parents=True)
+    try:
+        yield work
+        os.rename(work, path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(ExportConfig, prog="avfast export", argv=argv)
+    began = time.monotonic()
+    export(config)
+    files = ", ".join(sorted(path.name for path in Path(config.out).iterdir()))
+    print(f"{config.out}: {files}, in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    from avfast.cli import run_command
+
+    run_command(main)

@@ -1,0 +1,411 @@
+"""Run an exported model with onnxruntime and numpy alone: no PyTorch is imported here.
+
+    from avfast.runtime import Predictor
+
+    predictor = Predictor("model/")
+    rollout = predictor.predict(frames, sound)  # frames (B,K,C,H,W), sound of T frames -> frames K+1..T
+
+`Predictor.stream()` does the same piece by piece: push frames and sound as they arrive, get the next frame at any time.
+The folder is what `python -m avfast.export RUN --out model/` writes. Shape legend: avfast.graphs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avfast import signals
+from avfast.audio import SpectrogramConfig
+from avfast.config import InputError
+
+FORMAT = 1
+"""Version of an exported folder. Raised whenever one written before could no longer be run."""
+METADATA = "avfast"
+"""Key under which a graph carries what it is, as JSON."""
+GRAPHS = ("audio", "context", "observe", "step")
+"""The graphs that the runner uses, where a model has them; `rollout` is for other hosts."""
+FEATURES = 128
+_MEMORY: dict[str, tuple[str, ...]] = {"v": (), "mme": ("condensed",), "v+recall": ("key", "value")}
+"""What a step recalls from, by variant of motion."""
+
+Array = NDArray[Any]
+Run = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""A graph: inputs by name -> outputs by name. What stays on a device passes through as it is."""
+
+
+class Rollout(NamedTuple):
+    """Frames (B,P,C,H,W) in [0,1] and backward flow (B,P,2,H,W) in pixels."""
+
+    frames: NDArray[np.float32]
+    flow: NDArray[np.float32]
+
+
+class Predictor:
+    """An exported model.
+
+    device: "cpu", "cuda", or "auto", which is CUDA where onnxruntime can use it. threads: CPU threads within an
+    operator, default all cores. Raises InputError for a folder that holds no whole model, and for "cuda" where it
+    cannot be used, with the reason.
+    """
+
+    about: dict[str, Any]
+    """What the export says of itself: config, precision, hash of the weights, spectrogram, flow."""
+    graphs: Mapping[str, Run]
+    """The graphs by name; `about["inputs"]` and the like say what each takes."""
+    device: str
+    """Where it runs: "cpu" or "cuda"."""
+    note: str | None
+    """Why "auto" did not choose CUDA, if it did not."""
+
+    def __init__(
+        self, folder: str | Path, *, device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = None
+    ) -> None:
+        providers, self.note = _providers(device)
+        sessions = {
+            name: Session(Path(folder) / f"{name}.onnx", providers, threads)
+            for name in GRAPHS
+            if name == "step" or (Path(folder) / f"{name}.onnx").exists()
+        }
+        self.device = sessions["step"].device
+        if len(providers) > 1 and self.device == "cpu":
+            self.note = (
+                "onnxruntime could not load its CUDA provider: the CUDA and cuDNN libraries it needs are missing"
+            )
+            if device == "cuda":
+                raise InputError(f"device is 'cuda', but {self.note}")
+        self._set(sessions, {name: session.about for name, session in sessions.items()}, str(folder))
+
+    def _set(self, graphs: Mapping[str, Run], about: dict[str, dict[str, Any]], source: str) -> None:
+        """Take graphs that belong together. Raises InputError where one is missing or of another export."""
+        self.graphs, self.about = graphs, about["step"]
+        if self.about.get("format") != FORMAT:
+            raise InputError(f"{source} is of format {self.about.get('format')}, this avfast runs format {FORMAT}")
+        for name in self.about["graphs"]:
+            if name in GRAPHS and name not in graphs:
+                raise InputError(f"{source} lacks {name}.onnx, which its step.onnx needs")
+        for name, found in about.items():
+            if found.get("hash") != self.about["hash"] or found.get("precision") != self.about["precision"]:
+                raise InputError(f"{source}: {name}.onnx and step.onnx are of different exports")
+        self.config = self.about["config"]
+        if self.config["motion"] not in _MEMORY:
+            raise InputError(f"{source} has motion {self.config['motion']!r}, expected one of {', '.join(_MEMORY)}")
+        sound = self.about["spectrogram"]
+        self.spectrogram = None if sound is None else SpectrogramConfig(**sound)
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second that the model was trained on, None where that is not known."""
+        sound = self.spectrogram
+        return None if sound is None else sound.sample_rate / sound.samples_per_frame
+
+    def predict(self, frames: Array, sound: Array, *, flow: Array | None = None) -> Rollout:
+        """Predict frames K+1..T from K given frames and the sound of all T.
+
+        frames (B,K,C,H,W): float in [0,1] or uint8, H and W multiples of 16. sound: spectrograms (B,T,1,F,S), or the
+        waveform (B, T * samples per frame), int16 or floating in [-1,1]. flow (B,K,2,H,W): backward, in pixels; without
+        it TV-L1 flow as in training. Raises ValueError naming the argument, its value and what was expected.
+        """
+        stream = self.stream()
+        frames = self._images("frames", frames, 5)
+        stream.hear(sound)
+        given, total = frames.shape[1], stream.heard
+        if stream.batch != len(frames):
+            raise ValueError(f"sound has {stream.batch} clips, frames has {len(frames)}: expected as many")
+        if total <= given:
+            raise ValueError(f"sound covers T = {total} frames, expected more than the K = {given} given frames")
+        stream.push(frames, flow)
+        steps = [stream.next() for _ in range(total - given)]
+        return Rollout(*(np.stack(column, axis=1) for column in zip(*steps, strict=True)))
+
+    def rollout(self, frames: Array, flow: Array, audio: Array) -> Rollout:
+        """`AVModel.predict` with its order of arguments, on arrays."""
+        return self.predict(frames, audio, flow=flow)
+
+    def stream(self) -> Stream:
+        """A clip, or a batch of clips, that grows."""
+        return Stream(self)
+
+    def flow(self, frames: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The flow that the model was trained on, of frames (B,T,C,H,W) in [0,1]."""
+        return signals.backward_flow(frames, self.about["flow"])
+
+    def _images(self, name: str, images: Array, ndim: int) -> NDArray[np.float32]:
+        """Images as float32 in [0,1]. Raises ValueError for what does not fit the model."""
+        channels = self.config["image_channels"]
+        expected = "(B, K, C, H, W)" if ndim == 5 else "(B, C, H, W)"
+        shape = _shape(name, images)
+        if len(shape) != ndim or shape[-3] != channels or 0 in shape or shape[-2] % 16 or shape[-1] % 16:
+            raise ValueError(
+                f"{name} has shape {shape}, expected {expected} with C = {channels}, H and W multiples of 16"
+            )
+        if images.dtype == np.uint8:
+            return images.astype(np.float32) / np.float32(255)
+        values = _finite(name, images)
+        if values.min() < 0 or values.max() > 1:
+            raise ValueError(f"{name} holds values from {values.min():g} to {values.max():g}, expected [0, 1]")
+        return values
+
+    def _windows(self, sound: Array) -> NDArray[np.float32]:
+        """Spectrograms (B,N,1,F,S) of a sound given either way."""
+        shape = _shape("sound", sound)
+        expected = tuple(self.config["audio_shape"])
+        if len(shape) == 2 and self.spectrogram is not None:
+            if sound.dtype != np.int16:
+                sound = _finite("sound", sound)
+            return signals.spectrogram(sound, self.spectrogram)
+        if len(shape) != 5 or shape[2:] != (1, *expected) or 0 in shape:
+            waveform = f", or a waveform (B, T * {self.spectrogram.samples_per_frame})" if self.spectrogram else ""
+            raise ValueError(
+                f"sound has shape {shape}, expected spectrograms (B, T, 1, {expected[0]}, {expected[1]}){waveform}"
+            )
+        return _finite("sound", sound)
+
+
+class Stream:
+    """A batch of clips that grows by given frames and by sound, and predicts the frame that comes next.
+
+    Frames are numbered from 1. The state is that after the given frames: predicted ones are forgotten as soon as a
+    given one arrives. To predict frame t + 1, or to take in a frame after t, the sound of frame t + 1 must have been
+    heard (models of the variant `v` hear none).
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor, self._run = predictor, predictor.graphs
+        self._config = predictor.config
+        self.batch = 0
+        """Clips, known from the first frame or sound on."""
+        self.heard = 0
+        """Frames whose sound has been heard."""
+        self.given = 0
+        """Frames that were pushed."""
+        self.newest = 0
+        """Frames that were pushed or predicted since."""
+        self._sound: dict[str, Array] = {}
+        self._state: dict[str, Any] = {}
+        self._image: Any = None
+        self._flow: Any = None
+        self._previous: Any = None
+        self._contexts: dict[str, Any] = {}
+        self._after_given: dict[str, Any] | None = None
+        self._last: NDArray[np.float32] | None = None
+
+    def hear(self, sound: Array) -> None:
+        """The sound of the next N frames: spectrograms (B,N,1,F,S), or a waveform (B, N * samples per frame)."""
+        windows = self._predictor._windows(sound)
+        self._one_batch("sound", len(windows))
+        self.heard += windows.shape[1]
+        if "audio" not in self._run:
+            return
+        empty = np.zeros((self.batch, 0, FEATURES), np.float32)
+        past = {name: self._sound.get(name, empty) for name in ("key", "value")}
+        feed = {"windows": windows, **{f"past_{name}": past[name] for name in past}}
+        # a few hundred numbers per frame, cut differently at every step: they stay with the host
+        new = {name: host(x) for name, x in self._run["audio"](feed).items()}
+        for name in ("vectors", "condensed"):
+            if name in new:
+                new[name] = np.concatenate((self._sound.get(name, empty), new[name]), axis=1)
+        self._sound = new
+
+    def push(self, frames: Array, flow: Array | None = None) -> None:
+        """Given frames that follow those before: (B,N,C,H,W) or one, (B,C,H,W). flow: theirs, (B,N,2,H,W) or (B,2,H,W),
+        to the given frame before; without it TV-L1 flow. Raises ValueError as `Predictor.predict` does."""
+        one = len(_shape("frames", frames)) == 4
+        frames = self._predictor._images("frames", frames, 4 if one else 5)
+        frames = frames[:, None] if one else frames
+        self._one_batch("frames", len(frames))
+        b, n, _, h, w = frames.shape
+        if self._last is not None and self._last.shape[-2:] != (h, w):
+            raise ValueError(
+                f"frames are {h}x{w}, those before {self._last.shape[-2]}x{self._last.shape[-1]}: expected one size"
+            )
+        # every frame but the last one is taken in here
+        self._need_sound(self.given + n - (0 if self.given or n > 1 else 1), "to take frames in")
+        if flow is None:
+            before = [] if self._last is None else [self._last[:, None]]
+            flow = self._predictor.flow(np.concatenate((*before, frames), axis=1))[:, len(before) :]
+        else:
+            expected = (b, 2, h, w) if one else (b, n, 2, h, w)
+            if _shape("flow", flow) != expected:
+                raise ValueError(f"flow has shape {flow.shape}, expected {expected}")
+            flow = _finite("flow", flow)
+            flow = flow[:, None] if one else flow
+
+        if not self._state:
+            layers = self._config["convlstm_layers"]
+            shape = (b, layers, FEATURES, h // 16, w // 16)
+            half = self._predictor.about["precision"] == "fp16"
+            self._state = {
+                "hidden": np.zeros(shape, np.float16 if half else np.float32),
+                "cell": np.zeros(shape, np.float32),
+            }
+        earlier, moved = frames[:, :-1], flow[:, :-1]
+        if self._after_given is not None:
+            self._state = self._after_given
+        elif self.given:
+            # the given frame before has not been taken in yet
+            earlier, moved = (
+                np.concatenate((x[:, None], y), 1) for x, y in ((self._image, earlier), (self._flow, moved))
+            )
+        if earlier.shape[1]:
+            # all but the newest one, which the next step reads
+            self._observe(earlier, moved, first=self.given + n - 1 - earlier.shape[1])
+        self.given += n
+        self.newest = self.given
+        self._image = self._previous = self._last = np.ascontiguousarray(frames[:, -1])
+        self._flow = np.ascontiguousarray(flow[:, -1])
+        self._after_given, self._contexts = None, {}
+
+    def next(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Predict the frame after the newest one: frame (B,C,H,W) in [0,1] and its flow (B,2,H,W). Raises ValueError
+        where no frame was given, or the sound of that frame has not been heard."""
+        t = self.newest
+        if not t:
+            raise ValueError("0 frames were pushed, expected at least one to predict from")
+        self._need_sound(t + 1, "to predict it")
+        if "context" in self._run and not self._contexts:
+            self._contexts = self._run["context"]({"frame": self._last})
+        available = {
+            "image": self._image,
+            "flow": self._flow,
+            **self._state,
+            "previous": self._previous,
+            **self._contexts,
+            **self._memory(t + 1),
+        }
+        if "condensed" in available:
+            available["condensed"] = available["condensed"][:, t]
+        if "vectors" in self._sound:
+            available["vector"] = self._sound["vectors"][:, t - 1]
+        wanted = [port["name"] for port in self._predictor.about["inputs"]]
+        out = self._run["step"]({name: available[name] for name in wanted})
+        self._state = {name: out[f"next_{name}"] for name in ("hidden", "cell")}
+        if t == self.given:
+            self._after_given = self._state
+        self._image, self._flow, self._previous = out["next_image"], out["next_flow"], out["prediction"]
+        self.newest += 1
+        return host(self._previous), host(self._flow)
+
+    def _observe(self, frames: Array, flow: Array, first: int) -> None:
+        """Take in frames first+1 .. first+N."""
+        last = first + frames.shape[1]
+        memory = self._memory(last + 1)
+        if "condensed" in memory:
+            memory["condensed"] = memory["condensed"][:, first + 1 :]
+        arrays = {"frames": frames, "flow": flow, **memory}
+        feed = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+        out = self._run["observe"]({**feed, **self._state})
+        self._state = {name: out[f"next_{name}"] for name in ("hidden", "cell")}
+
+    def _memory(self, count: int) -> dict[str, Array]:
+        """What a step recalls from once the sound of `count` frames has been heard."""
+        return {name: self._sound[name][:, :count] for name in _MEMORY[self._config["motion"]]}
+
+    def _one_batch(self, name: str, batch: int) -> None:
+        if self.batch and batch != self.batch:
+            raise ValueError(f"{name} has {batch} clips, what came before {self.batch}: expected as many")
+        self.batch = batch
+
+    def _need_sound(self, frames: int, purpose: str) -> None:
+        if self._config["motion"] != "v" and self.heard < frames:
+            raise ValueError(f"sound covers {self.heard} frames, expected {frames} or more {purpose}")
+
+
+class Session:
+    """One ONNX file, called with inputs by name. On CUDA outputs stay on the device, and are bound where they come back
+    as inputs (written for CUDA, not measured there yet; the same path runs on the CPU in the tests)."""
+
+    def __init__(self, path: Path, providers: list[str], threads: int | None, *, bind: bool | None = None) -> None:
+        import onnxruntime
+
+        if not path.is_file():
+            raise InputError(f"{path.parent} holds no exported model: {path.name} is missing")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:
+            # onnxruntime's own classes share no other base
+            raise InputError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from None
+        self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
+        self._bind = self.device == "cuda" if bind is None else bind
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        try:
+            self.about: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
+        except (KeyError, ValueError):
+            raise InputError(f"{path} was not written by avfast.export: it says nothing of itself") from None
+
+    def __call__(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        if not self._bind:
+            return dict(zip(self._outputs, self._session.run(self._outputs, dict(feed)), strict=True))
+        binding = self._session.io_binding()
+        for name, value in feed.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, self.device)
+        self._session.run_with_iobinding(binding)
+        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+
+
+def host(value: Any) -> Array:
+    """A graph's output as a numpy array."""
+    return value if isinstance(value, np.ndarray) else value.numpy()
+
+
+def _providers(device: str) -> tuple[list[str], str | None]:
+    """onnxruntime's providers for a device, and why "auto" settled for the CPU. Raises InputError where "cuda" cannot
+    be had, or onnxruntime is not there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device is {device!r}, expected auto, cpu or cuda")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(f"onnxruntime is needed and does not load ({error}): pip install onnxruntime") from None
+    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
+    if device == "cpu":
+        return [cpu], None
+    reason = None
+    if len(both := [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]) == 2:
+        reason = f"{' and '.join(both)} are both installed and overwrite each other: uninstall both, then install one"
+    elif cuda not in onnxruntime.get_available_providers():
+        reason = "this onnxruntime is built without CUDA: install onnxruntime-gpu in its place"
+    elif not os.path.exists("/dev/nvidiactl"):
+        reason = "there is no NVIDIA driver"
+    if reason is None:
+        return [cuda, cpu], None
+    if device == "cuda":
+        raise InputError(f"device is 'cuda', but {reason}")
+    return [cpu], reason
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _shape(name: str, array: Any) -> tuple[int, ...]:
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} is a {type(array).__name__}, expected a numpy array")
+    return array.shape
+
+
+def _finite(name: str, array: Array) -> NDArray[np.float32]:
+    """The array as float32. Raises ValueError for another kind of number, and for values that are not finite."""
+    if array.dtype.kind != "f":
+        raise ValueError(f"{name} has dtype {array.dtype}, expected a floating type")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds values that are not finite")
+    return array.astype(np.float32)

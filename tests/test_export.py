@@ -1,0 +1,195 @@
+"""Exported graphs against PyTorch: folding, the warp, parity of whole rollouts, what files say, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from avfast import export as export_module
+from avfast.config import InputError, TrainConfig, to_dict
+from avfast.graphs import border_warp, fold_batch_norms, make_graphs
+from avfast.kernels import reference
+from avfast.model import AVModel
+from avfast.networks import BatchNorm
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+from avfast.export import TOLERANCE, ExportConfig, export, export_model, open_export, verify  # noqa: E402
+
+MakeModel = Callable[..., AVModel]
+
+
+def rollout_inputs(batch: int, size: int, channels: int, total: int = 35) -> list[np.ndarray]:
+    generator = np.random.default_rng(1)
+    frames = generator.random((batch, 5, channels, size, size), np.float32)
+    flow = generator.normal(0, 2, (batch, 5, 2, size, size)).astype(np.float32)
+    return [frames, flow, generator.random((batch, total, 1, 23, 21), np.float32)]
+
+
+def largest_difference(folder: Path, model: AVModel, batch: int, size: int) -> float:
+    """Of the frames of a 30-step rollout."""
+    arrays = rollout_inputs(batch, size, model.config.image_channels)
+    expected = model.predict(*map(torch.from_numpy, arrays)).frames.numpy()
+    found = open_export(folder).rollout(*arrays).frames
+    assert found.shape == expected.shape == (batch, 30, model.config.image_channels, size, size)
+    # a rollout that ends in one colour would hide every difference
+    assert expected[:, -1].std() > 0.01
+    return float(np.abs(found - expected).max())
+
+
+@pytest.mark.parametrize("scale", [0.5, 5.0, 1e9])
+def test_border_warp_equals_the_definition(scale: float):
+    image, flow = torch.rand(2, 3, 16, 32), scale * torch.randn(2, 2, 16, 32)
+    for moved in (flow, flow.round()):
+        assert torch.equal(border_warp(image, moved), reference.backward_warp(image, moved))
+    flow[0, 0, 3, 3] = float("nan")
+    assert torch.equal(border_warp(image, flow).isnan(), reference.backward_warp(image, flow).isnan())
+
+
+def test_folded_model_predicts_the_same(random_model: MakeModel):
+    model = random_model()
+    folded = fold_batch_norms(model)
+    assert not [m for m in folded.modules() if isinstance(m, BatchNorm)]
+    arrays = [torch.from_numpy(x) for x in rollout_inputs(2, 48, 1, total=8)]
+    for ours, theirs in zip(folded.predict(*arrays), model.predict(*arrays), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    # and folding matters: without the statistics the frames would be others
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.running_mean.zero_()
+    assert (model.predict(*arrays).frames - folded.predict(*arrays).frames).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("motion", ["v", "v+recall", "mme"])
+@pytest.mark.parametrize("refinement", ["none", "unet", "unet+context", "car"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_unrolled_graph_equals_the_model(random_model: MakeModel, motion: str, refinement: str, dtype: torch.dtype):
+    model = random_model(motion=motion, refinement=refinement, image_channels=3)
+    graphs = {graph.name: graph for graph in make_graphs(model, dtype, unroll=(5, 4))}
+    assert ("audio" in graphs) == (motion != "v")
+    assert ("context" in graphs) == (refinement in ("unet+context", "car"))
+    arrays = [torch.from_numpy(x) for x in rollout_inputs(2, 48, 3, total=9)]
+    with torch.no_grad():
+        found = graphs["rollout"](*arrays)
+    limit = TOLERANCE["fp32" if dtype == torch.float32 else "fp16"]
+    for ours, theirs in zip(found, model.predict(*arrays), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [48, 64])
+def test_rollout_parity(exported: tuple[Path, AVModel], batch: int, size: int):
+    assert largest_difference(*exported, batch, size) <= 1e-4
+
+
+def test_half_precision(random_model: MakeModel, tmp_path: Path):
+    model = random_model(motion="v", refinement="none")
+    export_model(model, tmp_path / "model", config=ExportConfig(precision="fp16", rollout=False))
+    assert largest_difference(tmp_path / "model", model, 3, 48) <= 2e-2
+    step = onnx.load(tmp_path / "model" / "step.onnx")
+    types = {value.name: value.type.tensor_type.elem_type for value in (*step.graph.input, *step.graph.output)}
+    half = onnx.TensorProto.FLOAT16
+    assert {name for name, kind in types.items() if kind == half} == {"hidden", "next_hidden"}
+    # all weights but those of D_m's last layer
+    kept = [w for w in step.graph.initializer if w.data_type == onnx.TensorProto.FLOAT and np.prod(w.dims) > 1000]
+    assert [tuple(w.dims) for w in kept] == [(64, 2, 4, 4)]
+
+
+def test_files_say_what_they_are(exported: tuple[Path, AVModel]):
+    folder, model = exported
+    assert {p.name for p in folder.iterdir()} == {"audio.onnx", "context.onnx", "observe.onnx", "step.onnx"}
+    for path in folder.iterdir():
+        graph = onnx.load(path)
+        assert [o.version for o in graph.opset_import if o.domain == ""] == [18]
+        assert not [n for n in graph.graph.node if n.op_type == "BatchNormalization"]
+        about = json.loads({p.key: p.value for p in graph.metadata_props}["avfast"])
+        assert about["config"]["motion"] == "mme" and about["graph"] == path.stem and len(about["hash"]) == 64
+        assert about["spectrogram"]["sample_rate"] == 4400 and about["flow"]["solver"] == "chambolle-pock"
+        for values, ports in ((graph.graph.input, about["inputs"]), (graph.graph.output, about["outputs"])):
+            assert [value.name for value in values] == [port["name"] for port in ports]
+            assert all(port["meaning"] for port in ports)
+            shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values]
+            assert shapes == [port["shape"] for port in ports]
+
+
+def test_another_model_is_told_apart(exported: tuple[Path, AVModel], random_model: MakeModel):
+    other = random_model()
+    with torch.no_grad():
+        other.car.unet.last.bias += 0.01
+    assert max(verify(exported[0], other).values()) > 1e-3
+
+
+def test_a_mismatch_fails_and_leaves_nothing(random_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(export_module, "trace", lambda graph, sizes: None)
+    monkeypatch.setitem(export_module._WRITERS, "onnx", lambda graph, program, path, about: path.write_text(graph.name))
+    for difference in (3e-4, float("nan")):
+        monkeypatch.setattr(export_module, "verify", lambda *_, d=difference, **__: {"frames": d, "flow": 0.0})
+        with pytest.raises(
+            InputError, match=r"differ from PyTorch in frames by .*, expected at most 0.0001: not written"
+        ):
+            export_model(random_model(), tmp_path / "model")
+        assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(export_module, "verify", lambda *_, **__: {"frames": 9e-5})
+    assert export_model(random_model(), tmp_path / "model") == {"frames": 9e-5}
+    with pytest.raises(InputError, match="model, which exists already"):
+        export_model(random_model(), tmp_path / "model")
+
+
+def write_run(folder: Path, model: AVModel, link: str) -> None:
+    run = TrainConfig()
+    model.save_pretrained(folder / "checkpoints" / link)
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(to_dict(run) | {"data": to_dict(run.data), "model": to_dict(run.model)})
+    )
+
+
+def test_bad_requests_are_one_clear_line(random_model: MakeModel, tmp_path: Path):
+    out = str(tmp_path / "out")
+    with pytest.raises(InputError, match="RUN is missing"):
+        export(ExportConfig(out=out))
+    with pytest.raises(InputError, match="neither a checkpoint"):
+        export(ExportConfig(run=str(tmp_path), out=out))
+    with pytest.raises(InputError, match="unroll is 0"):
+        export(ExportConfig(run=str(tmp_path), out=out, unroll=0))
+    write_run(tmp_path / "run", random_model(refinement="none"), "best-mme")
+    with pytest.raises(InputError, match="is of the motion stage only, its run has refinement car: train stage car"):
+        export(ExportConfig(run=str(tmp_path / "run"), out=out))
+    assert not Path(out).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("motion", ["v", "v+recall", "mme"])
+@pytest.mark.parametrize("refinement", ["none", "unet", "unet+context", "car"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_variant(random_model: MakeModel, motion: str, refinement: str, precision: str, tmp_path: Path):
+    model = random_model(motion=motion, refinement=refinement)
+    export_model(model, tmp_path / "model", config=ExportConfig(precision=precision, rollout=False))  # type: ignore[arg-type]
+    for size in (48, 64, 96):
+        for batch in (1, 3):
+            assert largest_difference(tmp_path / "model", model, batch, size) <= TOLERANCE[precision]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unroll", [None, 4])
+@pytest.mark.parametrize("motion", ["v", "v+recall", "mme"])
+def test_whole_rollout_in_one_graph(random_model: MakeModel, motion: str, unroll: int | None, tmp_path: Path):
+    model = random_model(motion=motion, refinement="none" if motion == "v" else "car")
+    differences = export_model(model, tmp_path / "model", config=ExportConfig(unroll=unroll))
+    assert any("rollout" in name for name in differences)
+    ops = {node.op_type for node in onnx.load(tmp_path / "model" / "rollout.onnx").graph.node}
+    assert ("Scan" in ops) == (unroll is None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["pt2", "aoti"])
+def test_torch_formats(random_model: MakeModel, format: str, tmp_path: Path):
+    model = random_model(refinement="unet")
+    export_model(model, tmp_path / "model", config=ExportConfig(format=format, rollout=False))  # type: ignore[arg-type]
+    assert largest_difference(tmp_path / "model", model, 3, 64) <= TOLERANCE["fp32"]
