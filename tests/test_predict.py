@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +21,13 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from avfast import plots
 from avfast.audio import SpectrogramConfig, spectrogram
-from avfast.config import InputError, ModelConfig, TrainConfig, to_dict
+from avfast.config import ClipsConfig, InputError, ModelConfig, TrainConfig, to_dict
+from avfast.data.clips import ClipSettings, read_clip
 from avfast.flow import tvl1_flow
 from avfast.model import AVModel, Rollout
 from avfast.predict import PredictConfig, main, predict
-from avfast.runs import resolve_checkpoint
+from avfast.prepare import PrepareConfig
+from avfast.runs import load_run_config, resolve_checkpoint
 from avfast.video import read_video
 
 K, P, FPS, RATE = 3, 5, 10, 4400
@@ -317,6 +321,25 @@ def test_colour_models(films: Path, tmp_path: Path) -> None:
     predict(settings(run, films / "other.mkv", out=str(tmp_path / "out")))
     assert np.load(tmp_path / "out" / "other" / "frames.npy").shape == (2, 3, 48, 48)
     assert np.load(tmp_path / "out" / "other" / "true_frames.npy").shape == (3, 3, 48, 48)
+
+
+def test_a_run_on_prepared_clips_says_how_videos_are_read(films: Path, tmp_path: Path, given: list) -> None:
+    model = ModelConfig(image_channels=3, refinement="none", convlstm_layers=1, audio_shape=(33, 12))
+    run = make_run(tmp_path / "run", model)
+    config = replace(load_run_config(run / "checkpoints" / "best"), dataset="clips", clips=ClipsConfig("anywhere"))
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    with pytest.raises(InputError, match="data.json cannot be read, which tells what the run was trained on"):
+        predict(settings(run, films / "other.mkv", out=str(tmp_path / "out")))
+    clips = ClipSettings(fps=12, size=(32, 16), sample_rate=8800, n_fft=64, hop=64, spectrogram_scale=9.0)
+    (run / "data.json").write_text(json.dumps(PrepareConfig(clips=clips).parameters()))
+    predict(settings(run, films / "other.mkv", out=str(tmp_path / "out")))
+    about = json.loads((tmp_path / "out" / "other" / "prediction.json").read_text())
+    assert about["fps"] == 12 and about["reading"] == json.loads(json.dumps(dataclasses.asdict(clips)))
+    frames, _, audio = given[0]
+    want = read_clip(films / "other.mkv", clips, frames=K + P)
+    assert np.array_equal(np.load(tmp_path / "out" / "other" / "true_frames.npy"), want.frames)
+    np.testing.assert_allclose(frames[0].numpy(), want.frames[:K] / 255, atol=1e-6)
+    assert torch.equal(audio[0], spectrogram(torch.from_numpy(want.waveform), clips.spectrogram))
 
 
 @pytest.fixture

@@ -111,13 +111,16 @@ def test_both_stages_leave_a_complete_run_folder(config):
     assert names == {
         "config.yaml",
         "env.json",
+        "data.json",
         "command.txt",
         "metrics.jsonl",
         "results.csv",
         "curves.png",
         "samples",
         "checkpoints",
+        "report.html",
     }
+    assert json.loads((folder / "data.json").read_text())["split"] == "train"
     assert load_config(folder / "config.yaml", TrainConfig()) == config
     log = records(folder)
     assert [r["step"] for r in log if "lr" in r] == list(range(1, 10))
