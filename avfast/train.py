@@ -157,7 +157,7 @@ class Trainer:
             quiet = not self.accelerator.is_local_main_process
             train_data = load_split(config, "train", quiet=quiet)
             self.val_data = load_split(config, "val", quiet=quiet)
-        self.train_data = train_data.cached(config.clips.cache, self.accelerator.device)
+        self.train_data = train_data.cached(config.cache, self.accelerator.device)
         self.model = AVModel(config.model).to(self.accelerator.device)
         self.resumed = resumed
         self.length = config.context_frames + config.pred_frames

@@ -119,7 +119,6 @@ def test_nothing_is_done_twice(videos: Path, tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr(program, "iter_clips", None)
     again = prepare(config(videos, tmp_path / "set"))
     assert (again["done"], again["skipped"]) == (0, 5) and content(tmp_path / "set") == before
-    # the set may lie among the videos
     with pytest.raises(InputError, match=r"its videos were others or have changed \(a\)"):
         (videos / "a.mkv").write_bytes(b"")
         prepare(config(videos, tmp_path / "set"))
@@ -129,6 +128,11 @@ def test_nothing_is_done_twice(videos: Path, tmp_path: Path, monkeypatch) -> Non
     with pytest.raises(InputError, match=r"prepared with fps 30.0, now 15.0: choose another --out"):
         prepare(config(videos, tmp_path / "set", clips=replace(SMALL.clips, fps=15.0)))
     assert content(tmp_path / "set") == before
+
+
+def test_the_set_may_lie_among_the_videos(videos: Path) -> None:
+    assert prepare(config(videos, videos / "set"))["clips"] == 10
+    assert prepare(config(videos, videos / "set"))["skipped"] == 5
 
 
 def test_shards_make_the_same_set(videos: Path, tmp_path: Path) -> None:
