@@ -267,7 +267,7 @@ def verify(
     predictor = open_export(folder)
     cases = {
         "random 1x48x48": _random_inputs(model, 1, given, 48, 48),
-        "random 3x64x80": _random_inputs(model, 3, given, 64, 80),
+        "random 2x64x32": _random_inputs(model, 2, given, 64, 32),
     }
     if run is not None and (real := _real_inputs(run, given)) is not None:
         cases["real clips"] = real
