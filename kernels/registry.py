@@ -2,9 +2,9 @@
 
 An `Op` holds its backends in order of preference, `reference` (plain PyTorch) last. Each backend answers for the given
 arguments with None ("I can") or the reason why it cannot. The choice per call: the explicit `backend=` argument, else
-the environment variable AVFAST_BACKEND, else the first backend that supports the arguments. A requested backend runs
-or raises with its reason; only the automatic choice falls back. AVFAST_BACKEND speaks to all ops at once, so an op that
-has no such backend chooses as if it were not set. `explain` tells what would run here, for `avfast.env`.
+the environment variable AVFAST_BACKEND, else the first backend that supports the arguments and suits them. A requested
+backend runs or raises with its reason; only the automatic choice falls back. AVFAST_BACKEND speaks to all ops at once,
+so an op that has no such backend chooses as if it were not set. `explain` tells what would run here, for `avfast.env`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,16 @@ class Backend(NamedTuple):
     """`unavailable(device_type)`: None, or why this backend cannot run on that kind of device on this machine."""
     opt_in: str | None = None
     """Why it runs on request only; None: it may be chosen by itself."""
+    where: tuple[str, Callable[..., bool]] | None = None
+    """The arguments for which it is the choice, in words and as a test of them; None: all that it supports."""
+
+    def chosen(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether it may run without a request."""
+        suits = self.opt_in is None and (self.where is None or self.where[1](*args, **kwargs))
+        return suits and self.unsupported(*args, **kwargs) is None
 
 
-def _never(*_args: Any, **_kwargs: Any) -> None:
+def never(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
@@ -53,7 +60,7 @@ class Op:
                 raise ValueError(f"{source} is {requested!r}, which cannot run this {self.name}: {reason}")
             return chosen.function(*args, **kwargs)
         for candidate in self.backends.values():
-            if candidate.opt_in is None and candidate.unsupported(*args, **kwargs) is None:
+            if candidate.chosen(*args, **kwargs):
                 return candidate.function(*args, **kwargs)
         raise AssertionError(f"{self.name}: the reference supports everything")
 
@@ -69,7 +76,7 @@ class Op:
 
 def define(name: str, reference: Callable[..., Any], **faster: Backend) -> Op:
     """Register an op: its reference and, in order of preference, faster backends by name."""
-    op = Op(name, {**faster, "reference": Backend(reference, _never, _never)})
+    op = Op(name, {**faster, "reference": Backend(reference, never, never)})
     OPS[name] = op
     return op
 
@@ -100,8 +107,8 @@ def torch_op(
 ) -> Any:
     """Register avfast::<schema> for CPU and CUDA tensors, with `fake` giving shapes, dtypes and strides alone; returns
     the callable overload. The op has no gradient of its own: an autograd.Function gives it one. It is one opaque node
-    in a compiled or exported program; `reference`, which takes its arguments but the last, `backend`, is what an
-    exporter may put in its place."""
+    in a compiled or exported program; `reference`, which takes its arguments without the last where that is `backend`,
+    is what an exporter may put in its place."""
     _LIBRARY.define(schema)
     name = schema[: schema.index("(")]
     for device in ("CPU", "CUDA"):
@@ -109,7 +116,8 @@ def torch_op(
     torch.library.register_fake(f"avfast::{name}", fake, lib=_LIBRARY)
     overload = getattr(torch.ops.avfast, name).default
     if reference is not None:
-        DECOMPOSITIONS[overload] = lambda *arguments: reference(*arguments[:-1])
+        choosing = "str backend)" in schema
+        DECOMPOSITIONS[overload] = (lambda *arguments: reference(*arguments[:-1])) if choosing else reference
     return overload
 
 
@@ -146,7 +154,8 @@ def explain() -> list[tuple[str, str, str, dict[str, str]]]:
                 elif backend.opt_in is not None and not forced:
                     reasons[name] = f"on request: {backend.opt_in}"
                 elif chosen:
-                    reasons[name] = f"{chosen} is preferred"
+                    words = op.backends[chosen].where
+                    reasons[name] = f"{chosen} is preferred" + (f" where {words[0]}" if words and not forced else "")
                 else:
                     chosen = name
             rows.append((op.name, device, chosen or "none", reasons))

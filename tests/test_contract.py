@@ -217,7 +217,7 @@ def test_gradients_by_finite_differences(name: str, backend: str) -> None:
 @IMPLEMENTATIONS
 def test_second_derivative_is_refused(name: str, backend: str) -> None:
     """By an error: a missing term would be a wrong gradient."""
-    if backend == "sdpa":
+    if backend == "sdpa" or name == "recall one":
         pytest.skip("PyTorch's own op, which decides for itself")
     args = arguments(name, (1, 3, 4))
     out = CASES[name].call(*args, backend=backend)
@@ -252,9 +252,17 @@ def test_in_a_cuda_graph(name: str, backend: str, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def native(name: str) -> str:
+    """The backend that is a torch op of ours on this device."""
+    return "cpp" if DEVICE == "cpu" and "cpp" in registry.OPS[name.split()[0]].backends else "triton"
+
+
 # recall over one token is one addition, for which there is no op
-NATIVE = "triton" if DEVICE == "cuda" else "cpp"
-REGISTERED = [name for name in CASES if name.split()[0] not in ("condense", "recall")]
+REGISTERED = [
+    name
+    for name in CASES
+    if name != "recall one" and registry.OPS[name.split()[0]].backends[native(name)].unavailable(DEVICE) is None
+]
 
 
 @pytest.mark.parametrize("name", REGISTERED)
@@ -263,7 +271,7 @@ def test_compiled_without_graph_breaks(name: str, monkeypatch: pytest.MonkeyPatc
     args = arguments(name, (2, 5, 6), torch.float32)
 
     def call(*args: Tensor) -> Any:
-        return CASES[name].call(*args, backend=NATIVE)
+        return CASES[name].call(*args, backend=native(name))
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     wanted = [a for a in args if a.requires_grad]
@@ -282,7 +290,7 @@ def test_exported_as_one_node_that_decomposes_into_the_definition(name: str, mon
 
     class Module(torch.nn.Module):
         def forward(self, *args: Tensor) -> Any:
-            return CASES[name].call(*args, backend=NATIVE)
+            return CASES[name].call(*args, backend=native(name))
 
     args = tuple(a.detach() for a in arguments(name, (2, 5, 6), torch.float32))
     with torch.no_grad():
@@ -292,18 +300,19 @@ def test_exported_as_one_node_that_decomposes_into_the_definition(name: str, mon
         plain = program.run_decompositions(registry.DECOMPOSITIONS)
         assert not [n for n in plain.graph.nodes if "avfast" in str(n.target)]
         for found, expected in (
-            (program, CASES[name].call(*args, backend=NATIVE)),
+            (program, CASES[name].call(*args, backend=native(name))),
             (plain, CASES[name].call(*args, backend="reference")),
         ):
             torch.testing.assert_close(found.module()(*args), expected, rtol=1e-5, atol=1e-5)
 
 
 def samples() -> list[tuple[Any, tuple[Any, ...]]]:
-    """Calls of the registered torch ops, without the backend."""
+    """Calls of the registered torch ops, without the backend where they take one."""
     image, flow = normal(2, 3, 5, 6).float(), normal(2, 2, 5, 6, seed=1).float()
     gates, cell = normal(2, 12, 5, 6).float(), normal(2, 3, 5, 6, seed=1).float()
     clip = normal(1, 2, 2, 5, 6).float()
     row = normal(2, 3, seed=2).float()
+    memory, weight, bias = normal(2, 5, 3).float(), normal(9, 3, seed=1).float(), normal(9, seed=2).float()
     ops = torch.ops.avfast
     calls = [
         (ops._backward_warp.default, (image, flow, "border")),
@@ -317,6 +326,13 @@ def samples() -> list[tuple[Any, tuple[Any, ...]]]:
         (ops._flow_loss.default, (clip, clip + 1, clip.sigmoid(), 0.1, False)),
         (ops._modulate.default, ([image, flow], image, row, row)),
         (ops._modulate_backward.default, (image, row, image)),
+        (ops._condense.default, (memory, weight, bias)),
+        (ops._condense_backward.default, (memory, weight, bias, memory.mT.contiguous().mT)),
+        (ops._recall.default, (image.contiguous(memory_format=torch.channels_last), image, memory, memory + 1)),
+        (
+            ops._recall_backward.default,
+            (image, memory, memory + 1, image.contiguous(memory_format=torch.channels_last)),
+        ),
     ]
     return [(op, tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)) for op, args in calls]
 
@@ -329,9 +345,11 @@ def test_opcheck(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     args = tuple([t.to(DEVICE) for t in a] if isinstance(a, list) else a for a in args)
     for backend in ("triton", "cpp"):
         module = registry.OPS["backward_warp"].backends[backend]
-        if module.unavailable(DEVICE) is None:
-            torch.library.opcheck(op, (*args, backend), test_utils=("test_schema", "test_faketensor"))
-            torch.library.opcheck(op, (*args, backend), test_utils="test_aot_dispatch_dynamic")
+        given = (*args, backend) if op._schema.arguments[-1].name == "backend" else args
+        # an op that takes none is Triton's
+        if module.unavailable(DEVICE) is None and (given is not args or backend == "triton"):
+            torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(op, given, test_utils="test_aot_dispatch_dynamic")
 
 
 WARPS = pytest.mark.parametrize(("name", "backend"), [p for p in implementations() if "warp" in p.values[0]])
@@ -401,3 +419,53 @@ def test_condensing_every_prefix_equals_the_loop() -> None:
             "bm,bmc->bc", torch.einsum("bc,bmc->bm", q[:, t], k[:, : t + 1]).softmax(-1), v[:, : t + 1]
         )
         torch.testing.assert_close(condense(memory, weight, bias)[:, t], row, rtol=1e-10, atol=1e-10)
+
+
+def test_attention_over_several_blocks_of_everything() -> None:
+    """More rows, tokens and channels than one block of a kernel has, none a multiple of it."""
+    if registry.OPS["condense"].backends["triton"].unavailable(DEVICE) is not None:
+        pytest.skip("no Triton on this device")
+    b, t, c = 1, 37, 35
+    tensors = [0.3 * normal(b, t, c), 0.2 * normal(3 * c, c, seed=1), 0.1 * normal(3 * c, seed=2)]
+    maps = [0.5 * normal(b, c, 5, 7, seed=i) for i in (3, 4)]
+    memories = [0.5 * normal(b, t, c, seed=i) for i in (5, 6)]
+    for call, args in ((condense, tensors), (recall, [*maps, *memories])):
+        args = [a.to(DEVICE).requires_grad_() for a in args]
+        found, expected = [], []
+        for backend, into in (("triton", found), ("reference", expected)):
+            out = call(*args, backend=backend)
+            into += [out, *torch.autograd.grad(out, args, torch.linspace(1, 2, out.numel()).view_as(out).to(out))]
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_condense_of_half_memory_with_fp32_weights() -> None:
+    """What autocast leads to: a half memory from the layer before, fp32 parameters."""
+    if registry.OPS["condense"].backends["triton"].unavailable(DEVICE) is not None:
+        pytest.skip("no Triton on this device")
+    memory, weight, bias = arguments("condense", (2, 7, 1), torch.float32)
+    half = memory.detach().bfloat16().requires_grad_()
+    out = condense(half, weight, bias, backend="triton")
+    grads = torch.autograd.grad(out.float().sum(), (half, weight, bias))
+    assert [t.dtype for t in (out, *grads)] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    exact = condense(half.float(), weight, bias, backend="reference")
+    assert (out - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+def test_what_the_attention_kernels_leave_to_others() -> None:
+    triton = registry.OPS["condense"].backends["triton"]
+    assert triton.where is not None
+    words, suits = triton.where
+    assert words == "T <= 128" and suits(normal(1, 128, 2)) and not suits(normal(1, 129, 2))
+    for c, dtype, most in ((129, torch.float32, 128), (129, torch.bfloat16, 128), (65, torch.float64, 64)):
+        memory = torch.zeros(1, 2, c, dtype=dtype, device=DEVICE)
+        weight, bias = memory.new_zeros(3 * c, c), memory.new_zeros(3 * c)
+        with pytest.raises(ValueError, match=f"it has {c} channels, the kernels take {most} of"):
+            condense(memory, weight, bias, backend="triton")
+        assert torch.equal(condense(memory, weight, bias), memory)
+    feature, value = torch.zeros(1, 200, 2, 2, device=DEVICE), torch.ones(1, 1, 200, device=DEVICE)
+    with pytest.raises(ValueError, match="it has 200 channels"):
+        recall(feature, feature, value.expand(1, 2, 200), value.expand(1, 2, 200), backend="triton")
+    if triton.unavailable(DEVICE) is None:
+        # one token is an addition, of any size
+        assert recall(feature, None, None, value, backend="triton").eq(1).all()

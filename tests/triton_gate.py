@@ -19,10 +19,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("convlstm", "loss", "modulate", "warp")
+MODULES = ("attention", "convlstm", "loss", "modulate", "warp")
 ARCHS = (80, 90, 100)
-# constexpr arguments beside COMPUTE, as the launchers choose them; several variants where they choose the code
+# which of a matrix's strides (matrix, row, column) is 1: that of the column, where nothing else is said
+POSITIONS = {f"{name}_strides": 1 for name in ("feature", "query", "out", "grad", "grad_query")}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+# constexpr arguments beside those that follow from the type, options, and strides of 1, as the launchers choose them;
+# several variants where they choose the code
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "_condense_fwd_kernel": {"": {"BLOCK": 16}},
+    "_recall_fwd_kernel": {"": {"BLOCK": 16, **POSITIONS}},
+    "_attention_bwd_query_kernel": {
+        "condense": {"CAUSAL": True, "BLOCK": 16, "num_stages": 1, "maxnreg": 255},
+        "recall": {"CAUSAL": False, "BLOCK": 16, "num_stages": 1, "maxnreg": 255, **POSITIONS},
+    },
+    "_attention_bwd_key_kernel": {
+        "condense": {"CAUSAL": True, "BLOCK": 16, "num_stages": 1, "num_warps": 8},
+        "recall": {"CAUSAL": False, "BLOCK": 16, "num_stages": 1, "num_warps": 8, **POSITIONS},
+    },
     "_gates_fwd_kernel": {"": {"BLOCK": 512}},
     "_gates_bwd_kernel": {"": {"BLOCK": 512}},
     "_flow_loss_kernel": {
@@ -53,22 +67,33 @@ def kernels() -> dict[str, Any]:
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], element: str, compute: str, arch: int) -> list[int]:
     """[registers, shared memory] of one kernel; pointers hold `element`, sums and losses the compute type."""
+    options = {name: constants[name] for name in OPTIONS if name in constants}
     constants = {**constants, "COMPUTE": getattr(triton.language, compute)}
+    if "CHANNELS" in kernel.arg_names:
+        # the most that the launchers allow
+        constants["PRECISION"] = "tf32" if element == "bf16" else "ieee"
+        constants["CHANNELS"] = 64 if compute == "float64" else 128
     accumulator = "fp64" if compute == "float64" else "fp32"
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
+    signature: dict[str, Any] = {}
+    constexprs = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name.endswith("_strides"):
+            unit = constants.get(name, 2)
+            signature[name] = tuple("constexpr" if dim == unit else "i32" for dim in range(3))
+            constexprs[i, unit] = 1
+        elif name in constants:
             signature[name] = "constexpr"
+            constexprs[i,] = constants[name]
         elif name == "grad_image_ptr":
             signature[name] = "*i64" if constants.get("FIXED") else f"*{accumulator}"
-        elif name in ("scale_ptr", "partial_ptr"):
+        elif name in ("scale_ptr", "partial_ptr", "level_ptr", "slope_ptr"):
             signature[name] = f"*{accumulator}"
         elif name.endswith("_ptr"):
             signature[name] = f"*{element}"
         else:
             signature[name] = "fp32" if name.endswith("_weight") else "i32"
-    source = ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    source = ASTSource(kernel, signature, constexprs=constexprs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
