@@ -30,13 +30,13 @@ from torch.export import ExportedProgram
 
 from avfast import __version__, runtime
 from avfast.config import InputError, TrainConfig, parse
-from avfast.data.mmnist import mmnist_spectrogram
 from avfast.data.dataset import built_split
 from avfast.flow import PRESETS
 from avfast.graphs import Graph, Port, make_graphs, trace
 from avfast.model import AVModel
 from avfast.progress import Progress
 from avfast.runs import load_run_config, resolve_checkpoint
+from avfast.usage import Usage, usage_of
 
 Format = Literal["onnx", "pt2", "aoti"]
 OPSET = 18
@@ -80,15 +80,14 @@ def export(config: ExportConfig) -> dict[str, float]:
     checkpoint = resolve_checkpoint(config.run)
     model = AVModel.from_pretrained(checkpoint)
     run = _run_config(checkpoint)
+    usage = None if run is None else usage_of(checkpoint, run)
     if run is not None and run.model.refinement != model.config.refinement and not config.motion_only:
         raise InputError(
             f"{checkpoint} is of the motion stage only, its run has refinement {run.model.refinement}: "
             "train stage car, or give --motion-only"
         )
     with Progress(f"export, {config.format} {config.precision}") as progress:
-        differences = export_model(
-            model, config.out, config=config, run=run, progress=lambda d, t, text: progress.update(d, t, text)
-        )
+        differences = export_model(model, config.out, config=config, run=run, usage=usage, progress=progress.update)
         for name, value in differences.items():
             progress.note(f"largest difference from PyTorch, {name}: {value:.2g}")
     return differences
@@ -100,14 +99,16 @@ def export_model(
     *,
     config: ExportConfig = ExportConfig(),
     run: TrainConfig | None = None,
+    usage: Usage | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> dict[str, float]:
-    """`export` of a model in memory. run: what it was trained on, which tells the runner how to make spectrograms."""
+    """`export` of a model in memory. run: what it was trained on, whose test clips it is compared on too; usage: how it
+    is to be used, which the runner then knows."""
     given = 5 if run is None else run.context_frames
     unroll = None if config.unroll is None else (given, config.unroll)
     dtype = torch.float16 if config.precision == "fp16" else torch.float32
     graphs = [g for g in make_graphs(model, dtype, unroll) if config.rollout or g.name != "rollout"]
-    about = _about(model, config, run, [g.name for g in graphs])
+    about = _about(model, config, usage, [g.name for g in graphs])
     # an example in which no two sizes agree by chance
     sizes = {"B": 2, "N": 3, "P": 4, "M": 6, "K": 3, "T": 7, "h": 2, "w": 3}
     with _new_folder(Path(out)) as folder:
@@ -152,7 +153,7 @@ def _run_config(checkpoint: Path) -> TrainConfig | None:
         return None
 
 
-def _about(model: AVModel, config: ExportConfig, run: TrainConfig | None, graphs: list[str]) -> dict[str, Any]:
+def _about(model: AVModel, config: ExportConfig, usage: Usage | None, graphs: list[str]) -> dict[str, Any]:
     """What every file of an export says of the whole."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -166,8 +167,9 @@ def _about(model: AVModel, config: ExportConfig, run: TrainConfig | None, graphs
         "precision": config.precision,
         "hash": digest.hexdigest(),
         "graphs": graphs,
-        "spectrogram": None if run is None else dataclasses.asdict(mmnist_spectrogram(run.data.tone)),
-        "flow": dataclasses.asdict(PRESETS[TrainConfig().flow_preset if run is None else run.flow_preset]),
+        "usage": None if usage is None else usage.to_dict(),
+        "spectrogram": None if usage is None else dataclasses.asdict(usage.clips.spectrogram),
+        "flow": dataclasses.asdict(PRESETS[TrainConfig().flow_preset if usage is None else usage.flow_preset]),
     }
 
 

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -33,12 +33,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from avfast import __version__, plots
+from avfast import __version__, plots, runtime
 from avfast.audio import spectrogram
 from avfast.cli import print_failures
-from avfast.config import InputError, TrainConfig, choose_device, parse
-from avfast.data.clips import ClipSettings, film_rate, planes, sound_windows
-from avfast.data.mmnist import mmnist_spectrogram
+from avfast.config import InputError, choose_device, parse
+from avfast.data.clips import film_rate, planes, sound_windows
 from avfast.data.store import Batch
 from avfast.env import commit
 from avfast.evaluate import Prediction, Predictor, copy_last_flow, repeat_last, score
@@ -51,9 +50,10 @@ from avfast.model import AVModel, Rollout
 from avfast.pipeline import ahead
 from avfast.progress import Progress
 from avfast.report import refresh_report
-from avfast.runs import load_run_config, read_data_parameters, resolve_checkpoint
+from avfast.runs import load_run_config, resolve_checkpoint
 from avfast.sound import Samples, SoundTrack, read_sound
 from avfast.tables import finite
+from avfast.usage import Usage, usage_of
 from avfast.video import read_video, video_writer
 
 MARKER = "prediction.json"
@@ -71,6 +71,8 @@ class PredictConfig:
     """Videos with sound, folders of them, quoted globs, .txt files with one of these per line."""
     checkpoint: str | None = None
     """Run folder (its best checkpoint), RUN/last, RUN/best, or a checkpoint folder within a run."""
+    onnx: str | None = None
+    """Instead: a folder that avfast export has written as ONNX, which onnxruntime runs."""
     out: str = "predictions"
     """Folder for the results: one folder per video, with -2, -3 ... where it exists already."""
     horizon: int | None = None
@@ -91,8 +93,8 @@ class PredictConfig:
         """Raise InputError for values that cannot work together."""
         if not self.inputs:
             raise InputError("VIDEO is missing, expected videos, folders, globs or lists")
-        if self.checkpoint is None:
-            raise InputError("--checkpoint is missing, expected a run folder or a checkpoint")
+        if (self.checkpoint is None) == (self.onnx is None):
+            raise InputError("expected either --checkpoint PATH (a run folder or a checkpoint) or --onnx FOLDER")
         if Path(self.out).exists() and not Path(self.out).is_dir():
             raise InputError(f"out is {self.out}, which is not a folder")
         if self.horizon is not None and self.horizon < 1:
@@ -117,27 +119,6 @@ class _Clip(NamedTuple):
     """Where it comes from; None: silence."""
     played: Samples
     """The same at `_FILM_RATE`, for the films."""
-
-
-def clip_settings(checkpoint: Path, run: TrainConfig) -> ClipSettings:
-    """How videos are read for a checkpoint of a run: as the run's training data was.
-
-    Raises InputError where the run does not tell.
-    """
-    if run.dataset == "clips":
-        said = read_data_parameters(checkpoint)
-        settings = {field.name: said[field.name] for field in dataclasses.fields(ClipSettings)}
-        return ClipSettings(**settings | {"size": tuple(settings["size"])})
-    sound = mmnist_spectrogram(run.data.tone)
-    return ClipSettings(
-        fps=sound.sample_rate / sound.samples_per_frame,
-        size=(48, 48),
-        channels=run.model.image_channels,
-        sample_rate=sound.sample_rate,
-        n_fft=sound.n_fft,
-        hop=sound.hop,
-        spectrogram_scale=sound.scale,
-    )
 
 
 def predict(config: PredictConfig) -> dict[str, Any]:
@@ -178,27 +159,41 @@ class _Predictor:
     """A model with its run's way to read videos; a thread may read clips ahead while another predicts."""
 
     def __init__(self, config: PredictConfig) -> None:
-        assert config.checkpoint is not None
-        checkpoint = resolve_checkpoint(config.checkpoint)
-        run = load_run_config(checkpoint)
-        self._config, self._run = config, run
-        self._k, self._total = run.context_frames, run.context_frames + (config.horizon or run.eval_frames)
-        check_hearing((config.audio,), config.shift, self._total)
-        self._settings = clip_settings(checkpoint, run)
+        self._config = config
         self._device = torch.device(choose_device(config.device))
-        self._model = AVModel.from_pretrained(checkpoint, device=self._device)
+        source, usage = self._load(config)
+        self._usage, self._settings = usage, usage.clips
+        self._k, self._total = usage.context_frames, usage.context_frames + (config.horizon or usage.eval_frames)
+        check_hearing((config.audio,), config.shift, self._total)
         self._about = {
-            "checkpoint": str(checkpoint.resolve()),
+            **source,
             "given_frames": self._k,
             "predicted_frames": self._total - self._k,
             "audio": config.audio,
             "audio_words": describe(config.audio, config.shift),
             "reading": dataclasses.asdict(self._settings),
-            "flow_preset": run.flow_preset,
+            "flow_preset": usage.flow_preset,
             "protocol": {"name": config.protocol, "words": get_protocol(config.protocol).words},
             "version": __version__,
             "commit": commit(),
         }
+
+    def _load(self, config: PredictConfig) -> tuple[dict[str, str], Usage]:
+        """Set `_rollout`, (frames, flow, audio) -> Rollout; what prediction.json says of the model, and its usage."""
+        if config.checkpoint is not None:
+            checkpoint = resolve_checkpoint(config.checkpoint)
+            model = AVModel.from_pretrained(checkpoint, device=self._device)
+            self._rollout: Callable[[Tensor, Tensor, Tensor], Rollout] = model.predict
+            return {"checkpoint": str(checkpoint.resolve())}, usage_of(checkpoint, load_run_config(checkpoint))
+        assert config.onnx is not None
+        exported = runtime.Predictor(config.onnx, device=choose_device(config.device))
+
+        def rollout(*inputs: Tensor) -> Rollout:
+            arrays = exported.rollout(*(x.cpu().numpy() for x in inputs))
+            return Rollout(*(torch.from_numpy(x).to(self._device) for x in arrays))
+
+        self._rollout = rollout
+        return {"onnx": str(Path(config.onnx).resolve()), "device": exported.device}, exported.usage
 
     def clips(self, films: list[Item]) -> Iterator[tuple[Item, _Clip | str]]:
         """Every video read, or the reason why it cannot be."""
@@ -240,9 +235,9 @@ class _Predictor:
         """Predict one video and write its folder; what prediction.json holds, and the folder."""
         k = self._k
         frames = torch.from_numpy(clip.frames).to(self._device)[None]
-        flow = tvl1_flow(frames, preset=self._run.flow_preset)
+        flow = tvl1_flow(frames, preset=self._usage.flow_preset)
         batch = Batch(frames.float() / 255, clip.audio.to(self._device)[None], flow)
-        rollout = self._model.predict(batch.frames[:, :k], flow[:, :k], batch.audio)
+        rollout = self._rollout(batch.frames[:, :k], flow[:, :k], batch.audio)
         results = _scores(batch, rollout, k, self._config.protocol)
         about = {
             "video": str(clip.item.path),

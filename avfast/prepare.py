@@ -474,11 +474,13 @@ def _staged(folders: list[Path]) -> Iterator[dict[str, np.ndarray]]:
 def _tidy(out: Path) -> None:
     """Remove what a finished data set does not need: the folders of the videos, and what killed runs have left."""
     shutil.rmtree(out / "sources", ignore_errors=True)
-    for path in out.glob(".*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    # whatever else is hidden there is somebody else's
+    for name in (*SPLITS, Path(SETTINGS).stem, Path(INDEX).stem, Path(SHEET).stem):
+        for path in out.glob(f".{name}.*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _save_sheet(out: Path, index: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from avfast import signals
 from avfast.audio import SpectrogramConfig
 from avfast.config import InputError
+
+if TYPE_CHECKING:
+    from avfast.usage import Usage
 
 FORMAT = 1
 """Version of an exported folder. Raised whenever one written before could no longer be run."""
@@ -84,7 +87,7 @@ class Predictor:
 
     def _set(self, graphs: Mapping[str, Run], about: dict[str, dict[str, Any]], source: str) -> None:
         """Take graphs that belong together. Raises InputError where one is missing or of another export."""
-        self.graphs, self.about = graphs, about["step"]
+        self.graphs, self.about, self.source = graphs, about["step"], source
         if self.about.get("format") != FORMAT:
             raise InputError(f"{source} is of format {self.about.get('format')}, this avfast runs format {FORMAT}")
         for name in self.about["graphs"]:
@@ -98,6 +101,28 @@ class Predictor:
             raise InputError(f"{source} has motion {self.config['motion']!r}, expected one of {', '.join(_MEMORY)}")
         sound = self.about["spectrogram"]
         self.spectrogram = None if sound is None else SpectrogramConfig(**sound)
+
+    @property
+    def usage(self) -> Usage:
+        """How films are read for it and how many frames it is given. Raises InputError where the export does not say,
+        being that of a checkpoint without its run folder."""
+        # here: it needs av, which the runner itself does not
+        from avfast.usage import Usage
+
+        if self.about["usage"] is None:
+            raise InputError(f"{self.source} does not say how films are read for it: export it from its run folder")
+        return Usage.from_dict(self.about["usage"])
+
+    def read(self, path: str | Path, *, max_frames: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+        """A film as the model was trained to see and hear it, as far as its sound covers it: frames (1,T,C,H,W) in
+        [0,1], sound (1, T * samples per frame). Needs av.
+
+        Raises InputError for a film that cannot be read, has no sound, or has more than `max_frames` frames.
+        """
+        from avfast.data.clips import read_film
+
+        clip = read_film(path, self.usage.clips, max_frames=max_frames)
+        return clip.frames[None].astype(np.float32) / np.float32(255), clip.waveform[None]
 
     @property
     def fps(self) -> float | None:

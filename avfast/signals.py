@@ -1,7 +1,7 @@
-"""What the model is fed, as numpy arrays and without PyTorch: spectrograms, TV-L1 flow, and films with their sound.
+"""What the model is fed, as numpy arrays and without PyTorch: spectrograms and TV-L1 flow.
 
-Each equals its counterpart in `avfast.audio`, `avfast.flow` and `avfast.video`; this is what `avfast.runtime` uses
-where nothing but onnxruntime, numpy and av is installed.
+Each equals its counterpart in `avfast.audio` and `avfast.flow`; this is what `avfast.runtime` uses where nothing but
+onnxruntime, numpy and av is installed.
 
 Shape legend: B clips, T K frames, C channels, H W pixels, F S the spectrogram of one frame.
 """
@@ -9,9 +9,6 @@ Shape legend: B clips, T K frames, C channels, H W pixels, F S the spectrogram o
 from __future__ import annotations
 
 import importlib
-from fractions import Fraction
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,73 +76,3 @@ def _engine() -> Any:
         raise InputError(
             f"flow is missing, and to compute it avfast._C is needed, which does not load: {error}"
         ) from None
-
-
-def read_clip(
-    path: str | Path, *, size: tuple[int, int], channels: int, sound: SpectrogramConfig, max_frames: int | None = None
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A film as the model wants it: frames (1,T,C,H,W) in [0, 1] at the model's rate, chosen by timestamps and averaged
-    down to size (H, W), and the sound (1, T * samples_per_frame) in [-1, 1], mono, from the first frame's time on,
-    silence where it ends early.
-
-    max_frames: refuse longer films. Raises InputError for a film that cannot be read, has no sound, or is too long.
-    """
-    # here: of the parts of avfast that the runtime uses, films alone need av
-    from avfast.video import read_video
-
-    rate = Fraction(sound.sample_rate, sound.samples_per_frame)
-    frames: list[NDArray[np.float32]] = []
-    start = 0.0
-    for frame in read_video(path, fps=float(rate)):
-        if not frames:
-            # read_video gives frame j the time first + j / fps
-            start = frame.time or 0.0
-        if max_frames is not None and len(frames) == max_frames:
-            raise InputError(f"{path}: longer than {max_frames} frames at {float(rate):g} per second, the limit")
-        frames.append(_shrink(frame.image, size, channels))
-    waveform = _read_sound(path, sound.sample_rate, start, len(frames) * sound.samples_per_frame)
-    return np.stack(frames)[None], waveform[None]
-
-
-def _shrink(image: NDArray[np.uint8], size: tuple[int, int], channels: int) -> NDArray[np.float32]:
-    import av
-
-    frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-    small = frame.reformat(width=size[1], height=size[0], interpolation="AREA", threads=1)
-    rgb = small.to_ndarray().astype(np.float32).transpose(2, 0, 1) / np.float32(255)
-    return rgb if channels == 3 else _luma(rgb)[None]
-
-
-def _read_sound(path: str | Path, rate: int, start: float, count: int) -> NDArray[np.float32]:
-    """`count` mono samples from the time `start` on, zeros where the file has none."""
-    import av
-    import av.error
-
-    waveform = np.zeros(count, np.float32)
-    found = 0
-    try:
-        with av.open(f"file:{path}", container_options={"protocol_whitelist": "file"}) as container:
-            if not container.streams.audio:
-                raise InputError(f"{path}: no sound in it")
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
-            position = None
-            # None at the end: what the resampler still holds
-            for frame in chain(container.decode(container.streams.audio[0]), [None]):
-                if position is None:
-                    if frame is None:
-                        break
-                    position = round(((frame.time or 0.0) - start) * rate)
-                for block in resampler.resample(frame):
-                    samples = block.to_ndarray()[0]
-                    first, last = max(position, 0), min(position + len(samples), count)
-                    if last > first:
-                        waveform[first:last] = samples[first - position : last - position]
-                        found += last - first
-                    position += len(samples)
-                if position >= count:
-                    break
-    except av.error.FFmpegError as error:
-        raise InputError(f"{path}: the sound cannot be read: {error.strerror}") from None
-    if not found:
-        raise InputError(f"{path}: no sound beside its frames")
-    return waveform.clip(-1, 1)

@@ -8,6 +8,7 @@ always increase. Reading holds a handful of frames, whatever the length of the f
 from __future__ import annotations
 
 import heapq
+import importlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -144,20 +145,30 @@ def target_size(
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (H,W) or (H,W,C), uint8 or float32: area averages where it shrinks, linear where it grows."""
+    """Resize (H,W) or (H,W,C), uint8 or float32: area averages where it shrinks, linear where it grows. Where OpenCV is
+    not installed (avfast.runtime does without), FFmpeg's area filter, uint8 only."""
     h, w = image.shape[:2]
     # an axis at a time: OpenCV's area filter becomes nearest-like for both as soon as one of them grows
     smaller = min(h, height), min(w, width)
     if (h, w) == (height, width):
         return image
-    # here and below: reading a film at its own size needs neither OpenCV nor Pillow
-    import cv2
-
+    cv2 = _opencv()
+    if cv2 is None:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24" if image.ndim == 3 else "gray")
+        return frame.reformat(width=width, height=height, interpolation="AREA", threads=1).to_ndarray()
     if smaller != (h, w):
         image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA)
     if smaller != (height, width):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     return image
+
+
+def _opencv() -> Any:
+    """OpenCV's module, None where it is not installed."""
+    try:
+        return importlib.import_module("cv2")
+    except ImportError:
+        return None
 
 
 @contextmanager
@@ -248,9 +259,11 @@ class _Fit:
         if (h, w) != self._first and self._size is None:
             raise InputError(f"{where} is {w}x{h} pixels, the first one {first_w}x{first_h}: give a size for all")
         if grey:
-            import cv2
-
-            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.uint8, copy=False)
+            cv2 = _opencv()
+            if cv2 is None:
+                image = np.rint(image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
+            else:
+                image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.uint8, copy=False)
         height, width = target_size(h, w, self._short_side, self._size)
         if self._mode == "letterbox":
             scale = min(height / h, width / w)

@@ -22,11 +22,8 @@ from fastapi.responses import Response
 
 from avfast.config import InputError
 from avfast.runtime import Predictor
-from avfast.signals import read_clip
 from avfast.video import video_writer
 
-GIVEN = 5
-SIZE = (48, 48)
 MAX_BYTES = 20_000_000
 MAX_FRAMES = 300
 
@@ -34,8 +31,8 @@ MAX_FRAMES = 300
 def create_app(model: str | Path, *, max_bytes: int = MAX_BYTES, max_frames: int = MAX_FRAMES) -> FastAPI:
     """The service over an exported model. Refused are films above the limits: bytes, frames at the model's rate."""
     predictor = Predictor(model)
-    if predictor.spectrogram is None:
-        raise InputError(f"{model} does not say how its sound becomes spectrograms: export it from its run folder")
+    # an export that does not say how films are read is refused now, not at the first upload
+    _ = predictor.usage
     # one prediction at a time: it uses all cores, and memory stays that of one film
     turn = threading.Lock()
     app = FastAPI(title="avfast")
@@ -67,19 +64,17 @@ def create_app(model: str | Path, *, max_bytes: int = MAX_BYTES, max_frames: int
 
 
 def _predict_film(predictor: Predictor, source: Path, target: Path, max_frames: int) -> None:
-    assert predictor.spectrogram is not None and predictor.fps is not None
-    channels = predictor.config["image_channels"]
-    frames, sound = read_clip(source, size=SIZE, channels=channels, sound=predictor.spectrogram, max_frames=max_frames)
-    if frames.shape[1] <= GIVEN:
-        raise InputError(
-            f"film has {frames.shape[1]} frames at {predictor.fps:g} per second, expected more than {GIVEN}"
-        )
-    rollout = predictor.predict(frames[:, :GIVEN], sound)
-    whole = np.concatenate((frames[0, :GIVEN], rollout.frames[0]))
+    usage = predictor.usage
+    given, fps = usage.context_frames, usage.clips.fps
+    frames, sound = predictor.read(source, max_frames=max_frames)
+    if frames.shape[1] <= given:
+        raise InputError(f"film has {frames.shape[1]} frames with sound, expected more than {given}")
+    rollout = predictor.predict(frames[:, :given], sound)
+    whole = np.concatenate((frames[0, :given], rollout.frames[0]))
     images = (whole * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    with video_writer(target, predictor.fps) as write:
-        for i, image in enumerate(images if channels == 3 else images.repeat(3, axis=3)):
-            write(image, i / predictor.fps)
+    with video_writer(target, fps) as write:
+        for i, image in enumerate(images if images.shape[3] == 3 else images.repeat(3, axis=3)):
+            write(image, i / fps)
 
 
 if "AVFAST_MODEL" in os.environ:

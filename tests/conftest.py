@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 from avfast.config import ModelConfig, TrainConfig
 from avfast.model import AVModel
 from avfast.networks import BatchNorm
+from avfast.usage import usage_of
 
 
 def _make_film(
@@ -88,5 +89,6 @@ def exported(random_model: Callable[..., AVModel], tmp_path_factory: pytest.Temp
 
     folder, model = tmp_path_factory.mktemp("exported"), random_model()
     run = TrainConfig(data_cache=str(folder / "no data"))
-    export_model(model, folder / "model", config=ExportConfig(rollout=False), run=run)
+    usage = usage_of(folder, run)
+    export_model(model, folder / "model", config=ExportConfig(rollout=False), run=run, usage=usage)
     return folder / "model", model

@@ -402,7 +402,7 @@ def test_a_bad_file_alone_is_one_line(name: str, run: Path, bad: Path, tmp_path:
     ("changes", "message"),
     [
         ({"inputs": ()}, "VIDEO is missing"),
-        ({"checkpoint": None}, "--checkpoint is missing"),
+        ({"checkpoint": None}, "expected either --checkpoint PATH"),
         ({"checkpoint": "nowhere"}, "nowhere is neither a checkpoint"),
         ({"checkpoint": "a/best"}, "a/best is neither a checkpoint"),
         ({"horizon": 0}, "horizon is 0, expected at least 1"),
@@ -455,3 +455,28 @@ def test_earlier_results_are_no_input(run: Path, films: Path, tmp_path: Path) ->
     for expected in (["other"], ["other-2"]):
         summary = predict(settings(run, tmp_path, out=str(tmp_path / "predictions"), horizon=1))
         assert [Path(p["folder"]).name for p in summary["predictions"]] == expected
+
+
+def test_an_export_gives_the_same_film(run: Path, films: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from avfast.export import ExportConfig, export
+
+    export(ExportConfig(run=str(run), out=str(tmp_path / "model"), rollout=False))
+    film = films / "a b ü.mkv"
+    ours = predict(settings(run, film, out=str(tmp_path / "torch")))["predictions"][0]
+    onnx = PredictConfig((str(film),), onnx=str(tmp_path / "model"), out=str(tmp_path / "onnx"), device="cpu")
+    theirs = predict(onnx)["predictions"][0]
+    for name in ("frames.npy", "flow.npy"):
+        a, b = (np.load(Path(done["folder"]) / name) for done in (ours, theirs))
+        assert a.shape == b.shape and np.abs(a - b).max() <= 1e-4
+    for name in ("fps", "given_frames", "predicted_frames", "reading", "flow_preset"):
+        assert ours[name] == theirs[name]
+    films_ = [[f.image for f in read_video(Path(done["folder"]) / "film.mp4")] for done in (ours, theirs)]
+    assert len(films_[0]) == len(films_[1]) == K + P
+    assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(*films_, strict=True)) < 0.5
+
+
+def test_a_model_is_asked_for_once() -> None:
+    for config in (PredictConfig(("a.mp4",)), PredictConfig(("a.mp4",), checkpoint="a", onnx="b")):
+        with pytest.raises(InputError, match="expected either --checkpoint PATH .* or --onnx FOLDER"):
+            predict(config)

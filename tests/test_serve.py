@@ -84,7 +84,7 @@ def bad_uploads() -> dict[str, tuple[bytes, int, str]]:
         "just too large": (b"\0" * (LIMIT_BYTES + 1), 413, "expected 1 to 300000"),
         "too long": (film(LIMIT_FRAMES + 1), 422, "longer than 40 frames"),
         "too short": (film(5), 422, "expected more than 5"),
-        "mute": (film(12, sound=False), 422, "no sound in it"),
+        "mute": (film(12, sound=False), 422, "no sound track in it"),
     }
 
 

@@ -124,8 +124,8 @@ def iter_clips(
             images.append(frame.image)
             times.append(frame.time)
             if len(images) == frames:
-                waveform = _windows(track, settings, times)
-                if waveform is not None:
+                waveform, covered = _windows(track, settings, times)
+                if covered == frames:
                     yield VideoClip(planes(images), waveform, fps, np.array(times))
                 images, times = [], []
 
@@ -136,6 +136,30 @@ def film_rate(path: str | Path, settings: ClipSettings) -> float:
     return settings.fps if own is None else min(settings.fps, own)
 
 
+def read_film(path: str | Path, settings: ClipSettings, *, max_frames: int | None = None) -> VideoClip:
+    """A whole film as one clip, as far as its sound covers it.
+
+    Raises InputError as `iter_clips` does, for more than `max_frames` frames, and where the sound covers none.
+    """
+    settings.check()
+    fps = film_rate(path, settings)
+    film = read_video(path, fps=fps, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
+    images: list[Pixels] = []
+    times: list[float] = []
+    for frame in film:
+        if len(images) == max_frames:
+            raise InputError(f"{path}: longer than {max_frames} frames at {fps:g} per second, the limit")
+        assert frame.time is not None
+        images.append(frame.image)
+        times.append(frame.time)
+    with SoundTrack(path, settings.sample_rate) as track:
+        waveform, covered = _windows(track, settings, times)
+    if not covered:
+        raise InputError(f"{path}: its sound covers none of its {len(images)} frames")
+    waveform = waveform[: covered * settings.samples_per_frame]
+    return VideoClip(planes(images[:covered]), waveform, fps, np.array(times[:covered]))
+
+
 def sound_windows(path: str | Path, settings: ClipSettings, times: NDArray[np.float64]) -> Samples:
     """(T * samples_per_frame,) int16: the windows that begin at T increasing times on the file's clock, out of a film
     or a sound file.
@@ -143,23 +167,23 @@ def sound_windows(path: str | Path, settings: ClipSettings, times: NDArray[np.fl
     Raises InputError as `read_sound` does, and where the track ends before the last window.
     """
     with SoundTrack(path, settings.sample_rate) as track:
-        waveform = _windows(track, settings, list(times))
-        if waveform is None:
-            rate = settings.sample_rate
-            covered = np.rint(times * rate) + settings.samples_per_frame <= track.end + _SOUND_SLACK * rate
+        waveform, covered = _windows(track, settings, list(times))
+        if covered < len(times):
+            end = track.end / settings.sample_rate
             raise InputError(
-                f"{path}: its sound ends at {track.end / rate:.2f} s, {times[-1]:.2f} s and a frame are wanted: "
-                f"it covers {covered.sum()} of {len(times)} frames"
+                f"{path}: its sound ends at {end:.2f} s, {times[-1]:.2f} s and a frame are wanted: it covers {covered} "
+                f"of {len(times)} frames"
             )
     return waveform
 
 
-def _windows(track: SoundTrack, settings: ClipSettings, times: list[float]) -> Samples | None:
-    """The windows that begin at these times; None where the track ends more than a little before the last one does."""
+def _windows(track: SoundTrack, settings: ClipSettings, times: list[float]) -> tuple[Samples, int]:
+    """The windows that begin at these times, and how many of them the track covers, or ends a little before."""
     count, rate = settings.samples_per_frame, settings.sample_rate
-    windows = np.concatenate([track.window(round(time * rate), count) for time in times])
-    covered = track.end + _SOUND_SLACK * rate >= round(times[-1] * rate) + count
-    return windows if covered else None
+    firsts = [round(time * rate) for time in times]
+    windows = np.concatenate([track.window(first, count) for first in firsts])
+    end = track.end + _SOUND_SLACK * rate
+    return windows, sum(first + count <= end for first in firsts)
 
 
 def planes(images: list[Pixels]) -> Pixels:
