@@ -57,12 +57,10 @@ class MMNISTConfig:
 
 @dataclass(frozen=True)
 class ClipsConfig:
-    """A data set that `avfast prepare` has made (with --dataset clips)."""
+    """A data set that `avfast prepare` has made."""
 
     data: str | None = None
-    """Its folder."""
-    cache: Literal["none", "ram", "device"] = "none"
-    """Read windows from its files, from a copy in memory, or from one on the device."""
+    """Its folder (with --dataset clips)."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +147,8 @@ class TrainConfig:
     """The run folder is <output-dir>/<dataset>-<name>, with -2, -3 ... where it exists already."""
     resume: str | None = None
     """`auto`: continue the newest run of this name that has a checkpoint, or begin one; else a run folder."""
+    cache: Literal["none", "ram", "device"] = "none"
+    """Read training clips from their files, from a copy in memory, or from one on the device."""
     data_cache: str = "data"
     """Where generated data sets are kept."""
     log_every: int = 10

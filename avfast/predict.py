@@ -122,10 +122,12 @@ class _Clip(NamedTuple):
 def clip_settings(checkpoint: Path, run: TrainConfig) -> ClipSettings:
     """How videos are read for a checkpoint of a run: as the run's training data was.
 
-    Raises InputError where the run does not tell.
+    Raises InputError where the run does not tell, and for one that was trained on spectrograms of other makers.
     """
     if run.dataset == "clips":
         said = read_data_parameters(checkpoint)
+        if said["layout"] != "videos":
+            raise InputError(f"{checkpoint} was trained on the ready-made spectrograms of layout {said['layout']}")
         settings = {field.name: said[field.name] for field in dataclasses.fields(ClipSettings)}
         return ClipSettings(**settings | {"size": tuple(settings["size"])})
     sound = mmnist_spectrogram(run.data.tone)

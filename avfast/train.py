@@ -160,7 +160,7 @@ class Trainer:
             self.val_data = load_split(config, "val", quiet=quiet)
         if self.accelerator.is_main_process:
             run.write("data.json", (json.dumps(train_data.parameters, indent=2) + "\n").encode())
-        self.train_data = train_data.cached(config.clips.cache, self.accelerator.device)
+        self.train_data = train_data.cached(config.cache, self.accelerator.device)
         self.model = AVModel(config.model).to(self.accelerator.device)
         self.resumed = resumed
         self.length = config.context_frames + config.pred_frames

@@ -29,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", help="folder of videos")
     parser.add_argument("out", help="folder for the data set")
+    parser.add_argument("--clip-frames", type=int, default=45)
     parser.add_argument("--tasks", type=int, default=2)
     parser.add_argument("--workers", type=int, default=-1, help="tasks at a time, -1: all")
     parser.add_argument("--slurm", metavar="PARTITION", help="submit a job array instead of running here")
@@ -37,7 +38,8 @@ def main() -> None:
 
     from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 
-    step = partial(prepare_shard, PrepareConfig(inputs=(args.videos,), out=args.out, workers=1))
+    config = PrepareConfig(inputs=(args.videos,), out=args.out, clip_frames=args.clip_frames, workers=1)
+    step = partial(prepare_shard, config)
     # beside the data set, whose folder is avfast's own
     about: dict[str, Any] = {"logging_dir": f"{Path(args.out)}-datatrove", "tasks": args.tasks, "workers": args.workers}
     if args.slurm:

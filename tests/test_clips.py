@@ -14,6 +14,7 @@ from avfast.audio import spectrogram
 from avfast.config import InputError
 from avfast.data.clips import ClipSettings, film_rate, iter_clips, read_clip, sound_windows
 
+REAL = Path(__file__).parents[2] / "shared" / "data" / "clips"
 RATES = {"23.976": Fraction(24000, 1001), "25": Fraction(25), "29.97": Fraction(30000, 1001), "30": Fraction(30)}
 COLOURS = np.arange(90) % 7 * 30 + 20
 
@@ -148,6 +149,18 @@ def test_sound_of_another_file(tmp_path: Path, make_film) -> None:
     np.testing.assert_array_equal(sound_windows(path, ClipSettings(), clip.times), clip.waveform)
     with pytest.raises(InputError, match=r"sound ends at 3.00 s, 4.00 s and a frame are wanted"):
         sound_windows(path, ClipSettings(), np.array([0.0, 4.0]))
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real films are not there")
+@pytest.mark.parametrize(
+    ("name", "fps"), [("brush.avi", 25), ("bunny.webm", 24), ("chaplin.mp4", 25), ("nasa.mp4", 25), ("tennis.mp4", 30)]
+)
+def test_real_films(name: str, fps: float, tmp_path: Path) -> None:
+    """AVI, WebM and MP4 with MP3, Vorbis and AAC at 8 and 44.1 kHz; no magnitude is clamped."""
+    clip = read_clip(REAL / name, ClipSettings(), frames=30, start=2.0)
+    assert clip.fps == pytest.approx(fps, rel=1e-3) and clip.frames.shape == (30, 3, 64, 64)
+    assert clip.frames.std() > 5 and np.abs(clip.waveform.astype(int)).max() > 300
+    assert spectrogram(torch.from_numpy(clip.waveform), ClipSettings().spectrogram).max() < 1
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,7 @@ def test_train_and_score(config: TrainConfig, folder: Path) -> None:
     run = train(config)
     assert run.name == "clips-run" and len(losses(run)) == 3
     # every cache gives the same numbers, bit for bit
-    cached = ClipsConfig(data=str(folder), cache="device")
-    again = train(replace(config, clips=cached, stage="mme", max_steps=1))
+    again = train(replace(config, cache="device", stage="mme", max_steps=1))
     assert losses(again) == losses(run)[:1]
     result = evaluate(EvaluateConfig(checkpoint=(str(run),), samples=1, device="cpu"))
     assert result["source"] == "set, test split" and result["data_seed"] is None and not result["regenerated"]
@@ -124,7 +123,7 @@ def test_presets_and_flags(folder: Path) -> None:
         given = parse(TrainConfig, prog="t", argv=["--preset", name, "--data", str(folder), *argv], presets=PRESETS)
         assert (given.context_frames, given.pred_frames, given.eval_frames) == (15, 15, 30)
         assert given.model.image_channels == 3 and given.model.audio_shape == ClipSettings().spectrogram.shape
-        assert given.clips == ClipsConfig(data=str(folder), cache="ram" if argv else "none")
+        assert given.clips == ClipsConfig(data=str(folder)) and given.cache == ("ram" if argv else "none")
         given.check()
 
 

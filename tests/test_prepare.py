@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -28,6 +29,7 @@ from avfast.flow import tvl1_flow
 from avfast.prepare import PrepareConfig, prepare, split_sources
 
 FRAMES = 8
+EXAMPLE = Path(__file__).parents[1] / "examples" / "prepare_datatrove.py"
 SMALL = PrepareConfig(clip_frames=FRAMES, clips=ClipSettings(size=(16, 16)), flow_preset="fast", workers=2)
 
 
@@ -117,7 +119,6 @@ def test_nothing_is_done_twice(videos: Path, tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr(program, "iter_clips", None)
     again = prepare(config(videos, tmp_path / "set"))
     assert (again["done"], again["skipped"]) == (0, 5) and content(tmp_path / "set") == before
-    # the set may lie among the videos
     with pytest.raises(InputError, match=r"its videos were others or have changed \(a\)"):
         (videos / "a.mkv").write_bytes(b"")
         prepare(config(videos, tmp_path / "set"))
@@ -127,6 +128,11 @@ def test_nothing_is_done_twice(videos: Path, tmp_path: Path, monkeypatch) -> Non
     with pytest.raises(InputError, match=r"prepared with fps 30.0, now 15.0: choose another --out"):
         prepare(config(videos, tmp_path / "set", clips=replace(SMALL.clips, fps=15.0)))
     assert content(tmp_path / "set") == before
+
+
+def test_the_set_may_lie_among_the_videos(videos: Path) -> None:
+    assert prepare(config(videos, videos / "set"))["clips"] == 10
+    assert prepare(config(videos, videos / "set"))["skipped"] == 5
 
 
 def test_shards_make_the_same_set(videos: Path, tmp_path: Path) -> None:
@@ -330,6 +336,32 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(videos: Path, tmp_path
         assert content(disk / "set") == content(tmp_path / "whole")
     finally:
         subprocess.run(["umount", disk], check=False)
+
+
+def shard_step():
+    spec = importlib.util.spec_from_file_location("prepare_datatrove", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.prepare_shard
+
+
+def test_a_datatrove_task_is_a_shard(videos: Path, tmp_path: Path) -> None:
+    for rank in range(3):
+        assert list(shard_step()(config(videos, tmp_path / "set"), rank=rank, world_size=3)) == []
+    prepare(config(videos, tmp_path / "whole"))
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_under_datatroves_local_executor(videos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datatrove")
+    command = [sys.executable, EXAMPLE, str(videos), str(tmp_path / "set"), "--tasks", "3", "--workers", "2"]
+    command += ["--clip-frames", str(FRAMES)]
+    for _ in range(2):
+        assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
+    assert len(list((tmp_path / "set-datatrove" / "completions").iterdir())) == 3
+    assert len(open_split(tmp_path / "set", "train")) == 6 and verify_dataset(tmp_path / "set") == []
 
 
 def test_the_command_is_the_function(videos: Path, tmp_path: Path, capsys) -> None:

@@ -96,6 +96,7 @@ def test_pickles_that_are_none_or_hold_something_else(tmp_path: Path) -> None:
         (b"no pickle", "not a pickle, or a damaged one"),
         (pickle.dumps(np.arange(9))[:-20], "not a pickle, or a damaged one"),
         (pickle.dumps([1, 2]), "holds list, expected one numpy array"),
+        (pickle.dumps(np.array([1, "x"], object)), "refused, this pickle asks for an array of dtype object"),
         (pickle.dumps(np.array(["text"])), "refused, this pickle asks for an array of dtype <U4"),
         (pickle.dumps(np.ones(2, complex)), "refused, this pickle asks for an array of dtype complex128"),
     ):
