@@ -86,8 +86,9 @@ def write_report(run: str | Path) -> Path:
 
 
 def refresh_report(results: str | Path) -> None:
-    """Write anew the report of the run folder that a folder of results lies in, if it lies in one."""
-    for folder in Path(results).resolve().parents:
+    """Write anew the report of the run folder that a folder of results lies in or is, if there is one."""
+    results = Path(results).resolve()
+    for folder in (results, *results.parents):
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
             write_report(folder)
 
@@ -145,7 +146,7 @@ def _predictions(run: Path) -> Iterator[str]:
 
 def _settings(run: Path) -> Iterator[str]:
     yield "<h2>Settings</h2>"
-    for name in ("config.yaml", "command.txt", "env.json"):
+    for name in ("config.yaml", "data.json", "command.txt", "env.json"):
         if (run / name).is_file():
             text = html.escape((run / name).read_text(encoding="utf-8", errors="replace").rstrip())
             yield f"<details><summary>{name}</summary>\n<pre>{text}</pre></details>"

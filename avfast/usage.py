@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avfast.config import TrainConfig
+from avfast.config import InputError, TrainConfig
 from avfast.data.clips import ClipSettings
 
 
@@ -40,13 +40,17 @@ class Usage:
 
 
 def usage_of(checkpoint: Path, run: TrainConfig) -> Usage:
-    """The usage of a checkpoint of a run: as the run's training data was read. Raises InputError where the run does not
-    tell."""
+    """The usage of a checkpoint of a run: as the run's training data was read.
+
+    Raises InputError where the run does not tell, and for one that was trained on spectrograms of other makers.
+    """
     from avfast.data.mmnist import FRAME_SIDE, mmnist_spectrogram
     from avfast.runs import read_data_parameters
 
     if run.dataset == "clips":
         said = read_data_parameters(checkpoint)
+        if said["layout"] != "videos":
+            raise InputError(f"{checkpoint} was trained on the ready-made spectrograms of layout {said['layout']}")
         settings = {field.name: said[field.name] for field in dataclasses.fields(ClipSettings)}
         clips = ClipSettings(**{**settings, "size": tuple(settings["size"])})
     else:

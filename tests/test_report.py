@@ -200,8 +200,11 @@ def test_predictions_without_true_frames_and_too_many(run: Path) -> None:
 
 
 def test_results_know_their_run(run: Path, tmp_path: Path) -> None:
-    refresh_report(run / "eval")
-    assert (run / "report.html").exists()
+    for results in (run / "eval", run):
+        refresh_report(results)
+        assert (run / "report.html").exists()
+        (run / "report.html").unlink()
+    refresh_report(run / "predictions" / "clip <1>")
     (tmp_path / "elsewhere" / "predictions").mkdir(parents=True)
     refresh_report(tmp_path / "elsewhere" / "predictions")
     assert [p.name for p in tmp_path.rglob("report.html")] == ["report.html"]
