@@ -25,6 +25,7 @@ from avfast.runtime import Predictor
 from avfast.signals import read_clip
 from avfast.video import video_writer
 
+# given frames, and the height and width that films are shrunk to: what the model was trained on
 GIVEN = 5
 SIZE = (48, 48)
 MAX_BYTES = 20_000_000

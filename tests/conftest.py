@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,15 +14,19 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from avfast.config import ModelConfig, TrainConfig
-from avfast.model import AVModel
-from avfast.networks import BatchNorm
+if TYPE_CHECKING:
+    from avfast.model import AVModel
 
 
 @pytest.fixture(scope="session")
 def random_model() -> Callable[..., AVModel]:
     """random_model(**config): a model at its default start, but with running statistics that BatchNorm folding must get
     right, and a refinement that is not zero."""
+
+    # here: a machine that tests the kernels alone has no safetensors
+    from avfast.config import ModelConfig
+    from avfast.model import AVModel
+    from avfast.networks import BatchNorm
 
     def make(**config: Any) -> AVModel:
         torch.manual_seed(0)
@@ -41,6 +45,7 @@ def random_model() -> Callable[..., AVModel]:
 @pytest.fixture(scope="session")
 def exported(random_model: Callable[..., AVModel], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AVModel]:
     """The whole model as ONNX, without rollout, and the model it is of. It takes most of a minute: once for all."""
+    from avfast.config import TrainConfig
     from avfast.export import ExportConfig, export_model
 
     folder, model = tmp_path_factory.mktemp("exported"), random_model()
