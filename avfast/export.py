@@ -86,9 +86,7 @@ def export(config: ExportConfig) -> dict[str, float]:
             "train stage car, or give --motion-only"
         )
     with Progress(f"export, {config.format} {config.precision}") as progress:
-        differences = export_model(
-            model, config.out, config=config, run=run, progress=lambda d, t, text: progress.update(d, t, text)
-        )
+        differences = export_model(model, config.out, config=config, run=run, progress=progress.update)
         for name, value in differences.items():
             progress.note(f"largest difference from PyTorch, {name}: {value:.2g}")
     return differences
