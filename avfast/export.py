@@ -109,7 +109,7 @@ def export_model(
     dtype = torch.float16 if config.precision == "fp16" else torch.float32
     graphs = [g for g in make_graphs(model, dtype, unroll) if config.rollout or g.name != "rollout"]
     about = _about(model, config, usage, [g.name for g in graphs])
-    # an example in which no two sizes agree by chance
+    # of the example alone; 0 and 1 are the sizes that torch.export would take for fixed
     sizes = {"B": 2, "N": 3, "P": 4, "M": 6, "K": 3, "T": 7, "h": 2, "w": 3}
     with _new_folder(Path(out)) as folder:
         for done, graph in enumerate(graphs):

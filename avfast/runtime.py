@@ -371,9 +371,11 @@ class Session:
         if not self._bind:
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(feed)), strict=True))
         binding = self._session.io_binding()
+        # held by name until the run is over: the binding is not known to keep them
+        arrays = {name: np.ascontiguousarray(x) for name, x in feed.items() if isinstance(x, np.ndarray)}
         for name, value in feed.items():
-            if isinstance(value, np.ndarray):
-                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            if name in arrays:
+                binding.bind_cpu_input(name, arrays[name])
             else:
                 binding.bind_ortvalue_input(name, value)
         for name in self._outputs:

@@ -7,9 +7,8 @@ import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -17,10 +16,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from avfast.config import ModelConfig, TrainConfig
-from avfast.model import AVModel
-from avfast.networks import BatchNorm
-from avfast.usage import usage_of
+if TYPE_CHECKING:
+    from avfast.model import AVModel
 
 
 def _make_film(
@@ -36,6 +33,9 @@ def _make_film(
 ) -> Path:
     """A film of frames (T,H,W,3) RGB and samples (N,) or (N,channels) int16, the first of which is number
     `first_sample` on the film's clock; the codecs must suit the file's suffix."""
+    # here: the machines that only run kernels have none
+    import av
+
     with av.open(str(path), "w") as container:
         video = container.add_stream(codecs[0], rate=fps)
         video.height, video.width = images.shape[1:3]
@@ -68,6 +68,11 @@ def random_model() -> Callable[..., AVModel]:
     """random_model(**config): a model at its default start, but with running statistics that BatchNorm folding must get
     right, and a refinement that is not zero."""
 
+    # here: a machine that tests the kernels alone has no safetensors
+    from avfast.config import ModelConfig
+    from avfast.model import AVModel
+    from avfast.networks import BatchNorm
+
     def make(**config: Any) -> AVModel:
         torch.manual_seed(0)
         model = AVModel(ModelConfig(unet_width=4, **config)).eval()
@@ -85,7 +90,9 @@ def random_model() -> Callable[..., AVModel]:
 @pytest.fixture(scope="session")
 def exported(random_model: Callable[..., AVModel], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AVModel]:
     """The whole model as ONNX, without rollout, and the model it is of. It takes most of a minute: once for all."""
+    from avfast.config import TrainConfig
     from avfast.export import ExportConfig, export_model
+    from avfast.usage import usage_of
 
     folder, model = tmp_path_factory.mktemp("exported"), random_model()
     run = TrainConfig(data_cache=str(folder / "no data"))
