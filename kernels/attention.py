@@ -249,11 +249,14 @@ _LARGEST_ROW = 512
 
 
 def _unsupported(first: Tensor, *others: Tensor | None) -> str | None:
+    missing = triton_backend.unsupported(first)
+    if missing is not None:
+        return missing
     channels = first.shape[-1 if first.dim() == 3 else 1]
     compute = cpp_backend.compute_type(first, *(t for t in others if t is not None))
     if channels * compute.itemsize > _LARGEST_ROW:
         return f"it has {channels} channels, the kernels take {_LARGEST_ROW // compute.itemsize} of {compute}"
-    return triton_backend.unsupported(first)
+    return None
 
 
 def _recall_unsupported(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> str | None:

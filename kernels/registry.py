@@ -36,8 +36,9 @@ class Backend(NamedTuple):
 
     def chosen(self, *args: Any, **kwargs: Any) -> bool:
         """Whether it may run without a request."""
-        suits = self.opt_in is None and (self.where is None or self.where[1](*args, **kwargs))
-        return suits and self.unsupported(*args, **kwargs) is None
+        # where it cannot run its condition is not asked: a size it compares would be fixed in an exported program
+        able = self.opt_in is None and self.unsupported(*args, **kwargs) is None
+        return able and (self.where is None or self.where[1](*args, **kwargs))
 
 
 def never(*_args: Any, **_kwargs: Any) -> None:

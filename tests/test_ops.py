@@ -299,6 +299,22 @@ def test_dispatch(monkeypatch):
         op(1)
 
 
+def test_a_backend_runs_unasked_only_where_it_suits(monkeypatch):
+    able = (lambda x: None, lambda device: None)
+    op = registry.Op(
+        "probe",
+        {
+            "triton": registry.Backend(lambda x: "triton", *able, where=("x < 3", lambda x: x < 3)),
+            "reference": registry.Backend(lambda x: "reference", *able),
+        },
+    )
+    monkeypatch.delenv("AVFAST_BACKEND", raising=False)
+    assert [op(1), op(5), op(5, backend="triton")] == ["triton", "reference", "triton"]
+    monkeypatch.setattr(registry, "OPS", {"probe": op})
+    _, _, chosen, others = registry.explain()[0]
+    assert chosen == "triton" and others["reference"] == "triton is preferred where x < 3"
+
+
 def test_explain_names_every_op_and_a_reason_for_every_other_backend():
     rows = registry.explain()
     ops = {"backward_warp", "condense", "recall", "convlstm_gates", "modulate", "flow_loss"}
