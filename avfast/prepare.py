@@ -401,13 +401,12 @@ def _join(config: PrepareConfig, out: Path, items: list[Item], found: dict[str, 
     if lock is None:
         return
     try:
-        good = [item.name for item in items if not found[item.name]["reason"]]
+        good = [item for item in items if not found[item.name]["reason"]]
         if not good:
             first = items[0]
             raise InputError(f"nothing could be done: {first.path}: {found[first.name]['reason']}")
         if not (out / INDEX).exists():
-            splits = _splits(config, [item for item in items if item.name in good])
-            index = _joined(config, out, {name: found[name] for name in good}, splits)
+            index = _joined(config, out, {item.name: found[item.name] for item in good}, _splits(config, good))
             index["quarantine"] = [
                 {key: source[key] for key in ("name", "file", "bytes", "reason")}
                 for source in found.values()
@@ -428,7 +427,7 @@ def _joined(
     listed, parts = [], {}
     for split in SPLITS:
         names = [name for name in sources if splits[name] == split]
-        # several videos may have the same bytes, and one name other bytes than before
+        # a store that a killed run has left is known by the videos in it
         content = json.dumps([(name, sources[name]["sha256"]) for name in names])
         about = parameters | {"split": split, "content": hashlib.sha256(content.encode()).hexdigest()}
         count, first = sum(sources[name]["clips"] for name in names), 0
