@@ -348,9 +348,9 @@ def _recall_forward_fake(feature: Tensor, query: Tensor, key: Tensor, value: Ten
 
 
 def _recall_backward(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    by_query, *by_tokens = _recall_backward_fake(query, key, value, grad)
-    _attention_backward((_rows(query), key, value, _rows(grad)), (_rows(by_query), *by_tokens), causal=False)
-    return by_query, *by_tokens
+    outputs = by_query, by_key, by_value = _recall_backward_fake(query, key, value, grad)
+    _attention_backward((_rows(query), key, value, _rows(grad)), (_rows(by_query), by_key, by_value), causal=False)
+    return outputs
 
 
 def _recall_backward_fake(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
