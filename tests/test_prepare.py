@@ -302,6 +302,8 @@ def test_folders_that_are_in_the_way(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="was not made by avfast prepare"):
         prepare(config(videos, tmp_path / "file"))
+    with pytest.raises(NotADirectoryError):
+        prepare(config(videos, tmp_path / "file" / "set"))
     prepare(config(videos, tmp_path / "set"))
     for name, newer in (("index.json", "a newer avfast has written it"), ("prepare.json", "version 99, expected 1")):
         path = tmp_path / "set" / name
@@ -310,6 +312,9 @@ def test_folders_that_are_in_the_way(videos: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=newer):
             prepare(config(videos, tmp_path / "set"))
         assert content(tmp_path / "set") == before
+        path.write_text(json.dumps({"format": "avfast-dataset", "version": 1, "splits": {}}))
+        with pytest.raises(InputError, match="is damaged"):
+            prepare(config(videos, tmp_path / "set"))
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path, make_film) -> None:

@@ -30,7 +30,11 @@ def read_dataset_index(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not (folder / "index.json").exists() and (folder / "prepare.json").exists():
         raise InputError(f"{folder}: this data set is not finished yet: run avfast prepare again")
-    return read_index(folder, DATASET_FORMAT, DATASET_VERSION)
+    index = read_index(folder, DATASET_FORMAT, DATASET_VERSION)
+    missing = {"parameters", "splits", "sources", "quarantine"} - index.keys()
+    if missing:
+        raise InputError(f"{folder}: index.json is damaged, {', '.join(sorted(missing))} are missing")
+    return index
 
 
 def open_split(folder: str | Path, split: Split) -> ClipStore:
