@@ -10,7 +10,8 @@ has the layout). The finished set does not depend on how often the work was inte
 `--shard-index i --num-shards n` takes every n-th video, any number of such runs may share a folder, on one machine or
 many, and whichever finishes last joins. A video is in one split only, chosen by the hash of its name.
 
-Of the sound the waveform is kept, 1470 bytes a frame; its spectrogram, 3060, is computed with each batch.
+Of the sound the waveform is kept, 1470 bytes a frame. Its spectrogram, 3060, is computed with each batch, which takes
+0.6 times as long as turning the frames into floats.
 """
 
 from __future__ import annotations

@@ -155,9 +155,7 @@ class ClipStore:
         def take(array: Any, unit: int = 1) -> Tensor | None:
             if array is None:
                 return None
-            # slices of a plain view: those of np.memmap itself are objects that take 10 us each
-            source = array if isinstance(array, Tensor) else np.asarray(array)
-            windows = [source[c, s * unit : (s + length) * unit] for c, s in zip(clips, starts, strict=True)]
+            windows = [array[c, s * unit : (s + length) * unit] for c, s in zip(clips, starts, strict=True)]
             return torch.stack(windows) if isinstance(array, Tensor) else torch.from_numpy(np.stack(windows))
 
         waveform = None if self.audio is not None else self.waveform
