@@ -8,7 +8,6 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -30,6 +29,9 @@ def _make_film(
 ) -> Path:
     """A film of frames (T,H,W,3) RGB and samples (N,) or (N,channels) int16, the first of which is number
     `first_sample` on the film's clock; the codecs must suit the file's suffix."""
+    # here, because `make gpu` runs where there is no PyAV
+    import av
+
     with av.open(str(path), "w") as container:
         video = container.add_stream(codecs[0], rate=fps)
         video.height, video.width = images.shape[1:3]
