@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import torch
 
 from avfast.data.store import ClipStore, write_store
+
+h5py = pytest.importorskip("h5py")
 
 CLIPS, FRAMES, SIDE, SAMPLES, BATCH = 60, 90, 64, 735, 32
 SPECTROGRAM = {"sample_rate": 22_050, "samples_per_frame": SAMPLES, "n_fft": 88, "hop": 44, "scale": 16.0}
@@ -38,7 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ClipStore:
 
 
 @pytest.fixture(scope="module")
-def hdf5(store: ClipStore) -> h5py.File:
+def hdf5(store: ClipStore) -> Any:
     with h5py.File(store.folder / "set.h5", "w") as file:
         for name in ("frames", "waveform", "flow"):
             file[name] = getattr(store, name)
@@ -46,7 +47,7 @@ def hdf5(store: ClipStore) -> h5py.File:
 
 
 @pytest.mark.parametrize("length", [30, 45])
-def bench_windows(length: int, store: ClipStore, hdf5: h5py.File, compare: Callable[..., dict[str, Any]]) -> None:
+def bench_windows(length: int, store: ClipStore, hdf5: Any, compare: Callable[..., dict[str, Any]]) -> None:
     rng = np.random.default_rng(1)
     keys = [(rng.integers(CLIPS, size=BATCH), rng.integers(FRAMES - length + 1, size=BATCH)) for _ in range(4)]
 

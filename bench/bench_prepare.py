@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from avfast import prepare as program
-from avfast.audio import spectrogram
-from avfast.data.clips import ClipSettings, iter_clips
-from avfast.prepare import PrepareConfig, prepare
-
+for package in ("av", "tyro"):
+    pytest.importorskip(package)
 cv2 = pytest.importorskip("cv2")
+
+from avfast import prepare as program  # noqa: E402
+from avfast.audio import spectrogram  # noqa: E402
+from avfast.data.clips import ClipSettings, iter_clips  # noqa: E402
+from avfast.prepare import PrepareConfig, prepare  # noqa: E402
 
 CLIPS = Path(__file__).parents[2] / "shared" / "data" / "clips"
 

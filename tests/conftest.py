@@ -33,7 +33,7 @@ def _make_film(
 ) -> Path:
     """A film of frames (T,H,W,3) RGB and samples (N,) or (N,channels) int16, the first of which is number
     `first_sample` on the film's clock; the codecs must suit the file's suffix."""
-    # here: the machines that only run kernels have none
+    # here, because `make gpu` runs where there is no PyAV
     import av
 
     with av.open(str(path), "w") as container:
