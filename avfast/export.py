@@ -60,7 +60,8 @@ class ExportConfig:
     precision: Literal["fp32", "fp16"] = "fp32"
     """`fp16`: convolutions and hidden state in half precision; images, flow, warp and cell state stay fp32."""
     rollout: bool = True
-    """Write rollout, the whole prediction in one graph, too. avfast.runtime does not need it."""
+    """Write rollout, the whole prediction in one graph, too. avfast.runtime does not need it. As `aoti` only with
+    --unroll: AOTInductor of torch 2.13 fails on loops of unknown length."""
     unroll: int | None = None
     """Write rollout without loops, for exactly this many predicted frames and the run's context-frames."""
     motion_only: bool = False
@@ -107,7 +108,8 @@ def export_model(
     given = 5 if run is None else run.context_frames
     unroll = None if config.unroll is None else (given, config.unroll)
     dtype = torch.float16 if config.precision == "fp16" else torch.float32
-    graphs = [g for g in make_graphs(model, dtype, unroll) if config.rollout or g.name != "rollout"]
+    whole = config.rollout and (config.format != "aoti" or unroll is not None)
+    graphs = [g for g in make_graphs(model, dtype, unroll) if whole or g.name != "rollout"]
     about = _about(model, config, usage, [g.name for g in graphs])
     # of the example alone; 0 and 1 are the sizes that torch.export would take for fixed
     sizes = {"B": 2, "N": 3, "P": 4, "M": 6, "K": 3, "T": 7, "h": 2, "w": 3}
