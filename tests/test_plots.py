@@ -335,3 +335,30 @@ def test_metric_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.get_xydata().tolist() for line in aepe.lines] == [[[6, 0.1], [7, 0.2]]]
     save_metric_curves(tmp_path / "curves.png", {"black": results["black"]})
     assert len(figures[1].axes) == 2
+
+
+def test_contact_sheet_shows_frames_sound_and_flow(tmp_path: Path) -> None:
+    """A red clip whose sound is one low note and whose flow goes right: all three are where they belong."""
+    frames = np.zeros((9, 3, 96, 96))
+    frames[:, 0] = 1
+    audio = np.zeros((9, 1, 45, 17))
+    audio[:, :, 2] = 0.5
+    flow = np.zeros((9, 2, 96, 96))
+    flow[1:, 0] = 3
+    row = plots.ContactRow("a film", frames, audio, flow)
+    plots.save_contact_sheet(tmp_path / "sheet.png", [row, row], columns=3)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape[1] == plots.GAP + 3 * (96 + plots.GAP)
+    top = plots.TEXT_SIZE + 2 * plots.GAP
+    middle = plots.GAP + (96 + plots.GAP) + 48
+    assert (sheet[top + 10, middle] == (255, 0, 0)).all()
+    sound = sheet[top + 96 + plots.GAP // 2 :][:48, middle]
+    # low notes are at the bottom: row 2 of 45 lies 2 / 45 of the height above it
+    assert sound.max() == 255 and abs(sound[:, 0].argmax() / 48 - 42 / 45) < 0.04 and not sound[:40].any()
+    moving = top + 96 + 48 + plots.GAP
+    assert (sheet[moving + 10, middle] == (255, 0, 0)).all() and (sheet[moving + 10, plots.GAP + 10] == 255).all()
+    with pytest.raises(ValueError, match="rows is empty"):
+        plots.save_contact_sheet(tmp_path / "none.png", [])
+    with pytest.raises(ValueError, match="audio and flow have shapes"):
+        plots.save_contact_sheet(tmp_path / "none.png", [row._replace(flow=flow[:3])])
+    assert not (tmp_path / "none.png").exists()
