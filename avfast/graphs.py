@@ -314,7 +314,7 @@ class RolloutGraph(Graph):
         hidden = torch.zeros(state, dtype=features.dtype, device=features.device)
         cell = torch.zeros(state, device=features.device)
 
-        # per step: the condensed row or which tokens are visible, and A_t's vector
+        # per step: its number, up to which recall by attention sees; the condensed row; A_t's vector
         per_step = [torch.arange(given, total, device=frames.device)]
         if self.config.motion == "mme":
             per_step.append(memory[0][:, given:].transpose(0, 1))

@@ -35,6 +35,7 @@ METADATA = "avfast"
 GRAPHS = ("audio", "context", "observe", "step")
 """The graphs that the runner uses, where a model has them; `rollout` is for other hosts."""
 FEATURES = 128
+"""As in avfast.networks, which needs PyTorch."""
 _MEMORY: dict[str, tuple[str, ...]] = {"v": (), "mme": ("condensed",), "v+recall": ("key", "value")}
 """What a step recalls from, by variant of motion."""
 

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from avfast import export as export_module
-from avfast.config import InputError, TrainConfig, to_dict
+from avfast.config import InputError, MMNISTConfig, TrainConfig, to_dict
+from avfast.data.store import built_split, load_split
 from avfast.graphs import border_warp, fold_batch_norms, make_graphs
 from avfast.kernels import reference
 from avfast.model import AVModel
@@ -117,6 +118,17 @@ def test_files_say_what_they_are(exported: tuple[Path, AVModel]):
             assert all(port["meaning"] for port in ports)
             shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values]
             assert shapes == [port["shape"] for port in ports]
+
+
+def test_real_clips_are_compared_where_they_have_been_built(exported: tuple[Path, AVModel], tmp_path: Path):
+    data = MMNISTConfig(train_clips=2, val_clips=1, test_clips=2, clip_frames=8)
+    run = TrainConfig(data=data, data_cache=str(tmp_path))
+    assert built_split(run, "test") is None and list(tmp_path.iterdir()) == []
+    store = load_split(run, "test", quiet=True)
+    found = built_split(run, "test")
+    assert found is not None and found.folder == store.folder
+    differences = verify(*exported, run=run)
+    assert differences["real clips, frames"] <= 1e-4 and differences["real clips, flow"] <= 1e-4
 
 
 def test_another_model_is_told_apart(exported: tuple[Path, AVModel], random_model: MakeModel):
