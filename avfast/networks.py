@@ -94,7 +94,8 @@ class PatchConv(nn.Conv2d):
         images = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
         patches = images.unfold(1, kernel, stride).unfold(2, kernel, stride).permute(0, 1, 2, 4, 5, 3)
         weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)
-        return (patches.flatten(3) @ weight).permute(0, 3, 1, 2)
+        out = patches.flatten(3) @ weight
+        return (out if self.bias is None else out + self.bias).permute(0, 3, 1, 2)
 
 
 class ConvBlock(nn.Module):

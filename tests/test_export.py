@@ -13,7 +13,7 @@ import yaml
 
 from avfast import export as export_module
 from avfast.config import InputError, MMNISTConfig, TrainConfig, to_dict
-from avfast.data.store import built_split, load_split
+from avfast.data.dataset import built_split, load_split
 from avfast.graphs import border_warp, fold_batch_norms, make_graphs
 from avfast.kernels import reference
 from avfast.model import AVModel

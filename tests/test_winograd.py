@@ -103,12 +103,13 @@ def test_recurrence_takes_the_cells_under_autocast() -> None:
         assert not isinstance(lstm.recurrence(x), modules._SmallMapRecurrence)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(4, 2, 1), (2, 1, 0), (3, 1, 1)])
-def test_patch_convolution_equals_the_direct_one(kernel: int, stride: int, padding: int) -> None:
+def test_patch_convolution_equals_the_direct_one(kernel: int, stride: int, padding: int, bias: bool) -> None:
     torch.manual_seed(0)
-    conv = PatchConv(3, 5, kernel, stride, padding, bias=False).double()
+    conv = PatchConv(3, 5, kernel, stride, padding, bias=bias).double()
     x = torch.randn(4, 3, 5, 4, dtype=torch.float64, requires_grad=True)
-    found, expected = conv(x), F.conv2d(x, conv.weight, stride=stride, padding=padding)
+    found, expected = conv(x), F.conv2d(x, conv.weight, conv.bias, stride=stride, padding=padding)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     for ours, theirs in zip(
         torch.autograd.grad(found.sin().sum(), (x, conv.weight)),
