@@ -51,6 +51,19 @@ class Rollout(NamedTuple):
     flow: NDArray[np.float32]
 
 
+class Film(NamedTuple):
+    """What a model sees and hears of a film."""
+
+    frames: NDArray[np.float32]
+    """(1,T,C,H,W) in [0,1]."""
+    sound: NDArray[np.int16]
+    """(1, T * samples per frame)."""
+    fps: float
+    """Frames per second: the model's, or the film's own where that is lower."""
+    start: float
+    """Time of the first frame on the file's clock, in seconds."""
+
+
 class Predictor:
     """An exported model.
 
@@ -114,16 +127,16 @@ class Predictor:
             raise InputError(f"{self.source} does not say how films are read for it: export it from its run folder")
         return Usage.from_dict(self.about["usage"])
 
-    def read(self, path: str | Path, *, max_frames: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
-        """A film as the model was trained to see and hear it, as far as its sound covers it: frames (1,T,C,H,W) in
-        [0,1], sound (1, T * samples per frame). Needs av.
+    def read(self, path: str | Path, *, max_frames: int | None = None) -> Film:
+        """A film as the model was trained to see and hear it, as far as its sound covers it. Needs av.
 
         Raises InputError for a film that cannot be read, has no sound, or has more than `max_frames` frames.
         """
         from avfast.data.clips import read_film
 
         clip = read_film(path, self.usage.clips, max_frames=max_frames)
-        return clip.frames[None].astype(np.float32) / np.float32(255), clip.waveform[None]
+        frames = clip.frames[None].astype(np.float32) / np.float32(255)
+        return Film(frames, clip.waveform[None], clip.fps, float(clip.times[0]))
 
     @property
     def fps(self) -> float | None:

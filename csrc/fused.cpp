@@ -38,6 +38,7 @@ Double exp(Double a) { return Double(std::exp(a.raw[0])); }
 Double min(Double a, Double b) { return a.raw[0] < b.raw[0] ? a : b; }
 Double max(Double a, Double b) { return a.raw[0] > b.raw[0] ? a : b; }
 Double where(Double::Int mask, Double a, Double b) { return mask[0] ? a : b; }
+Double next_lanes(Double, double last) { return Double(last); }
 Double::Int floor_int(Double a) { return Double::Int{static_cast<int64_t>(std::floor(a.raw[0]))}; }
 
 }  // namespace

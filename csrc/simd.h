@@ -124,6 +124,13 @@ AVFAST_INLINE Vec power_of_two(Vec shifted) {
   return reinterpret_cast<Vec::Raw>(bits);
 }
 
+// lanes 1, 2, ... of a, then `last`.
+AVFAST_INLINE Vec next_lanes(Vec a, float last) {
+  Vec::Int order;
+  for (int i = 0; i < kLanes; ++i) order[i] = i + 1;
+  return __builtin_shuffle(a.raw, Vec(last).raw, order);
+}
+
 // two registers as one: for long chains of operations, of which one at a time would leave the core waiting.
 struct Vec2 {
   using Scalar = float;

@@ -22,8 +22,10 @@ from fastapi.responses import Response
 
 from avfast.config import InputError
 from avfast.runtime import Predictor
+from avfast.sound import read_sound
 from avfast.video import video_writer
 
+RATE = 44_100
 MAX_BYTES = 20_000_000
 MAX_FRAMES = 300
 
@@ -64,17 +66,16 @@ def create_app(model: str | Path, *, max_bytes: int = MAX_BYTES, max_frames: int
 
 
 def _predict_film(predictor: Predictor, source: Path, target: Path, max_frames: int) -> None:
-    usage = predictor.usage
-    given, fps = usage.context_frames, usage.clips.fps
-    frames, sound = predictor.read(source, max_frames=max_frames)
-    if frames.shape[1] <= given:
-        raise InputError(f"film has {frames.shape[1]} frames with sound, expected more than {given}")
-    rollout = predictor.predict(frames[:, :given], sound)
-    whole = np.concatenate((frames[0, :given], rollout.frames[0]))
+    given, film = predictor.usage.context_frames, predictor.read(source, max_frames=max_frames)
+    if film.frames.shape[1] <= given:
+        raise InputError(f"film has {film.frames.shape[1]} frames with sound, expected more than {given}")
+    rollout = predictor.predict(film.frames[:, :given], film.sound)
+    whole = np.concatenate((film.frames[0, :given], rollout.frames[0]))
     images = (whole * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    with video_writer(target, fps) as write:
+    heard = read_sound(source, RATE, start=film.start, seconds=len(images) / film.fps)
+    with video_writer(target, film.fps, (heard.samples, RATE)) as write:
         for i, image in enumerate(images if images.shape[3] == 3 else images.repeat(3, axis=3)):
-            write(image, i / fps)
+            write(image, i / film.fps)
 
 
 if "AVFAST_MODEL" in os.environ:

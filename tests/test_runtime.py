@@ -312,9 +312,15 @@ def make_film(path: Path, *, fps: int, frames: int, rate: int | None = 16000, cl
 
 def test_films_are_read_as_the_model_was_trained(predictor: Predictor, tmp_path: Path):
     make_film(tmp_path / "film.mp4", fps=20, frames=30)
-    frames, wave = predictor.read(tmp_path / "film.mp4")
+    frames, wave, fps, start = predictor.read(tmp_path / "film.mp4")
     # 10 frames a second of 20: every other one
-    assert frames.shape == (1, 15, 1, 48, 48) and wave.shape == (1, 15 * 440) and wave.dtype == np.int16
+    assert (
+        frames.shape == (1, 15, 1, 48, 48)
+        and wave.shape == (1, 15 * 440)
+        and wave.dtype == np.int16
+        and fps == 10
+        and start == 0
+    )
     levels = frames[0].mean((1, 2, 3)) * 255
     np.testing.assert_allclose(levels, 40 + 10 * np.arange(15), atol=3)
     loud = np.flatnonzero(np.abs(wave[0]) > 0.45 * 32768) / 4400
@@ -323,10 +329,11 @@ def test_films_are_read_as_the_model_was_trained(predictor: Predictor, tmp_path:
 
 def test_films_are_read_without_opencv(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     make_film(tmp_path / "film.mp4", fps=20, frames=30)
-    expected, _ = predictor.read(tmp_path / "film.mp4")
+    expected = predictor.read(tmp_path / "film.mp4")
     monkeypatch.setitem(sys.modules, "cv2", None)
-    found, _ = predictor.read(tmp_path / "film.mp4")
-    np.testing.assert_allclose(found, expected, atol=2 / 255)
+    found = predictor.read(tmp_path / "film.mp4")
+    np.testing.assert_allclose(found.frames, expected.frames, atol=2 / 255)
+    np.testing.assert_array_equal(found.sound, expected.sound)
 
 
 def test_films_that_cannot_be_used_are_refused(predictor: Predictor, tmp_path: Path):
@@ -344,6 +351,6 @@ def test_films_that_cannot_be_used_are_refused(predictor: Predictor, tmp_path: P
 @pytest.mark.skipif(not CLIPS.exists(), reason="the real clips are not there")
 def test_a_real_clip_is_predicted(predictor: Predictor):
     path = sorted(p for p in CLIPS.iterdir() if p.suffix in (".mp4", ".webm", ".mkv", ".ogv", ".mov"))[0]
-    frames, wave = predictor.read(path)
-    rollout = predictor.predict(frames[:, :5], wave[:, : 12 * 440])
+    film = predictor.read(path)
+    rollout = predictor.predict(film.frames[:, :5], film.sound[:, : 12 * 440])
     assert rollout.frames.shape == (1, 7, 1, 48, 48) and np.isfinite(rollout.frames).all()
