@@ -37,9 +37,7 @@ def grid_sample(height: int, width: int) -> Callable[[Tensor, Tensor], Tensor]:
 def bench_warp(shape: tuple[int, int, int, int], contest: Callable[..., None]) -> None:
     b, c, h, w = shape
     torch.manual_seed(0)
-    # smooth: grid_sample's coordinates are a share of the image, off by 1e-4 px at 1920 pixels
-    coarse = torch.rand(b, c, h // 16, w // 16, device=DEVICE)
-    image = F.interpolate(coarse, (h, w), mode="bilinear").requires_grad_()
+    image = torch.rand(shape, device=DEVICE, requires_grad=True)
     flow = 4 * torch.rand(b, 2, h, w, device=DEVICE) - 2
     # away from integers, where grid_sample's rounding may choose the other pixel, and from the border's kinks
     flow = (flow.floor() + 0.1 + 0.8 * (flow - flow.floor())).requires_grad_()
@@ -54,4 +52,6 @@ def bench_warp(shape: tuple[int, int, int, int], contest: Callable[..., None]) -
         [image, flow],
         forward=b * h * w * (2 * c + 2),
         backward=b * h * w * (3 * c + 4),
+        # grid_sample's coordinates are a share of the image: with fp32's 24 bits they are off by 1e-4 px at 1920 pixels
+        tolerance=max(1e-4, 2**-22 * max(h, w)),
     )

@@ -74,12 +74,13 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable
 
 @pytest.fixture(params=["forward", "forward+backward"])
 def contest(request: pytest.FixtureRequest, compare: Callable[..., dict[str, Any]]) -> Callable[..., None]:
-    """contest(case, calls, args, forward=values, backward=values, rounds=15): ours against the others, by direction.
+    """contest(case, calls, args, forward=values, backward=values, rounds=15, tolerance=1e-4): ours against the others,
+    by direction.
 
     calls: {"ours": f, "eager": g, ...}, all called with `args`; values: how many values ours has to move in the forward
-    and in the backward pass. All must agree, in outputs and gradients, within 1e-4 of the largest value (frameworks
-    sum in other orders). A rival more is `copy`: PyTorch copying as many bytes; its ratio is the share of the copy
-    bandwidth that ours reaches.
+    and in the backward pass. All must agree, in outputs and gradients, within `tolerance` of the largest value
+    (frameworks sum in other orders). A rival more is `copy`: PyTorch copying as many bytes; its ratio is the share of
+    the copy bandwidth that ours reaches.
     """
 
     def run(
@@ -90,6 +91,7 @@ def contest(request: pytest.FixtureRequest, compare: Callable[..., dict[str, Any
         forward: float,
         backward: float,
         rounds: int = 15,
+        tolerance: float = 1e-4,
     ) -> None:
         def outputs(call: Callable[..., Any]) -> tuple[torch.Tensor, ...]:
             out = call(*args)
@@ -106,7 +108,7 @@ def contest(request: pytest.FixtureRequest, compare: Callable[..., dict[str, Any
         for name, call in calls.items():
             for ours, theirs in zip(expected, both(call), strict=True):
                 error = (ours - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
-                assert error < 1e-4, f"{name} differs by {error}"
+                assert error < tolerance, f"{name} differs by {error}"
 
         case = f"{case} {request.param}"
         if request.param == "forward":
