@@ -354,7 +354,7 @@ def test_contact_sheet_shows_frames_sound_and_flow(tmp_path: Path) -> None:
     assert (sheet[top + 10, middle] == (255, 0, 0)).all()
     sound = sheet[top + 96 + plots.GAP // 2 :][:48, middle]
     # low notes are at the bottom: row 2 of 45 lies 2 / 45 of the height above it
-    assert sound.max() == 255 and abs(sound[:, 0].argmax() / 48 - 42 / 45) < 0.04 and not sound[:40].any()
+    assert sound.max() > 240 and abs(sound[:, 0].argmax() / 48 - 42 / 45) < 0.04 and sound[:40].max() < 10
     moving = top + 96 + 48 + plots.GAP
     assert (sheet[moving + 10, middle] == (255, 0, 0)).all() and (sheet[moving + 10, plots.GAP + 10] == 255).all()
     with pytest.raises(ValueError, match="rows is empty"):
