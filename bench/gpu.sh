@@ -28,7 +28,7 @@ if [ -n "${DRY:-}" ]; then
 fi
 GPU=$("$PYTHON" -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())')
 OUT=${OUT:-bench/results/$("$PYTHON" -c 'import avfast; print(avfast.__version__)')}
-for suite in warp convlstm modulate loss attention flow; do
+for suite in warp convlstm modulate loss attention mme flow; do
   "$PYTHON" -m pytest -q "bench/bench_$suite.py" --benchmark-only --results "$OUT/$suite--$GPU.json" || failed="${failed:-} $suite"
 done
 if [ -n "${failed:-}" ]; then
