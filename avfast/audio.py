@@ -47,6 +47,15 @@ class SpectrogramConfig:
         """(F, S) of one frame."""
         return self.n_fft // 2 + 1, 1 + self.samples_per_frame // self.hop
 
+    def check_waveform(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError unless a waveform of this shape holds whole frames, one at least."""
+        samples = self.samples_per_frame
+        if not shape or shape[-1] == 0 or shape[-1] % samples:
+            raise ValueError(
+                f"waveform has shape {shape}: expected (..., T * {samples}), a positive multiple of "
+                f"samples_per_frame={samples}"
+            )
+
 
 def spectrogram(waveform: Tensor, config: SpectrogramConfig) -> Tensor:
     """Magnitude spectrogram of every frame, in [0, 1].
@@ -63,11 +72,7 @@ def spectrogram(waveform: Tensor, config: SpectrogramConfig) -> Tensor:
     samples = config.samples_per_frame
     if waveform.dtype != torch.int16 and not waveform.is_floating_point():
         raise ValueError(f"waveform has dtype {waveform.dtype}: expected int16 or a floating type")
-    if waveform.ndim == 0 or waveform.shape[-1] == 0 or waveform.shape[-1] % samples:
-        raise ValueError(
-            f"waveform has shape {tuple(waveform.shape)}: expected (..., T * {samples}), a positive multiple of "
-            f"samples_per_frame={samples}"
-        )
+    config.check_waveform(tuple(waveform.shape))
     full_scale = 32768.0 if waveform.dtype == torch.int16 else 1.0
     frames = waveform.to(torch.float32).reshape(-1, samples) / full_scale
     window = torch.hann_window(config.n_fft, device=frames.device)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +30,7 @@ from torch.export import ExportedProgram
 from avfast import __version__, runtime
 from avfast.config import InputError, TrainConfig, parse
 from avfast.data.dataset import built_split
+from avfast.files import hidden_folder
 from avfast.flow import PRESETS
 from avfast.graphs import Graph, Port, make_graphs, trace
 from avfast.model import AVModel
@@ -331,13 +331,9 @@ def _new_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path`, renamed to it when the block ends well and removed when it does not."""
     if path.exists():
         raise InputError(f"out is {path}, which exists already: expected a new folder")
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    work.mkdir(parents=True)
-    try:
+    with hidden_folder(path) as work:
         yield work
         os.rename(work, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,19 @@ def new_folder(path: str | Path) -> Path:
             # a parent that is a file exists too, but no number helps there
             if not path.parent.is_dir():
                 raise
+
+
+@contextmanager
+def hidden_folder(path: str | Path) -> Iterator[Path]:
+    """A new hidden folder beside `path`, to be renamed within the block when it is complete; removed at its end if it
+    was not."""
+    path = Path(path)
+    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        work.mkdir(parents=True)
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def publish(unfinished: Path, path: str | Path) -> Path:

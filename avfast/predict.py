@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -41,7 +39,7 @@ from avfast.data.clips import film_rate, planes, sound_windows
 from avfast.data.store import Batch
 from avfast.env import commit
 from avfast.evaluate import Prediction, Predictor, copy_last_flow, repeat_last, score
-from avfast.files import publish
+from avfast.files import hidden_folder, publish
 from avfast.flow import tvl1_flow
 from avfast.hearing import Hearing, check_hearing, describe, heard, other_clip
 from avfast.inputs import Item, find_items, settle_failures
@@ -249,14 +247,10 @@ class _Predictor:
             "scores": {name: result.as_dict() for name, result in results.items()},
         }
         final = Path(self._config.out) / clip.item.name
-        unfinished = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.mkdir(parents=True)
+        with hidden_folder(final) as unfinished:
             _write(unfinished, clip, batch, rollout, results, k)
             (unfinished / MARKER).write_text(json.dumps(finite(about), indent=2, allow_nan=False) + "\n")
             folder = publish(unfinished, final)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         return about | {"folder": str(folder)}
 
 

@@ -24,11 +24,7 @@ def spectrogram(waveform: NDArray[Any], config: SpectrogramConfig) -> NDArray[np
     samples, n_fft = config.samples_per_frame, config.n_fft
     if waveform.dtype != np.int16 and waveform.dtype.kind != "f":
         raise ValueError(f"waveform has dtype {waveform.dtype}: expected int16 or a floating type")
-    if waveform.ndim == 0 or waveform.shape[-1] == 0 or waveform.shape[-1] % samples:
-        raise ValueError(
-            f"waveform has shape {waveform.shape}: expected (..., T * {samples}), a positive multiple of "
-            f"samples_per_frame={samples}"
-        )
+    config.check_waveform(waveform.shape)
     frames = waveform.reshape(-1, samples).astype(np.float32)
     if waveform.dtype == np.int16:
         frames /= 32768

@@ -163,6 +163,25 @@ def _recall_fwd_kernel(
 
 
 @jit
+def _weights(
+    query_ptr, query_strides, key_ptr, key_strides, value_ptr, value_strides, grad_ptr, grad_strides,
+    level, slope, b, row, token, rows, tokens, channels,
+    CAUSAL: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """What rows take of tokens, [rows, tokens], computed anew from `level`, and the gradients of the scores."""
+    scores = _product(
+        query_ptr, query_strides, key_ptr, key_strides, b, row, token, rows, tokens, channels,
+        CHANNELS, BLOCK, PRECISION, COMPUTE,
+    )  # fmt: skip
+    by_weight = _product(
+        grad_ptr, grad_strides, value_ptr, value_strides, b, row, token, rows, tokens, channels,
+        CHANNELS, BLOCK, PRECISION, COMPUTE,
+    )  # fmt: skip
+    weights = tl.exp(_masked(scores, row, token, tokens, CAUSAL) - level[:, None])
+    return weights, weights * (by_weight - slope[:, None])
+
+
+@jit
 def _attention_bwd_query_kernel(
     query_ptr, query_strides, key_ptr, key_strides, value_ptr, value_strides, grad_ptr, grad_strides,
     grad_query_ptr, grad_query_strides, level_ptr, slope_ptr, rows, tokens, channels, CAUSAL: tl.constexpr,
@@ -188,16 +207,10 @@ def _attention_bwd_query_kernel(
     grad_query = tl.zeros([BLOCK, CHANNELS], COMPUTE)
     for first in range(0, end, BLOCK):
         token = first + tl.arange(0, BLOCK).to(tl.int64)
-        scores = _product(
-            query_ptr, query_strides, key_ptr, key_strides, b, row, token, rows, tokens, channels,
-            CHANNELS, BLOCK, PRECISION, COMPUTE,
+        _, by_score = _weights(
+            query_ptr, query_strides, key_ptr, key_strides, value_ptr, value_strides, grad_ptr, grad_strides,
+            level, slope, b, row, token, rows, tokens, channels, CAUSAL, CHANNELS, BLOCK, PRECISION, COMPUTE,
         )  # fmt: skip
-        by_weight = _product(
-            grad_ptr, grad_strides, value_ptr, value_strides, b, row, token, rows, tokens, channels,
-            CHANNELS, BLOCK, PRECISION, COMPUTE,
-        )  # fmt: skip
-        weights = tl.exp(_masked(scores, row, token, tokens, CAUSAL) - level[:, None])
-        by_score = weights * (by_weight - slope[:, None])
         key = _tile(key_ptr, key_strides, b, token, channel, tokens, channels, COMPUTE)
         grad_query += _dot(by_score, key, PRECISION, COMPUTE)
     _store(grad_query_ptr, grad_query_strides, b, row, channel, rows, channels, grad_query)
@@ -223,16 +236,10 @@ def _attention_bwd_key_kernel(
         row = first + tl.arange(0, BLOCK).to(tl.int64)
         level = tl.load(level_ptr + b * rows + row, row < rows, 0).to(COMPUTE)
         slope = tl.load(slope_ptr + b * rows + row, row < rows, 0).to(COMPUTE)
-        scores = _product(
-            query_ptr, query_strides, key_ptr, key_strides, b, row, token, rows, tokens, channels,
-            CHANNELS, BLOCK, PRECISION, COMPUTE,
+        weights, by_score = _weights(
+            query_ptr, query_strides, key_ptr, key_strides, value_ptr, value_strides, grad_ptr, grad_strides,
+            level, slope, b, row, token, rows, tokens, channels, CAUSAL, CHANNELS, BLOCK, PRECISION, COMPUTE,
         )  # fmt: skip
-        by_weight = _product(
-            grad_ptr, grad_strides, value_ptr, value_strides, b, row, token, rows, tokens, channels,
-            CHANNELS, BLOCK, PRECISION, COMPUTE,
-        )  # fmt: skip
-        weights = tl.exp(_masked(scores, row, token, tokens, CAUSAL) - level[:, None])
-        by_score = weights * (by_weight - slope[:, None])
         # beyond the last row a weight is 1, but query and gradient are 0
         query = _tile(query_ptr, query_strides, b, row, channel, rows, channels, COMPUTE)
         grad = _tile(grad_ptr, grad_strides, b, row, channel, rows, channels, COMPUTE)
