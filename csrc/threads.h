@@ -1,4 +1,4 @@
-// the library's own threads, and how they wait for each other.
+// the threads that the library works on, and how they wait for each other.
 #pragma once
 
 #include <atomic>
@@ -57,8 +57,9 @@ class Team {
 // what one thread of `total` does of a piece of work.
 using Share = void (*)(const void* work, int rank, int total);
 
-// runs share(work, rank, total) on `total` <= `count` threads, this one as rank 0, and returns when all are done. The
-// others are kept, asleep, from call to call; there are fewer where the system has no more to give. A forked child gets
+// runs share(work, rank, total) on `total` <= `count` threads, this one as rank 0, and returns when all are done. Where
+// PyTorch has brought OpenMP into the process and it has as many, its threads do the work; else the library's own,
+// which are kept, asleep, from call to call. There are fewer where the system has no more to give. A forked child gets
 // threads of its own. What a share throws is thrown here.
 void run_shares(int count, Share share, const void* work);
 

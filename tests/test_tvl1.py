@@ -418,17 +418,21 @@ def test_backend_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(called) == 1
 
 
-def _flow_in_child(a: torch.Tensor, b: torch.Tensor, queue: multiprocessing.Queue) -> None:
-    queue.put(tvl1_flow(a, b, threads=3).numpy())
+def _flow_in_child(a: torch.Tensor, b: torch.Tensor, threads: int, queue: multiprocessing.Queue) -> None:
+    queue.put(tvl1_flow(a, b, threads=threads).numpy())
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-def test_works_in_a_forked_child() -> None:
+@pytest.mark.parametrize("more", [0, 1], ids=["PyTorch's threads", "our own"])
+def test_works_in_a_forked_child(more: int) -> None:
+    """Whose parent has used both kinds of threads."""
+    threads = torch.get_num_threads() + more
+    torch.rand(1 << 20).exp_()
     a, b = noise_pairs(1, 131, 150)
-    expected = tvl1_flow(a, b, threads=3)
+    expected = tvl1_flow(a, b, threads=threads)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_flow_in_child, args=(a, b, queue))
+    child = context.Process(target=_flow_in_child, args=(a, b, threads, queue))
     child.start()
     try:
         np.testing.assert_array_equal(queue.get(timeout=60), expected.numpy())
