@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 from avfast.kernels import backward_warp, recall
 from avfast.kernels.registry import DECOMPOSITIONS
+from avfast.kernels.strided import Kept
 from avfast.model import AVModel
 from avfast.networks import FEATURES, ConvBlock
 
@@ -444,7 +445,7 @@ class _Folded(nn.Module):
         self.conv.weight = nn.Parameter(weight.float())
         self.conv.bias = nn.Parameter((norm.bias.double() - norm.running_mean.double() * scale).float())
 
-    def forward(self, x: Tensor, steps: int = 1) -> Tensor:
+    def forward(self, x: Tensor, steps: int = 1, kept: Kept | None = None) -> Tensor:
         return self.activation(self.conv(x))
 
 

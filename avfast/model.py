@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from avfast.config import InputError, ModelConfig
 from avfast.files import replacing
 from avfast.kernels import backward_warp
+from avfast.kernels.strided import Kept
 from avfast.modules import Condense, ContextModulation, ConvLSTM, Recall
 from avfast.networks import (
     FEATURES,
@@ -82,18 +83,19 @@ class MME(nn.Module):
             vectors = self.audio_encoder(audio)
             key, value = self.recall.project(self.condense(vectors) if self.variant == "mme" else vectors)
 
-        observed = self.encoder(flow, frames)
+        kept: Kept = {}
+        observed = self.encoder(flow, frames, kept)
         image, motion = frames[:, -1], flow[:, -1]
         step = self.lstm.recurrence(observed[:, 0])
         flows, images = [], []
         for t in range(1, total):
-            feature = observed[:, t - 1] if t <= given else self.encoder(motion[:, None], image[:, None])[:, 0]
+            feature = observed[:, t - 1] if t <= given else self.encoder(motion[:, None], image[:, None], kept)[:, 0]
             if value is not None:
                 memory = slice(t if self.variant == "mme" else 0, t + 1)
                 feature = self.recall(feature, None if key is None else key[:, memory], value[:, memory])
             hidden = step(feature)
             if t >= given:
-                motion = self.decoder(hidden)
+                motion = self.decoder(hidden, kept)
                 image = backward_warp(image, motion)
                 flows.append(motion)
                 images.append(image)
@@ -121,10 +123,11 @@ class CAR(nn.Module):
         """frame V_K (B,C,H,W), flow F_{K+1}..F_T (B,P,2,H,W), audio vectors of A_K..A_{T-1} (B,P,D) or None -> frames
         K+1..T (B,P,C,H,W), not clamped."""
         contexts = self.context_encoder(frame) if self.variant != "unet" else None
+        kept: Kept = {}
         outputs = []
         for t in range(flow.shape[1]):
             vector = None if audio is None else audio[:, t]
-            outputs.append(self.step(frame, flow[:, t], vector, contexts, motion_encoder))
+            outputs.append(self.step(frame, flow[:, t], vector, contexts, motion_encoder, kept))
             frame = outputs[-1].clamp(0, 1)
         return torch.stack(outputs, dim=1)
 
@@ -135,13 +138,14 @@ class CAR(nn.Module):
         audio: Tensor | None,
         contexts: list[Tensor] | None,
         motion_encoder: MotionEncoder,
+        kept: Kept | None = None,
     ) -> Tensor:
         """One step: frame V_t (B,C,H,W), flow F_{t+1} (B,2,H,W), vector of A_t (B,D) or None, context features or None
-        -> V_{t+1} (B,C,H,W), not clamped."""
+        -> V_{t+1} (B,C,H,W), not clamped. kept: see `strided_conv`."""
         affine = motion = None
         if self.variant == "car":
             affine = self.affine
-            motion = motion_encoder(flow[:, None], frame[:, None])[:, 0].mean(dim=(-2, -1))
+            motion = motion_encoder(flow[:, None], frame[:, None], kept)[:, 0].mean(dim=(-2, -1))
             if audio is not None:
                 motion = torch.cat((motion, audio), dim=1)
         warped = backward_warp(frame, flow)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avfast.kernels import backward_warp, condense, convlstm_gates, modulate, recall
-from avfast.winograd import RepeatedConv
+from avfast.kernels import backward_warp, condense, convlstm_gates, cpp_backend, modulate, recall
+from avfast.kernels.minimal import Geometry, RepeatedConv
 
 # where minimal filtering pays: from 64 pixels in the batch on, over 20 steps of 4 layers of 128 channels, it was 1.35
 # to 2.1 times as fast with gradients and 1.01 to 1.9 times without, on 2 cores with AVX2; below that it may lose
@@ -136,7 +136,7 @@ class ConvLSTM(nn.Module):
         """A sequence from zero states, for inputs that become known step by step: returns a function from a step's
         input, which is like `like` (B,C,H,W), to its top hidden state (B,D,H,W), and keeps the states itself.
 
-        On the CPU, convolutions over small maps go by `avfast.winograd` where the batch is large enough to pay for the
+        On the CPU, convolutions over small maps go by `kernels.minimal` where the batch is large enough to pay for the
         weights' transforms; with second derivatives only as far as `convlstm_gates` has them, which is not at all.
         """
         cells = [cell for cell in self.cells if isinstance(cell, ConvLSTMCell)]
@@ -179,27 +179,25 @@ class ConvLSTM(nn.Module):
 
 
 class _SmallMapRecurrence:
-    """Steps of a ConvLSTM whose maps are held pixel by pixel, (H*W,B,C): what `RepeatedConv` takes, and for the gates
-    H*W*B maps of one pixel."""
+    """Steps of a ConvLSTM by `RepeatedConv`; all maps are channels-last."""
 
     def __init__(self, cells: Sequence[ConvLSTMCell], like: Tensor) -> None:
-        b, _, self.height, self.width = like.shape
-        pixels = self.height * self.width
-        self.convs, self.states = [], []
+        b, _, h, w = like.shape
+        self.convs: list[tuple[RepeatedConv, Tensor | None]] = []
+        self.states: list[State] = []
         for cell in cells:
-            self.convs.append(RepeatedConv(cell.weight, cell.bias, self.height, self.width))
-            zeros = like.new_zeros(pixels, b, cell.hidden_channels)
-            self.states.append((zeros, zeros.view(pixels * b, -1, 1, 1)))
+            bias = None if cell.bias is None else cell.bias[:, None, None]
+            self.convs.append((RepeatedConv(cell.weight, Geometry(h, w, 3, 1, 1)), bias))
+            shape = (b, cell.hidden_channels, h, w)
+            zeros = like.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+            self.states.append((zeros, zeros))
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.permute(2, 3, 0, 1).flatten(0, 1)
-        for i, conv in enumerate(self.convs):
+        for i, (conv, bias) in enumerate(self.convs):
             hidden, cell = self.states[i]
-            gates = conv(torch.cat((x, hidden), dim=2))
-            x, cell = convlstm_gates(gates.view(len(cell), -1, 1, 1), cell)
-            x = x.view_as(hidden)
-            self.states[i] = x, cell
-        return x.unflatten(0, (self.height, self.width)).permute(2, 3, 0, 1)
+            gates = conv(torch.cat((x, hidden), dim=1))
+            self.states[i] = x, _ = convlstm_gates(gates if bias is None else gates + bias, cell)
+        return x
 
 
 def _minimal_filtering_pays(weight: Tensor, like: Tensor) -> bool:
@@ -207,7 +205,7 @@ def _minimal_filtering_pays(weight: Tensor, like: Tensor) -> bool:
     no digits to spare for the transforms."""
     b, _, h, w = like.shape
     return (
-        like.device.type == "cpu"
+        cpp_backend.unavailable(like.device.type) is None
         and like.dtype == weight.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

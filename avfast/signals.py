@@ -54,7 +54,7 @@ def backward_flow(frames: NDArray[np.float32], params: dict[str, Any], threads: 
         later, earlier = (np.ascontiguousarray(x) for x in (grey[:, 1:], grey[:, :-1]))
         found = np.empty((b, t - 1, 2, h, w), np.float32)
         addresses = (x.ctypes.data for x in (later, earlier, found))
-        engine.tvl1_flow(*addresses, b * (t - 1), h, w, native, threads, None)
+        engine.tvl1_flow(*addresses, b * (t - 1), h, w, native, threads)
         flow[:, 1:] = found
     return flow
 

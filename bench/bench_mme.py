@@ -1,20 +1,21 @@
 """A training step of the motion stage against the same model written step by step in plain PyTorch.
 
 The rival is the paper's equations in their order: at every step E_m on that step's frame and flow, E_c's attention over
-the sounds so far, ConvLSTM cells of one convolution and unfused gates, grid_sample. It has the same weights, and the
-losses and gradients of both are compared first. Both encode all sounds in one call, as the equations' inputs do not
-depend on the step. The limit is the convolutions' arithmetic.
+the sounds so far, ConvLSTM cells of one convolution and unfused gates, grid_sample; all convolutions are PyTorch's. It
+has the same weights, and the losses and gradients of both are compared first. Both encode all sounds in one call, as
+the equations' inputs do not depend on the step. The limit is the convolutions' arithmetic.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from avfast.config import ModelConfig
 from avfast.kernels import reference
@@ -24,8 +25,18 @@ from avfast.model import MME, Motion
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def plain(mme: MME) -> MME:
+    """A copy whose convolutions are PyTorch's own."""
+    mme = copy.deepcopy(mme)
+    for module in mme.modules():
+        for kind in (nn.Conv2d, nn.ConvTranspose2d):
+            if isinstance(module, kind):
+                module.forward = partial(kind.forward, module)
+    return mme
+
+
 class StepByStep:
-    """The rival, over the weights of an MME of variant `mme`."""
+    """The rival, over the weights of a plain MME of variant `mme`."""
 
     def __init__(self, mme: MME, size: int) -> None:
         self.mme = mme
@@ -50,7 +61,9 @@ class StepByStep:
         for t in range(1, audio.shape[1]):
             if t <= given:
                 image, motion = frames[:, t - 1], flow[:, t - 1]
-            x = mme.encoder(motion[:, None], image[:, None])[:, 0]
+            x = torch.cat((motion, image), dim=1)
+            for block in mme.encoder.blocks:
+                x = block(x)
             # attention over one token: its value, at every position
             value = mme.recall.value
             read = F.linear(self.condense(vectors[:, : t + 1]), value.weight.flatten(1), value.bias)
@@ -75,6 +88,7 @@ def motion_step(mme: MME, literal: bool, batch: int, dtype: torch.dtype) -> Call
     """A step at the preset mmnist's sizes, 48x48 and 5 given of 20 frames: () -> [loss, gradients of all weights]."""
     size, given, steps = 48, 5, 20
     generator = torch.Generator().manual_seed(0)
+    mme = plain(mme) if literal else mme
 
     def random(*shape: int) -> Tensor:
         return torch.rand(batch, steps, *shape, generator=generator).to(DEVICE, dtype)

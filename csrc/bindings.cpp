@@ -1,10 +1,11 @@
 // the Python module avfast._C, and the only file that knows pybind11. Pointers come as integers; shapes, types,
-// contiguity, devices and lifetimes are the caller's to check (avfast/kernels/tvl1.py).
+// contiguity, devices and lifetimes are the caller's to check (avfast/kernels/tvl1.py). The instruction set is the
+// environment's to choose.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,8 +36,6 @@ template <class T>
 T* as(T, uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
-using Isa = std::optional<std::string>;
-const char* name_of(const Isa& isa) { return isa ? isa->c_str() : nullptr; }
 }  // namespace avfast
 
 PYBIND11_MODULE(_C, m) {
@@ -73,75 +72,73 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "tvl1_flow",
       [](uintptr_t a, uintptr_t b, uintptr_t flow, int64_t pairs, int height, int width, const Params& params,
-         int threads, const avfast::Isa& isa) {
+         int threads) {
         avfast::tvl1::flow(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b),
-                           reinterpret_cast<float*>(flow), pairs, height, width, params, threads, avfast::name_of(isa));
+                           reinterpret_cast<float*>(flow), pairs, height, width, params, threads, nullptr);
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("a"), py::arg("b"), py::arg("flow"), py::arg("pairs"),
-      py::arg("height"), py::arg("width"), py::arg("params"), py::arg("threads"), py::arg("isa"),
+      py::arg("height"), py::arg("width"), py::arg("params"), py::arg("threads"),
       "Addresses of float32 a, b [pairs, height, width] (0..255) -> writes float32 flow [pairs, 2, height, width].");
 
   // the fused ops: fused.h says what each address holds
   using avfast::as;
-  using avfast::Isa;
   m.def(
       "gates_forward",
       [](uintptr_t gates, uintptr_t cell, uintptr_t hidden, uintptr_t new_cell, int64_t rows, int64_t area, bool fp64,
-         int threads, const Isa& isa) {
+         int threads) {
         avfast::with_type(fp64, [&](auto t) {
           avfast::fused::gates_forward(as(t, gates), as(t, cell), as(t, hidden), as(t, new_cell), rows, area, threads,
-                                       avfast::name_of(isa));
+                                       nullptr);
         });
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "gates_backward",
       [](uintptr_t gates, uintptr_t cell, uintptr_t grad_hidden, uintptr_t grad_new_cell, uintptr_t grad_gates,
-         uintptr_t grad_cell, int64_t rows, int64_t area, bool fp64, int threads, const Isa& isa) {
+         uintptr_t grad_cell, int64_t rows, int64_t area, bool fp64, int threads) {
         avfast::with_type(fp64, [&](auto t) {
           avfast::fused::gates_backward(as(t, gates), as(t, cell), as(t, grad_hidden), as(t, grad_new_cell),
-                                        as(t, grad_gates), as(t, grad_cell), rows, area, threads, avfast::name_of(isa));
+                                        as(t, grad_gates), as(t, grad_cell), rows, area, threads, nullptr);
         });
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "warp_forward",
       [](uintptr_t image, uintptr_t flow, uintptr_t out, int64_t batch, int channels, int height, int width, bool zeros,
-         bool fp64, int threads, const Isa& isa) {
+         bool fp64, int threads) {
         avfast::with_type(fp64, [&](auto t) {
           avfast::fused::warp_forward(as(t, image), as(t, flow), as(t, out), batch, channels, height, width, zeros,
-                                      threads, avfast::name_of(isa));
+                                      threads, nullptr);
         });
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "warp_backward",
       [](uintptr_t image, uintptr_t flow, uintptr_t grad_out, uintptr_t grad_image, uintptr_t grad_flow, int64_t batch,
-         int channels, int height, int width, bool zeros, bool fp64, int threads, const Isa& isa) {
+         int channels, int height, int width, bool zeros, bool fp64, int threads) {
         avfast::with_type(fp64, [&](auto t) {
           avfast::fused::warp_backward(as(t, image), as(t, flow), as(t, grad_out), as(t, grad_image), as(t, grad_flow),
-                                       batch, channels, height, width, zeros, threads, avfast::name_of(isa));
+                                       batch, channels, height, width, zeros, threads, nullptr);
         });
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "flow_loss",
       [](uintptr_t prediction, uintptr_t target, uintptr_t frames, uintptr_t grad, uintptr_t loss, int64_t images,
-         int channels, int height, int width, double data_weight, double smooth_weight, bool fp64, int threads,
-         const Isa& isa) {
+         int channels, int height, int width, double data_weight, double smooth_weight, bool fp64, int threads) {
         avfast::with_type(fp64, [&](auto t) {
           avfast::fused::flow_loss(as(t, prediction), as(t, target), as(t, frames), as(t, grad), as(t, loss), images,
-                                   channels, height, width, data_weight, smooth_weight, threads, avfast::name_of(isa));
+                                   channels, height, width, data_weight, smooth_weight, threads, nullptr);
         });
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "modulate_forward",
       [](uintptr_t context, uintptr_t gamma, uintptr_t beta, uintptr_t out, int64_t batch, int64_t channels,
-         int64_t area, int64_t out_stride, bool fp64, int threads, const Isa& isa) {
+         int64_t area, int64_t out_stride, bool fp64, int threads) {
         avfast::with_type(fp64, [&](auto t) {
           avfast::fused::modulate_forward(as(t, context), as(t, gamma), as(t, beta), as(t, out), batch, channels, area,
-                                          out_stride, threads, avfast::name_of(isa));
+                                          out_stride, threads, nullptr);
         });
       },
       py::call_guard<py::gil_scoped_release>());
@@ -149,11 +146,44 @@ PYBIND11_MODULE(_C, m) {
       "modulate_backward",
       [](uintptr_t context, uintptr_t gamma, uintptr_t grad_out, uintptr_t grad_context, uintptr_t grad_gamma,
          uintptr_t grad_beta, int64_t batch, int64_t channels, int64_t area, int64_t grad_stride, bool fp64,
-         int threads, const Isa& isa) {
+         int threads) {
         avfast::with_type(fp64, [&](auto t) {
           avfast::fused::modulate_backward(as(t, context), as(t, gamma), as(t, grad_out), as(t, grad_context),
                                            as(t, grad_gamma), as(t, grad_beta), batch, channels, area, grad_stride,
-                                           threads, avfast::name_of(isa));
+                                           threads, nullptr);
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  // of an axis: size, tiles, taken, products, step
+  using Sizes = std::array<int, 5>;
+  const auto tiles = [](auto t, uintptr_t rows, uintptr_t columns, int64_t batch, int64_t channels, int64_t apart,
+                        int stride, int pad, const Sizes& h, const Sizes& w) {
+    using T = decltype(t);
+    return avfast::fused::Tiles<T>{batch,
+                                   channels,
+                                   stride,
+                                   pad,
+                                   apart,
+                                   {h[0], h[1], h[2], h[3], h[4], as(t, rows)},
+                                   {w[0], w[1], w[2], w[3], w[4], as(t, columns)}};
+  };
+  m.def(
+      "gather_tiles",
+      [tiles](uintptr_t map, uintptr_t rows, uintptr_t columns, uintptr_t products, int64_t batch, int64_t channels,
+              int64_t apart, int stride, int pad, const Sizes& h, const Sizes& w, bool fp64, int threads) {
+        avfast::with_type(fp64, [&](auto t) {
+          avfast::fused::gather_tiles(tiles(t, rows, columns, batch, channels, apart, stride, pad, h, w), as(t, map),
+                                      as(t, products), threads, nullptr);
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "scatter_tiles",
+      [tiles](uintptr_t products, uintptr_t rows, uintptr_t columns, uintptr_t map, int64_t batch, int64_t channels,
+              int64_t apart, int stride, int pad, const Sizes& h, const Sizes& w, bool fp64, int threads) {
+        avfast::with_type(fp64, [&](auto t) {
+          avfast::fused::scatter_tiles(tiles(t, rows, columns, batch, channels, apart, stride, pad, h, w),
+                                       as(t, products), as(t, map), threads, nullptr);
         });
       },
       py::call_guard<py::gil_scoped_release>());

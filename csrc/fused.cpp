@@ -50,7 +50,7 @@ namespace avfast::fused {
 namespace {
 
 // waking a thread costs up to 50 us, what some ten thousand elements take.
-constexpr int64_t kGrain = 1 << 14;
+constexpr int64_t kGrain = 1 << 13;
 
 template <class T>
 const Kernels<T>& choose(const char* isa) {
@@ -204,6 +204,130 @@ void modulate_backward(const T* context, const T* gamma, const T* grad_out, T* g
   });
 }
 
+namespace {
+
+// so many channels at a time: what a tile holds between its two axes stays in the level 1 cache.
+constexpr int64_t kChannels = 64;
+
+// one tile of one phase of one image, from channel `channel` on: where its pixels and products are. What lies outside
+// the map is read from zeros and written nowhere.
+template <class T>
+struct Tile {
+  T* map;
+  T* products;
+  int64_t apart, columns;
+  int64_t row_at[kMostCombined], column_at[kMostCombined];  // offsets of its pixels, below 0 outside the map
+  int64_t channel;
+  T* outside;
+
+  T* pixel(int i, int j) const {
+    return row_at[i] < 0 || column_at[j] < 0 ? outside : map + row_at[i] + column_at[j] + channel;
+  }
+  T* product(int a, int b) const { return products + (a * columns + b) * apart + channel; }
+};
+
+// the offsets of a tile's pixels along one axis, whose pixels lie `step` values apart.
+template <class T>
+void place(const Tiles<T>& tiles, const Axis<T>& axis, int64_t tile, int phase, int64_t step, int64_t* at) {
+  for (int i = 0; i < axis.taken; ++i) {
+    const int64_t pixel = tiles.stride * (axis.step * tile + i) + phase - tiles.pad;
+    at[i] = pixel < 0 || pixel >= axis.size ? -1 : pixel * step;
+  }
+}
+
+// body(tile, count of channels) for all tiles of the rows of tiles begin .. end - 1, a row being one of an image.
+template <class T, class Body>
+void for_tiles(const Tiles<T>& tiles, T* map, T* products, int64_t begin, int64_t end, T* outside, const Body& body) {
+  const Axis<T>&rows = tiles.rows, &columns = tiles.columns;
+  const int64_t width = columns.size * tiles.channels;
+  Tile<T> tile{};
+  tile.apart = tiles.apart;
+  tile.columns = columns.products;
+  tile.outside = outside;
+  tile.products = products + begin * columns.tiles * tiles.stride * tiles.stride * tiles.channels;
+  for (int64_t i = begin; i < end; ++i) {
+    tile.map = map + i / rows.tiles * rows.size * width;
+    for (int64_t column = 0; column < columns.tiles; ++column) {
+      for (int phase = 0; phase < tiles.stride * tiles.stride; ++phase, tile.products += tiles.channels) {
+        place(tiles, rows, i % rows.tiles, phase / tiles.stride, width, tile.row_at);
+        place(tiles, columns, column, phase % tiles.stride, tiles.channels, tile.column_at);
+        for (tile.channel = 0; tile.channel < tiles.channels; tile.channel += kChannels) {
+          body(tile, std::min(kChannels, tiles.channels - tile.channel));
+        }
+      }
+    }
+  }
+}
+
+// an axis's matrix as [taken, products].
+template <class T>
+std::vector<T> transposed(const Axis<T>& axis) {
+  std::vector<T> matrix(static_cast<size_t>(axis.taken) * axis.products);
+  for (int p = 0; p < axis.products; ++p) {
+    for (int t = 0; t < axis.taken; ++t) matrix[t * axis.products + p] = axis.matrix[p * axis.taken + t];
+  }
+  return matrix;
+}
+
+}  // namespace
+
+template <class T>
+void gather_tiles(const Tiles<T>& tiles, const T* map, T* products, int threads, const char* isa) {
+  const Kernels<T>& kernels = choose<T>(isa);
+  const Axis<T>&rows = tiles.rows, &columns = tiles.columns;
+  const int64_t work = tiles.batch * rows.size * columns.size * tiles.channels;
+  share(tiles.batch * rows.tiles, work, threads, [&](int64_t begin, int64_t end) {
+    T zeros[kChannels] = {};
+    T between[kMostCombined][kMostCombined][kChannels];  // [product along the rows][pixel along the columns]
+    const auto transform = [&](const Tile<T>& tile, int64_t count) {
+      const T* from[kMostCombined];
+      T* to[kMostCombined];
+      for (int j = 0; j < columns.taken; ++j) {
+        for (int i = 0; i < rows.taken; ++i) from[i] = tile.pixel(i, j);
+        for (int a = 0; a < rows.products; ++a) to[a] = between[a][j];
+        kernels.combine({rows.matrix, rows.products, rows.taken, from, to, count, false});
+      }
+      for (int a = 0; a < rows.products; ++a) {
+        for (int j = 0; j < columns.taken; ++j) from[j] = between[a][j];
+        for (int b = 0; b < columns.products; ++b) to[b] = tile.product(a, b);
+        kernels.combine({columns.matrix, columns.products, columns.taken, from, to, count, false});
+      }
+    };
+    for_tiles(tiles, const_cast<T*>(map), products, begin, end, zeros, transform);
+  });
+}
+
+template <class T>
+void scatter_tiles(const Tiles<T>& tiles, const T* products, T* map, int threads, const char* isa) {
+  const Kernels<T>& kernels = choose<T>(isa);
+  const Axis<T>&rows = tiles.rows, &columns = tiles.columns;
+  const int64_t image = static_cast<int64_t>(rows.size) * columns.size * tiles.channels;
+  const bool overlap = rows.taken > rows.step || columns.taken > columns.step;
+  std::vector<T> row_matrix = transposed(rows), column_matrix = transposed(columns);
+  // tiles that overlap are added up by one thread, always in the same order
+  const int64_t owned = overlap ? rows.tiles : 1;
+  share(tiles.batch * rows.tiles / owned, tiles.batch * image, threads, [&](int64_t begin, int64_t end) {
+    if (overlap) std::fill(map + begin * image, map + end * image, T(0));
+    T nowhere[kChannels] = {};
+    T between[kMostCombined][kMostCombined][kChannels];  // [pixel along the columns][product along the rows]
+    const auto transform = [&](const Tile<T>& tile, int64_t count) {
+      const T* from[kMostCombined];
+      T* to[kMostCombined];
+      for (int a = 0; a < rows.products; ++a) {
+        for (int b = 0; b < columns.products; ++b) from[b] = tile.product(a, b);
+        for (int j = 0; j < columns.taken; ++j) to[j] = between[j][a];
+        kernels.combine({column_matrix.data(), columns.taken, columns.products, from, to, count, false});
+      }
+      for (int j = 0; j < columns.taken; ++j) {
+        for (int a = 0; a < rows.products; ++a) from[a] = between[j][a];
+        for (int i = 0; i < rows.taken; ++i) to[i] = tile.pixel(i, j);
+        kernels.combine({row_matrix.data(), rows.taken, rows.products, from, to, count, overlap});
+      }
+    };
+    for_tiles(tiles, map, const_cast<T*>(products), begin * owned, end * owned, nowhere, transform);
+  });
+}
+
 #define AVFAST_FUSED(T)                                                                                                \
   template void gates_forward<T>(const T*, const T*, T*, T*, int64_t, int64_t, int, const char*);                      \
   template void gates_backward<T>(const T*, const T*, const T*, const T*, T*, T*, int64_t, int64_t, int, const char*); \
@@ -215,7 +339,9 @@ void modulate_backward(const T* context, const T* gamma, const T* grad_out, T* g
   template void modulate_forward<T>(const T*, const T*, const T*, T*, int64_t, int64_t, int64_t, int64_t, int,         \
                                     const char*);                                                                      \
   template void modulate_backward<T>(const T*, const T*, const T*, T*, T*, T*, int64_t, int64_t, int64_t, int64_t,     \
-                                     int, const char*);
+                                     int, const char*);                                                                \
+  template void gather_tiles<T>(const Tiles<T>&, const T*, T*, int, const char*);                                      \
+  template void scatter_tiles<T>(const Tiles<T>&, const T*, T*, int, const char*);
 AVFAST_FUSED(float)
 AVFAST_FUSED(double)
 

@@ -43,4 +43,29 @@ void modulate_backward(const T* context, const T* gamma, const T* grad_out, T* g
                        T* grad_beta, int64_t batch, int64_t channels, int64_t area, int64_t grad_stride, int threads,
                        const char* isa);
 
+// how a map [batch, height, width, channels] is cut into tiles, along both axes alike. Pixels lie in stride * stride
+// phases; tile t takes `taken` pixels of every phase, pixel i of phase f being stride * (step * t + i) + f - pad on the
+// map, or 0 outside of it, and makes `products` values of them by a matrix [products, taken]; both are at most
+// kMostCombined (fused_kernels.h). Where taken <= step the tiles take every pixel once.
+template <class T>
+struct Axis {
+  int size, tiles, taken, products, step;
+  const T* matrix;
+};
+template <class T>
+struct Tiles {
+  int64_t batch, channels;
+  int stride, pad;
+  int64_t apart;  // from product to product of a tile, in values
+  Axis<T> rows, columns;
+};
+
+// products [rows.products, columns.products, batch, rows.tiles, columns.tiles, stride, stride, channels] of a map, the
+// first two axes `apart`.
+template <class T>
+void gather_tiles(const Tiles<T>& tiles, const T* map, T* products, int threads, const char* isa);
+// the adjoint: a map in which every pixel is the sum over the tiles that take it.
+template <class T>
+void scatter_tiles(const Tiles<T>& tiles, const T* products, T* map, int threads, const char* isa);
+
 }  // namespace avfast::fused

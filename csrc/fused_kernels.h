@@ -45,6 +45,19 @@ struct Modulate {
   int64_t count;
 };
 
+// to[a] = sum over k of matrix[a][k] from[k], vectors of `count` values; `add`: added to what is there.
+template <class T>
+struct Combination {
+  const T* matrix;  // [outputs, inputs]
+  int outputs, inputs;
+  const T* const* from;
+  T* const* to;
+  int64_t count;
+  bool add;
+};
+
+constexpr int kMostCombined = 6;  // inputs
+
 template <class T>
 struct Kernels {
   void (*gates_forward)(const Gates<T>&, T* hidden, T* new_cell);
@@ -58,6 +71,7 @@ struct Kernels {
   void (*modulate_forward)(const Modulate<T>&, T* out);
   // grad_in, and the sums grad_gamma and grad_beta
   void (*modulate_backward)(const Modulate<T>&, const T* grad_out, T* grad_in, T* grad_gamma, T* grad_beta);
+  void (*combine)(const Combination<T>&);
 };
 
 }  // namespace avfast::fused

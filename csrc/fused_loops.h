@@ -478,11 +478,39 @@ void modulate_backward(const Modulate<typename F::Scalar>& given, const typename
   *grad_beta = static_cast<typename F::Scalar>(total(by_beta));
 }
 
+// ---- tiles ----
+
+template <class F, int kInputs, bool kAdd>
+void combine_as(const Combination<typename F::Scalar>& given) {
+  const auto p = given;
+  for_lanes<F>(
+      p.count, AVFAST_LANES(x, n) {
+        F values[kInputs];
+        for (int k = 0; k < kInputs; ++k) values[k] = F::load_first(p.from[k] + x, n);
+        const typename F::Scalar* factor = p.matrix;
+        for (int a = 0; a < p.outputs; ++a, factor += kInputs) {
+          F sum = F(factor[0]) * values[0];
+          for (int k = 1; k < kInputs; ++k) sum = multiply_add(F(factor[k]), values[k], sum);
+          if (kAdd) sum = sum + F::load_first(p.to[a] + x, n);
+          sum.store_first(p.to[a] + x, n);
+        }
+      });
+}
+
+template <class F, int kInputs = 1>
+void combine(const Combination<typename F::Scalar>& p) {
+  if (p.inputs == kInputs) {
+    p.add ? combine_as<F, kInputs, true>(p) : combine_as<F, kInputs, false>(p);
+  } else if constexpr (kInputs < kMostCombined) {
+    combine<F, kInputs + 1>(p);
+  }
+}
+
 // `F2`: the wider registers for the ops whose chains are long.
 template <class F, class F2>
 constexpr Kernels<typename F::Scalar> kernels() {
-  return {gates_forward<F2>, gates_backward<F2>,  warp_forward<F>,     warp_backward<F>,
-          flow_loss<F>,      modulate_forward<F>, modulate_backward<F>};
+  return {gates_forward<F2>, gates_backward<F2>,  warp_forward<F>,      warp_backward<F>,
+          flow_loss<F>,      modulate_forward<F>, modulate_backward<F>, combine<F2>};
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
 // which copy of the code that is compiled once per instruction set (setup.py, simd.h) runs on this CPU.
 #pragma once
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace avfast {
@@ -18,14 +20,19 @@ inline std::vector<const char*> instruction_sets() {
   return found;
 }
 
-// the one of three tables that `isa` names; the best where it is null. Throws where this CPU or build has no such set.
+// the one of three tables that `isa` names; where it is null, the one that the environment variable AVFAST_ISA names,
+// else the best. Throws std::invalid_argument where this CPU or build has no such set.
 template <class Table>
 const Table& choose_isa(const char* isa, const Table* avx512, const Table* avx2, const Table* baseline) {
-  for (const char* found : instruction_sets()) {
-    const std::string name = found;
-    if (isa == nullptr || name == isa) return *(name == "avx512" ? avx512 : name == "avx2" ? avx2 : baseline);
+  static const std::vector<const char*> sets = instruction_sets();
+  if (isa == nullptr) isa = std::getenv("AVFAST_ISA");
+  const std::string_view wanted = isa == nullptr || *isa == '\0' ? sets[0] : isa;
+  for (const std::string_view name : sets) {
+    if (name == wanted) return *(name == "avx512" ? avx512 : name == "avx2" ? avx2 : baseline);
   }
-  throw std::invalid_argument(std::string("this CPU or this build has no ") + isa);
+  std::string message = "AVFAST_ISA is '" + std::string(wanted) + "', expected one of ";
+  for (const char* name : sets) message += std::string(name == sets[0] ? "" : ", ") + name;
+  throw std::invalid_argument(message + " on this CPU");
 }
 
 // &avx512::NAME, &avx2::NAME, &baseline::NAME, as far as they are compiled.

@@ -36,7 +36,7 @@ struct Params {
 //
 //   a, b  [pairs, height, width]     grey levels 0..255, finite; only read
 //   flow  [pairs, 2, height, width]  pixels, x then y; may not overlap a or b
-//   isa   one of avfast::instruction_sets() (isa.h), or null for the best
+//   isa   one of avfast::instruction_sets() (isa.h), or null for AVFAST_ISA's, the best where that is not set
 //
 // All sizes from 1 x 1 work. Pairs are shared out over at most `threads` threads, and the rows of a large pair where
 // there are fewer pairs than threads (not with epsilon > 0). The result is the same bit for bit for any number of

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .convlstm import convlstm_gates
     from .loss import flow_loss
     from .modulate import modulate
+    from .strided import strided_conv, strided_conv_transpose
     from .tvl1 import tvl1_flow_reference
     from .warp import backward_warp
 
@@ -24,10 +25,22 @@ _HOME = {
     "flow_loss": "loss",
     "modulate": "modulate",
     "recall": "attention",
+    "strided_conv": "strided",
+    "strided_conv_transpose": "strided",
     "tvl1_flow_reference": "tvl1",
 }
 
-__all__ = ["backward_warp", "condense", "convlstm_gates", "flow_loss", "modulate", "recall", "tvl1_flow_reference"]
+__all__ = [
+    "backward_warp",
+    "condense",
+    "convlstm_gates",
+    "flow_loss",
+    "modulate",
+    "recall",
+    "strided_conv",
+    "strided_conv_transpose",
+    "tvl1_flow_reference",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks, cpp_backend, reference, registry, triton_backend
 from .triton_backend import jit, tl, triton
@@ -351,7 +350,7 @@ def _recall_forward(feature: Tensor, query: Tensor, key: Tensor, value: Tensor) 
 
 
 def _recall_forward_fake(feature: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return registry.empty_as(feature, feature.shape, torch.promote_types(feature.dtype, value.dtype))
+    return registry.empty_as(feature, feature, torch.promote_types(feature.dtype, value.dtype))
 
 
 def _recall_backward(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -361,7 +360,7 @@ def _recall_backward(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) ->
 
 
 def _recall_backward_fake(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    by_query = registry.empty_as(query, query.shape, query.dtype)
+    by_query = registry.empty_as(query, query)
     return by_query, key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -396,7 +395,7 @@ class _Condense(torch.autograd.Function):
         return _CONDENSE_FORWARD(memory, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @registry.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _CONDENSE_BACKWARD(*ctx.saved_tensors, grad)
 
@@ -409,7 +408,7 @@ class _Recall(torch.autograd.Function):
         return _RECALL_FORWARD(feature, query, key, value)
 
     @staticmethod
-    @once_differentiable
+    @registry.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return grad.to(ctx.dtype), *_RECALL_BACKWARD(*ctx.saved_tensors, grad)
 

@@ -15,8 +15,9 @@ def shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> None:
         raise ValueError(f"{name} is {found}, expected a floating-point tensor ({', '.join(names)})")
     size = tensor.shape
     fits = len(size) == len(names)
-    for position, dim in enumerate(names if fits and sizes else ()):
-        fits = fits and sizes.get(dim, size[position]) == size[position]
+    if fits:
+        for dim, extent in sizes.items():
+            fits = fits and size[names.index(dim)] == extent
     if not fits:
         expected = ", ".join(str(sizes.get(n, n)) for n in names)
         raise ValueError(f"{name} has shape {tuple(size)}, expected ({expected})")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks, cpp_backend, reference, registry, triton_backend
 from .triton_backend import jit, tl
@@ -107,7 +106,7 @@ def _forward(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]
 
 
 def _forward_fake(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return registry.empty_as(gates, cell.shape, gates.dtype), registry.empty_as(gates, cell.shape, cell.dtype)
+    return registry.empty_as(gates, cell, gates.dtype), registry.empty_as(gates, cell)
 
 
 def _backward(
@@ -121,7 +120,7 @@ def _backward(
 def _backward_fake(
     gates: Tensor, cell: Tensor, grad_hidden: Tensor, grad_new_cell: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return registry.empty_as(gates, gates.shape, gates.dtype), registry.empty_as(gates, cell.shape, cell.dtype)
+    return registry.empty_as(gates, gates), registry.empty_as(gates, cell)
 
 
 _FORWARD = registry.torch_op(
@@ -146,7 +145,7 @@ class _ConvLSTMGates(torch.autograd.Function):
         return _FORWARD(gates, cell, backend)
 
     @staticmethod
-    @once_differentiable
+    @registry.once_differentiable
     def backward(ctx: Any, grad_hidden: Tensor, grad_new_cell: Tensor) -> tuple[Tensor, Tensor, None]:
         return *_BACKWARD(*ctx.saved_tensors, grad_hidden, grad_new_cell, ctx.backend), None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
@@ -30,15 +29,7 @@ def unavailable(device: str) -> str | None:
 
 def unsupported(first: Tensor, *_others: Any) -> str | None:
     """The same for a call whose first argument is `first`; public functions see to one device for all."""
-    return unavailable(first.device.type)
-
-
-def instruction_set() -> str | None:
-    """The instruction set that AVFAST_ISA asks for, None for the best. Raises ValueError where this CPU lacks it."""
-    isa = os.environ.get("AVFAST_ISA") or None
-    if isa is not None and isa not in engine().instruction_sets():
-        raise ValueError(f"AVFAST_ISA is {isa!r}, expected one of {', '.join(engine().instruction_sets())} on this CPU")
-    return isa
+    return None if first.is_cpu and NOT_BUILT is None else unavailable(first.device.type)
 
 
 def engine() -> Any:
@@ -59,11 +50,10 @@ def call(
     """Run one of the C++ functions: the addresses of the inputs, then of the outputs (None: a null pointer), then the
     numbers. Tensors lie as the function expects; those of another type than `compute` are converted, there and back.
     """
-    fp64 = compute == torch.float64
     given = [t if t.dtype == compute else t.to(compute) for t in inputs]
     taken = [t if t is None or t.dtype == compute else torch.empty_like(t, dtype=compute) for t in outputs]
     addresses = [0 if t is None else t.data_ptr() for t in (*given, *taken)]
-    getattr(engine(), name)(*addresses, *numbers, fp64, torch.get_num_threads(), instruction_set())
+    getattr(engine(), name)(*addresses, *numbers, compute == torch.float64, torch.get_num_threads())
     for output, buffer in zip(outputs, taken, strict=True):
         if output is not None and buffer is not None and output is not buffer:
             output.copy_(buffer)

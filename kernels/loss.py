@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks, cpp_backend, reference, registry, triton_backend
 from .triton_backend import jit, tl
@@ -125,7 +124,7 @@ class _FlowLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @registry.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad_loss * grad, None, None, None, None

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks, cpp_backend, reference, registry, triton_backend
 from .triton_backend import jit, tl
@@ -132,7 +131,7 @@ class _Modulate(torch.autograd.Function):
         return _FORWARD(before, context, gamma, beta, backend)
 
     @staticmethod
-    @once_differentiable
+    @registry.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         context, gamma = ctx.saved_tensors
         *parts, own = grad.split([*(channels for channels, _ in ctx.types), context.shape[1]], dim=1)

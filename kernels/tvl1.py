@@ -277,11 +277,10 @@ def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
     engine, native = _engine(params)
     if a.is_cuda and engine.with_cuda and params.scheme == "avfast" and params.epsilon == 0:
         return _native_cuda(engine, a.contiguous(), b.contiguous(), native)
-    isa = cpp_backend.instruction_set()
     # held by name until the engine returns: it is given bare addresses
     cpu_a, cpu_b = a.cpu().contiguous(), b.cpu().contiguous()
     flow = torch.empty(len(a), 2, *a.shape[1:])
-    engine.tvl1_flow(cpu_a.data_ptr(), cpu_b.data_ptr(), flow.data_ptr(), *a.shape, native, threads, isa)
+    engine.tvl1_flow(cpu_a.data_ptr(), cpu_b.data_ptr(), flow.data_ptr(), *a.shape, native, threads)
     return flow.to(a.device)
 
 

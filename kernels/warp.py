@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks, cpp_backend, reference, registry, triton_backend
 from .triton_backend import jit, tl
@@ -158,7 +157,7 @@ def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
 
 
 def _forward_fake(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
-    return registry.empty_as(image, image.shape, image.dtype)
+    return registry.empty_as(image, image)
 
 
 def _backward(
@@ -222,7 +221,7 @@ class _BackwardWarp(torch.autograd.Function):
         return _FORWARD(image, flow, padding, backend)
 
     @staticmethod
-    @once_differentiable
+    @registry.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         wanted = ctx.needs_input_grad[:2]
         grads = _BACKWARD(*ctx.saved_tensors, grad, ctx.padding, *wanted, ctx.backend)

@@ -13,7 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from avfast.kernels import backward_warp, condense, convlstm_gates, flow_loss, modulate, recall, registry
+from avfast.kernels import (
+    backward_warp,
+    condense,
+    convlstm_gates,
+    flow_loss,
+    modulate,
+    recall,
+    registry,
+    strided_conv,
+    strided_conv_transpose,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -86,6 +96,16 @@ CASES = {
             *(normal(b, 5, 4, seed=i) for i in range(2, 4)),
         ],
         (True,) * 4,
+    ),
+    "strided_conv": Case(
+        strided_conv,
+        lambda b, h, w: [normal(b, 3, h + 1, w + 1), 0.3 * normal(5, 3, 4, 4, seed=1)],
+        (True, True),
+    ),
+    "strided_conv transposed": Case(
+        strided_conv_transpose,
+        lambda b, h, w: [normal(b, 3, h, w), 0.3 * normal(3, 5, 4, 4, seed=1)],
+        (True, True),
     ),
 }
 
@@ -257,9 +277,13 @@ def native(name: str) -> str:
     return "cpp" if DEVICE == "cpu" and "cpp" in registry.OPS[name.split()[0]].backends else "triton"
 
 
-# recall over one token is one addition, for which there is no op
+# recall over one token is one addition, for which there is no op; strided convolutions are PyTorch's in programs
 TRITON = registry.OPS["condense"].backends["triton"].unavailable(DEVICE) is None
-REGISTERED = [name for name in CASES if name != "recall one" and (TRITON or native(name) == "cpp")]
+REGISTERED = [
+    name
+    for name in CASES
+    if name != "recall one" and not name.startswith("strided_conv") and (TRITON or native(name) == "cpp")
+]
 
 
 @pytest.mark.parametrize("name", REGISTERED)

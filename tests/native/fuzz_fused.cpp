@@ -134,9 +134,37 @@ const char* modulate(const char* isa) {
 }
 
 template <class T>
+Axis<T> axis(bool once, const std::vector<T>& matrix) {
+  const int size = pick(1, 20), taken = pick(1, 6), step = once ? taken : pick(1, taken);
+  // where every pixel is taken once the tiles cover the map, else they may leave some out, or take some beyond
+  const int tiles = once ? (size + step - 1) / step : pick(1, 5);
+  return {size, tiles, taken, pick(1, 6), step, matrix.data()};
+}
+
+template <class T>
+const char* tiles(const char* isa) {
+  const bool once = pick(0, 1);
+  const std::vector<T> matrix = ordinary<T>(36);
+  const int64_t batch = pick(1, 4), channels = pick(1, 150);
+  const int stride = once ? 1 : pick(1, 2);
+  Tiles<T> cut{batch, channels, stride, once ? 0 : pick(0, 3), 0, axis(once, matrix), axis(once, matrix)};
+  const int64_t phases = static_cast<int64_t>(stride) * stride;
+  cut.apart = batch * cut.rows.tiles * cut.columns.tiles * phases * channels;
+  const std::vector<T> map = ordinary<T>(batch * cut.rows.size * cut.columns.size * channels);
+  std::vector<T> products(cut.rows.products * cut.columns.products * cut.apart), back(map.size());
+  gather_tiles(cut, map.data(), products.data(), pick(1, 4), isa);
+  scatter_tiles(cut, products.data(), back.data(), pick(1, 4), isa);
+  return all_finite(products) && all_finite(back) ? nullptr : "tiles";
+}
+
+template <class T>
 const char* one(int op, const char* isa) {
   // half of all are warps, the op that computes addresses from data
-  return op == 0 ? gates<T>(isa) : op == 1 ? loss<T>(isa) : op == 2 ? modulate<T>(isa) : warp<T>(isa);
+  return op == 0   ? gates<T>(isa)
+         : op == 1 ? loss<T>(isa)
+         : op == 2 ? modulate<T>(isa)
+         : op == 3 ? tiles<T>(isa)
+                   : warp<T>(isa);
 }
 
 }  // namespace
@@ -148,7 +176,7 @@ int main(int argc, char** argv) {
   // `count` warps, and the others on the way
   for (long n = 0; n < 2 * count; ++n) {
     const char* isa = sets[pick(0, static_cast<int>(sets.size()) - 1)];
-    const int op = n % 2 ? 3 : pick(0, 2);
+    const int op = n % 2 ? 4 : pick(0, 3);
     const char* wrong = pick(0, 3) == 0 ? one<double>(op, isa) : one<float>(op, isa);
     if (wrong != nullptr) {
       std::printf("input %ld, %s: %s is not finite\n", n, isa, wrong);
