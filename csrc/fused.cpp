@@ -25,6 +25,7 @@ struct Double {
   explicit Double(double x) : raw{x} {}
   static Double load_first(const double* from, int count) { return Double(count == 0 ? 0.0 : *from); }
   static Double iota() { return Double(0.0); }
+  static bool all(Int mask) { return mask[0]; }
   void store_first(double* to, int) const { *to = raw[0]; }
 };
 
@@ -39,6 +40,7 @@ Double min(Double a, Double b) { return a.raw[0] < b.raw[0] ? a : b; }
 Double max(Double a, Double b) { return a.raw[0] > b.raw[0] ? a : b; }
 Double where(Double::Int mask, Double a, Double b) { return mask[0] ? a : b; }
 Double next_lanes(Double, double last) { return Double(last); }
+Double previous_lanes(Double, double first) { return Double(first); }
 Double::Int floor_int(Double a) { return Double::Int{static_cast<int64_t>(std::floor(a.raw[0]))}; }
 
 }  // namespace

@@ -51,6 +51,21 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) r[i] = static_cast<float>(i);
     return r;
   }
+  // whether all lanes of a mask are -1.
+  AVFAST_INLINE static bool all(Int mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) == 0xffff;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) == 0xff;
+#elif defined(__SSE2__)
+    return _mm_movemask_ps(reinterpret_cast<__m128>(mask)) == 0xf;
+#else
+    for (int i = 0; i < kLanes; ++i) {
+      if (mask[i] == 0) return false;
+    }
+    return true;
+#endif
+  }
   AVFAST_INLINE void store(float* to) const { __builtin_memcpy(to, &raw, sizeof raw); }
   // the first `count` lanes only, for the end of a row; 0 <= count <= kLanes. The other lanes are 0.
   AVFAST_INLINE static Vec load_first(const float* from, int count) {
@@ -129,6 +144,13 @@ AVFAST_INLINE Vec next_lanes(Vec a, float last) {
   Vec::Int order;
   for (int i = 0; i < kLanes; ++i) order[i] = i + 1;
   return __builtin_shuffle(a.raw, Vec(last).raw, order);
+}
+
+// `first`, then lanes 0, 1, ... of a.
+AVFAST_INLINE Vec previous_lanes(Vec a, float first) {
+  Vec::Int order;
+  for (int i = 0; i < kLanes; ++i) order[i] = i == 0 ? kLanes : i - 1;
+  return __builtin_shuffle(a.raw, Vec(first).raw, order);
 }
 
 // two registers as one: for long chains of operations, of which one at a time would leave the core waiting.

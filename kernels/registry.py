@@ -99,6 +99,22 @@ def define_fused(
 _LIBRARY = torch.library.Library("avfast", "FRAGMENT")
 
 
+def _dispatch_keys() -> tuple[set[int], set[int]]:
+    """The dispatch keys that a thread adds where nothing is going on, and those of ordinary tensors; both also in
+    inference mode. Empty where PyTorch, whose private names these are, has other ones."""
+    try:
+        keys, one = torch._C.DispatchKey, torch._C.DispatchKeySet
+        thread = one(keys.BackendSelect)
+        dense = {"CPU": one(keys.CPU) | one(keys.AutocastCPU), "CUDA": one(keys.CUDA) | one(keys.AutocastCUDA)}
+        in_place = one(keys.ADInplaceOrView)
+        normal = [dense[name] | in_place | one(getattr(keys, f"Autograd{name}")) for name in dense]
+        return {s.raw_repr() for s in (thread, thread | in_place)}, {s.raw_repr() for s in (*dense.values(), *normal)}
+    except AttributeError:
+        return set(), set()
+
+
+_UNWATCHED, _DENSE = _dispatch_keys()
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 """Torch op -> the same in PyTorch's own ops, for exporters that know no others: `program.run_decompositions`."""
 
@@ -107,9 +123,9 @@ def torch_op(
     schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, reference: Callable[..., Any] | None = None
 ) -> Any:
     """Register avfast::<schema> for CPU and CUDA tensors, with `fake` giving shapes, dtypes and strides alone; returns
-    the callable overload. The op has no gradient of its own: an autograd.Function gives it one. It is one opaque node
-    in a compiled or exported program; `reference`, which takes its arguments without the last where that is `backend`,
-    is what an exporter may put in its place."""
+    what calls it. The op has no gradient of its own: an autograd.Function gives it one. It is one opaque node in a
+    compiled or exported program; `reference`, which takes its arguments without the last where that is `backend`, is
+    what an exporter may put in its place."""
     _LIBRARY.define(schema)
     name = schema[: schema.index("(")]
     for device in ("CPU", "CUDA"):
@@ -119,7 +135,28 @@ def torch_op(
     if reference is not None:
         choosing = "str backend)" in schema
         DECOMPOSITIONS[overload] = (lambda *arguments: reference(*arguments[:-1])) if choosing else reference
-    return overload
+    if "Tensor[]" in schema or not _UNWATCHED:
+        return overload
+    tensors = [i for i, argument in enumerate(overload._schema.arguments) if str(argument.type) == "Tensor"]
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        """The op, or where nobody else would see it what it runs: the dispatcher's way there takes 15 us."""
+        given = [arguments[i] for i in tensors]
+        seen = not ordinary(*given) or wants_gradient(*given) or torch._C._autograd._profiler_enabled()
+        return (overload if seen else run)(*arguments, **options)
+
+    return call
+
+
+def ordinary(*tensors: Tensor) -> bool:
+    """Whether no mode, transform or tracer takes part in calls with these tensors, which are no subclass's or views
+    whose values are not what their memory says. False wherever that cannot be known."""
+    if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in _UNWATCHED:
+        return False
+    for tensor in tensors:
+        if torch._C._dispatch_keys(tensor).raw_repr() not in _DENSE:
+            return False
+    return True
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,7 +172,11 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def wants_gradient(*tensors: Tensor) -> bool:
     """Whether autograd has to know of a call with these tensors; if not, its 15 us on a CPU are saved."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
 
 
 def empty_as(like: Tensor, shaped: Tensor, dtype: torch.dtype | None = None) -> Tensor:

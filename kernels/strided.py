@@ -38,7 +38,7 @@ def _reference(x: Tensor, weight: Tensor, geometry: Geometry, transposed: bool, 
 
 
 def _unsupported(x: Tensor, weight: Tensor, *_others: Any) -> str | None:
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
+    if not registry.ordinary(x, weight):
         return "it takes plain tensors, and compiled or exported programs have PyTorch's convolution"
     if x.dtype != weight.dtype:
         return f"x is {x.dtype} and weight is {weight.dtype}"

@@ -399,6 +399,17 @@ def test_warp_with_nan_and_huge_flow(name: str, backend: str) -> None:
 
 
 @WARPS
+@pytest.mark.parametrize("size", [(9, 40), (3, 17), (40, 2)], ids=str)
+def test_warp_by_a_smooth_flow(name: str, backend: str, size: tuple[int, int]) -> None:
+    """Neighbours come from neighbours, in whole registers, and beyond every border."""
+    for shift in ((0.3, 0.6), (-2.7, 1.2), (12.4, -30.2), (1.0, 0.0)):
+        image, flow = arguments(name, (2, *size), torch.float32)
+        with torch.no_grad():
+            flow.copy_(0.01 * flow.sin() + torch.tensor(shift, device=DEVICE)[:, None, None] + 0.05)
+        assert_equal_to_reference(name, [image, flow], backend, 1e-5)
+
+
+@WARPS
 def test_warp_gradient_with_deterministic_algorithms(name: str, backend: str) -> None:
     """Fixed point is exact to fp32's rounding, also where gradients are tiny or not finite."""
     args = arguments(name, (2, 7, 9), torch.float32)

@@ -333,3 +333,49 @@ def test_import_kernels_from_the_checkout_is_refused(tmp_path):
     code = "import kernels"
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert result.returncode == 1 and "avfast.kernels" in result.stderr
+
+
+def _calls_seen(function) -> set[str]:
+    """Names of avfast's torch ops that a dispatch mode sees in function()."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = set()
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.add(str(op))
+            return op(*args, **(kwargs or {}))
+
+    with Watching():
+        function()
+    return {name for name in seen if name.startswith("avfast")}
+
+
+def test_calls_pass_the_dispatcher_where_somebody_watches() -> None:
+    """Elsewhere they save the way; what comes out is the same."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    gates, cell = randn(2, 12, 4, 5).float(), randn(2, 3, 4, 5, seed=1).float()
+    if registry.OPS["convlstm_gates"].backends["cpp"].unavailable("cpu") is not None:
+        pytest.skip("not built")
+    hidden, _ = convlstm_gates(gates, cell)
+    assert registry.ordinary(gates, cell) and not registry.ordinary(torch._neg_view(gates))
+    assert _calls_seen(lambda: convlstm_gates(gates, cell)) == {"avfast._convlstm_gates.default"}
+    asking = gates.clone().requires_grad_()
+    both = {"avfast._convlstm_gates.default", "avfast._convlstm_gates_backward.default"}
+    assert _calls_seen(lambda: convlstm_gates(asking, cell)[0].sum().backward()) == both
+
+    graph = make_fx(lambda g, c: convlstm_gates(g, c)[0])(gates, cell)
+    assert "avfast._convlstm_gates.default" in {str(node.target) for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(2 * gates, cell), convlstm_gates(2 * gates, cell)[0])
+    with torch.profiler.profile() as profile:
+        convlstm_gates(gates, cell)
+    assert "avfast::_convlstm_gates" in {event.key for event in profile.key_averages()}
+    traced = torch.jit.trace(lambda g, c: convlstm_gates(g, c)[0], (gates, cell), check_trace=False)
+    torch.testing.assert_close(traced(2 * gates, cell), convlstm_gates(2 * gates, cell)[0])
+    # a view whose sign is not in its memory, and a batch of a transform
+    torch.testing.assert_close(convlstm_gates(torch._neg_view(-gates), cell)[0], hidden)
+    batched = torch.vmap(lambda g: convlstm_gates(g, cell)[0])(torch.stack((gates, 2 * gates)))
+    torch.testing.assert_close(batched[0], hidden)
+    with torch.inference_mode():
+        torch.testing.assert_close(convlstm_gates(gates.clone(), cell)[0], hidden)
