@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from avfast.config import InputError, ModelConfig, TrainConfig
     from avfast.env import environment
     from avfast.flow import tvl1_flow
-    from avfast.kernels import backward_warp, condense, convlstm_gates, flow_loss, modulate, recall
+    from avfast.kernels import (
+        backward_warp,
+        condense,
+        convlstm_gates,
+        flow_loss,
+        modulate,
+        recall,
+        strided_conv,
+        strided_conv_transpose,
+    )
     from avfast.model import AVModel
     from avfast.patching import patch
 
@@ -32,6 +41,8 @@ _HOME = {
     "modulate": "avfast.kernels",
     "patch": "avfast.patching",
     "recall": "avfast.kernels",
+    "strided_conv": "avfast.kernels",
+    "strided_conv_transpose": "avfast.kernels",
     "tvl1_flow": "avfast.flow",
 }
 
@@ -49,6 +60,8 @@ __all__ = [
     "modulate",
     "patch",
     "recall",
+    "strided_conv",
+    "strided_conv_transpose",
     "tvl1_flow",
 ]
 
