@@ -437,14 +437,9 @@ _TRITON = registry.Backend(_Condense.apply, _unsupported, triton_backend.unavail
 _SDPA = registry.Backend(_condense_sdpa, registry.never, registry.never)
 
 
-def _condense_by_sdpa(memory: Tensor, *_others: Tensor) -> bool:
-    # not of a compiled program's sizes: it would hold for these sizes only. Eager on 2 cores, the definition takes 0.9
-    # to 1.1 times as long up to 128 steps; beyond, its T x T scores are what counts
-    return torch.compiler.is_compiling() or memory.is_cuda or memory.shape[1] > 128
-
-
 def _recall_by_sdpa(feature: Tensor, _query: Tensor | None, _key: Tensor | None, value: Tensor) -> bool:
-    # the definition takes 0.5 to 0.9 times as long on 2 cores, up to 8 million scores
+    # the definition takes 0.5 to 0.9 times as long on 2 cores, up to 8 million scores (of Condense as long); nothing is
+    # asked of a compiled program's sizes, which would then hold for these sizes only
     b, _, h, w = feature.shape
     return torch.compiler.is_compiling() or feature.is_cuda or b * h * w * value.shape[1] > 1 << 26
 
@@ -453,7 +448,7 @@ _CONDENSE = registry.define(
     "condense",
     reference.condense,
     triton=_TRITON._replace(where=("T <= 128", lambda memory, *_: memory.shape[1] <= 128)),
-    sdpa=_SDPA._replace(where=("compiled, on CUDA, or T > 128", _condense_by_sdpa)),
+    sdpa=_SDPA,
 )
 _RECALL = registry.define(
     "recall",
