@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avfast.kernels import backward_warp, condense, convlstm_gates, cpp_backend, modulate, recall
-from avfast.kernels.minimal import Geometry, RepeatedConv
-from avfast.kernels.registry import ordinary
+from avfast.kernels import backward_warp, condense, convlstm_gates, modulate, recall
+from avfast.kernels.minimal import Geometry, RepeatedConv, unsupported
 
 # where minimal filtering pays: from 64 pixels in the batch on, over 20 steps of 4 layers of 128 channels, it was 1.35
 # to 2.1 times as fast with gradients and 1.01 to 1.9 times without, on 2 cores with AVX2; below that it may lose
@@ -206,10 +205,9 @@ def _minimal_filtering_pays(weight: Tensor, like: Tensor) -> bool:
     no digits to spare for the transforms."""
     b, _, h, w = like.shape
     return (
-        cpp_backend.unavailable(like.device.type) is None
-        and like.dtype == weight.dtype in (torch.float32, torch.float64)
+        unsupported(like, weight) is None
+        and like.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
-        and ordinary(like)
         and weight.shape[2:] == (3, 3)
         and b * h * w >= _LEAST_PIXELS
         and h * w <= _LARGEST_MAP

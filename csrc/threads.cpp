@@ -104,20 +104,17 @@ struct Idle {
 };
 
 // never destroyed: the workers sleep on until the process ends.
-std::atomic<Idle*> idle{nullptr};
+std::atomic<Idle*> idle{new Idle};
 
-Idle& idle_crews() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    idle = new Idle;
-    // a child has none of its parent's threads, and perhaps a lock that nobody will open: it begins anew
-    pthread_atfork(nullptr, nullptr, [] { idle = new Idle; });
-  });
-  return *idle.load();
-}
+// a child has none of its parent's threads, OpenMP's or ours, and perhaps a lock that nobody will open: it begins anew.
+std::atomic<bool> forked{false};
+const int watching_forks = pthread_atfork(nullptr, nullptr, [] {
+  idle = new Idle;
+  forked = true;
+});
 
 Crew* take_crew() {
-  Idle& from = idle_crews();
+  Idle& from = *idle.load();
   const std::lock_guard<std::mutex> lock(from.mutex);
   if (from.crews.empty()) return new Crew;
   Crew* crew = from.crews.back();
@@ -126,7 +123,7 @@ Crew* take_crew() {
 }
 
 void give_back(Crew* crew) {
-  Idle& to = idle_crews();
+  Idle& to = *idle.load();
   const std::lock_guard<std::mutex> lock(to.mutex);
   to.crews.push_back(crew);
 }
@@ -149,7 +146,7 @@ struct OpenMP {
     find("omp_get_num_threads", &size);
   }
 
-  // whether `count` of its threads can be had by this thread. A forked child has none of its parent's.
+  // whether `count` of its threads can be had by this thread.
   bool has(int count) const {
     return parallel != nullptr && max_threads != nullptr && in_parallel != nullptr && rank != nullptr &&
            size != nullptr && max_threads() >= count && !in_parallel();
@@ -161,9 +158,6 @@ struct OpenMP {
     *function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
   }
 };
-
-std::atomic<bool> forked{false};
-const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 bool run_on_openmp(int count, Job& job) {
   static const OpenMP openmp;

@@ -17,7 +17,7 @@ M tiles, S phases as above.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import cpp_backend
-from .registry import once_differentiable
+from .registry import once_differentiable, ordinary
 from .toom_cook import Filtering, cheapest_size, minimal_filtering
 
 # of products at a time, if the weights are not more: what the caches hold
@@ -69,19 +69,20 @@ class Side(NamedTuple):
     numbers: tuple[Any, ...]
     """Stride, padding; size, tiles, pixels taken, products and step, of the rows and of the columns."""
 
-    def room(self, x: Tensor, images: int) -> Tensor:
-        """Uninitialised products (N,images*tiles,S*C) of maps like x."""
-        values = self.phases * x.shape[1]
+    def gather(self, *maps: Tensor) -> Tensor:
+        """Channels-last batches (B,C,*size), one after the other -> products (N,M,S*C)."""
+        values = self.phases * maps[0].shape[1]
+        tiles = self.tiles * sum(map(len, maps))
         # those of one tile lie anything but a power of two apart, which would crowd them into one set of a cache
-        apart = -(-images * self.tiles * values // 1024) * 1024 + 64
-        room = x.new_empty((self.products, apart))
-        return room.as_strided((self.products, images * self.tiles, values), (apart, values, 1))
-
-    def gather(self, x: Tensor, products: Tensor | None = None) -> Tensor:
-        """Channels-last (B,C,*size) -> products (N,B*tiles,S*C)."""
-        products = self.room(x, len(x)) if products is None else products
-        numbers = (*x.shape[:2], products.stride(0), *self.numbers)
-        cpp_backend.call("gather_tiles", x.dtype, (x, *self.matrices), (products,), *numbers)
+        apart = -(-tiles * values // 1024) * 1024 + 64
+        room = maps[0].new_empty((self.products, apart))
+        products = room.as_strided((self.products, tiles, values), (apart, values, 1))
+        first = 0
+        for x in maps:
+            last = first + len(x) * self.tiles
+            numbers = (*x.shape[:2], apart, *self.numbers)
+            cpp_backend.call("gather_tiles", x.dtype, (x, *self.matrices), (products[:, first:last],), *numbers)
+            first = last
         return products
 
     def scatter(self, products: Tensor, out: Tensor) -> None:
@@ -122,11 +123,20 @@ def _of_taps(geometry: Geometry, dtype: torch.dtype) -> Tensor:
     return weights.reshape(-1, geometry.kernel**2).to(dtype)
 
 
-def transformed(weight: Tensor, geometry: Geometry) -> Tensor:
+def _transformed(weight: Tensor, geometry: Geometry) -> Tensor:
     """(O,C,kernel,kernel) -> (N,S*C,O)."""
     by_tap = weight.permute(2, 3, 1, 0).reshape(geometry.kernel**2, -1)
     values = geometry.stride**2 * weight.shape[1]
     return (_of_taps(geometry, weight.dtype) @ by_tap).view(-1, values, weight.shape[0])
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    """Why `RepeatedConv` cannot be had for x and weight; None if it can."""
+    if not ordinary(x, weight):
+        return "it takes plain tensors, and compiled or exported programs have PyTorch's convolution"
+    if x.dtype != weight.dtype:
+        return f"x is {x.dtype} and weight is {weight.dtype}"
+    return cpp_backend.unsupported(x)
 
 
 class RepeatedConv:
@@ -138,16 +148,17 @@ class RepeatedConv:
     def __init__(self, weight: Tensor, geometry: Geometry) -> None:
         self.inputs, self.outputs = sides(geometry, weight.dtype)
         self.calls: list[_Call] = []
-        self.weights: Tensor = _Gather.apply(transformed(weight, geometry), self)
+        self.weights: Tensor = _Gather.apply(_transformed(weight, geometry), self)
+        image = self.inputs.tiles * self.weights[:, :, 0].numel() * self.weights.element_size()
+        self.most = max(1, max(_BYTES, self.weights.nbytes) // image)
+        """Images at a time."""
 
     def __call__(self, x: Tensor, *, transposed: bool = False) -> Tensor:
         return _Convolve.apply(x.contiguous(memory_format=torch.channels_last), self.weights, self, transposed)
 
     def parts(self, count: int) -> Iterator[slice]:
-        """Stretches of a batch."""
-        image = self.inputs.tiles * self.weights[:, :, 0].numel() * self.weights.element_size()
-        parts = -(-count * image // max(_BYTES, self.weights.nbytes))
-        step = -(-count // max(1, parts))
+        """Stretches of a batch, as even as can be."""
+        step = -(-count // -(-count // self.most))
         return (slice(first, min(first + step, count)) for first in range(0, count, step))
 
 
@@ -176,31 +187,24 @@ class _Gather(torch.autograd.Function):
         now = torch._C._current_graph_task_id()
         calls = [call for call in conv.calls if call.backward_pass == now]
         conv.calls.clear()
-        pieces = [(call.inputs[part], call.outputs[part]) for call in calls for part in conv.parts(len(call.inputs))]
+        groups: list[list[tuple[Tensor, Tensor]]] = []
+        images = conv.most
+        for call in calls:
+            for part in conv.parts(len(call.inputs)):
+                inputs, outputs = call.inputs[part], call.outputs[part]
+                if images + len(inputs) > conv.most:
+                    groups.append([])
+                    images = 0
+                groups[-1].append((inputs, outputs))
+                images += len(inputs)
         total: Tensor | None = None
-        while pieces:
-            # as many as make one stretch
-            stretch = next(conv.parts(sum(len(inputs) for inputs, _ in pieces))).stop
-            count, images = 1, len(pieces[0][0])
-            while count < len(pieces) and images + len(pieces[count][0]) <= stretch:
-                images += len(pieces[count][0])
-                count += 1
-            inputs, outputs = zip(*pieces[:count], strict=True)
-            del pieces[:count]
-            left, right = _products(conv.inputs, inputs), _products(conv.outputs, outputs)
+        for group in groups:
+            left, right = (
+                side.gather(*maps)
+                for side, maps in zip((conv.inputs, conv.outputs), zip(*group, strict=True), strict=True)
+            )
             total = left.mT @ right if total is None else total.baddbmm_(left.mT, right)
         return total, None
-
-
-def _products(side: Side, maps: Sequence[Tensor]) -> Tensor:
-    """Of several batches, one after the other."""
-    products = side.room(maps[0], sum(map(len, maps)))
-    first = 0
-    for x in maps:
-        last = first + len(x) * side.tiles
-        side.gather(x, products[:, first:last])
-        first = last
-    return products
 
 
 class _Convolve(torch.autograd.Function):

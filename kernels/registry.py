@@ -103,6 +103,7 @@ def _dispatch_keys() -> tuple[set[int], set[int]]:
     """The dispatch keys that a thread adds where nothing is going on, and those of ordinary tensors; both also in
     inference mode. Empty where PyTorch, whose private names these are, has other ones."""
     try:
+        _ = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys, torch._C._autograd._profiler_enabled
         keys, one = torch._C.DispatchKey, torch._C.DispatchKeySet
         thread = one(keys.BackendSelect)
         dense = {"CPU": one(keys.CPU) | one(keys.AutocastCPU), "CUDA": one(keys.CUDA) | one(keys.AutocastCUDA)}
@@ -151,7 +152,9 @@ def torch_op(
 def ordinary(*tensors: Tensor) -> bool:
     """Whether no mode, transform or tracer takes part in calls with these tensors, which are no subclass's or views
     whose values are not what their memory says. False wherever that cannot be known."""
-    if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in _UNWATCHED:
+    if not _UNWATCHED or torch.compiler.is_compiling():
+        return False
+    if torch._C._dispatch_tls_local_include_set().raw_repr() not in _UNWATCHED:
         return False
     for tensor in tensors:
         if torch._C._dispatch_keys(tensor).raw_repr() not in _DENSE:

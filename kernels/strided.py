@@ -5,14 +5,12 @@ Shapes: x B C H W, weight O C 4 4, transposed C O 4 4.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, cpp_backend, registry
-from .minimal import Geometry, RepeatedConv, sides
+from .minimal import Geometry, RepeatedConv, sides, unsupported
 
 _KERNEL, _STRIDE = 4, 2
 
@@ -37,19 +35,12 @@ def _reference(x: Tensor, weight: Tensor, geometry: Geometry, transposed: bool, 
     return convolve(x, weight, stride=geometry.stride, padding=geometry.padding)
 
 
-def _unsupported(x: Tensor, weight: Tensor, *_others: Any) -> str | None:
-    if not registry.ordinary(x, weight):
-        return "it takes plain tensors, and compiled or exported programs have PyTorch's convolution"
-    if x.dtype != weight.dtype:
-        return f"x is {x.dtype} and weight is {weight.dtype}"
-    return cpp_backend.unsupported(x)
-
-
 def _worthwhile(x: Tensor, weight: Tensor, geometry: Geometry, transposed: bool, kept: Kept | None) -> bool:
     if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or min(weight.shape[:2]) < 32:
         return False
     inputs, _ = sides(geometry, x.dtype)
-    # on 2 cores with AVX2 even from 8 tiles on; where the weights are transformed for one call, from 64 on
+    # on 2 cores with AVX2 even from 8 tiles on; where the weights are transformed for one call, from 64 on with
+    # gradients, from 128 on without
     return len(x) * inputs.tiles >= (128 if kept is None else 16)
 
 
@@ -58,9 +49,9 @@ _OP = registry.define(
     _reference,
     cpp=registry.Backend(
         _minimal,
-        _unsupported,
+        lambda x, weight, *_: unsupported(x, weight),
         cpp_backend.unavailable,
-        where=("float32 x has 16 tiles, of 2x2 to 5x5 outputs, and 32 channels become 32 or more", _worthwhile),
+        where=("float32 x has 16 tiles of outputs, without `kept` 128, and 32 channels become 32 or more", _worthwhile),
     ),
 )
 
