@@ -11,6 +11,7 @@ from avfast.kernels import flow_loss, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(16, 15, 1, 48, 48), (16, 15, 3, 64, 64), (128, 15, 1, 48, 48), (1, 4, 3, 1080, 1920)]
+SHAPES += [(4, 8, 3, 1080, 1920)] if DEVICE == "cuda" else []
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -12,6 +12,7 @@ from avfast.kernels import modulate, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(16, 16, 48, 48), (16, 128, 6, 6), (16, 64, 64, 64), (128, 16, 48, 48), (4, 64, 256, 256)]
+SHAPES += [(8, 16, 1080, 1920)] if DEVICE == "cuda" else []
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

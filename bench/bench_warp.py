@@ -18,6 +18,7 @@ from avfast.kernels import backward_warp, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(b, c, s, s) for b in (16, 128) for c, s in ((1, 48), (3, 64), (3, 96))] + [(1, 3, 1080, 1920)]
+SHAPES += [(8, 3, 1080, 1920)] if DEVICE == "cuda" else []
 
 
 def grid_sample(height: int, width: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -3,8 +3,10 @@
     pytest bench/ --benchmark-only [--results FILE.json]
 
 A case first checks that all contenders agree, then times them in turns, round by round, so that what else the machine
-does hits all alike. A ratio is the median over the rounds of (the rival's time / ours): above 1 we are faster. On CUDA
-every call is followed by a synchronisation.
+does hits all alike. A ratio is the median over the rounds of (the rival's time / ours): above 1 we are faster.
+
+On CUDA an op has two rows: as Python calls it, one call after the other, where small ones take what Python and the
+launches take; and `in a graph`, where a CUDA graph of many calls is replayed: the GPU's own time.
 """
 
 from __future__ import annotations
@@ -134,6 +136,23 @@ def _compare_calls(
     repeat = max(1, int(2e-3 / max(1e-6, min(_timed(calls["ours"]) for _ in range(5)))))
     repeated = {n: partial(_repeat, c, repeat) for n, c in calls.items()}
     compare(case, repeated.pop("ours"), repeated, rounds=rounds, calls=repeat, values_moved=int(values))
+    if device == "cuda":
+        graphs = {n: _graph(partial(_repeat, c, repeat)).replay for n, c in calls.items() if n != "loop"}
+        ours = graphs.pop("ours")
+        row = compare(f"{case} in a graph", ours, graphs, rounds=rounds, calls=repeat, values_moved=int(values))
+        row["gb_per_s"] = 4e-9 * values * repeat / row["ours_s"]
+
+
+def _graph(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
 
 
 def _repeat(call: Callable[[], Any], times: int) -> None:
