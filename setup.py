@@ -22,7 +22,7 @@ HEADERS = sorted([*glob.glob("csrc/*.h"), *glob.glob("csrc/*.cuh")])
 CPP_SOURCES = ["csrc/fused.cpp", "csrc/threads.cpp", "csrc/tvl1.cpp"]
 CUDA_SOURCES = ["csrc/cuda_info.cu", "csrc/tvl1.cu"]
 
-# contraction off: where the source has no multiply_add, the instruction sets give the same bits
+# contraction off, here and below: where the source has no multiply_add, instruction sets and GPUs give the same bits
 CPP_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # the loops that are compiled once per instruction set; which one runs is chosen at run time
 ISA_SOURCES = ["csrc/fused_kernels.cpp", "csrc/tvl1_kernels.cpp"]
@@ -30,6 +30,7 @@ ISA_FLAGS = {"avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma"], "baseline": [
 CUDA_FLAGS = [
     "-O3",
     "-std=c++17",
+    "--fmad=false",
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
     "-Xcompiler=-fPIC",

@@ -1,4 +1,4 @@
-// linear maps between pixel grids, one axis at a time, and the sizes of a pyramid: what both engines share on the host.
+// linear maps between pixel grids, one axis at a time, and the sizes of a pyramid: what both engines share.
 #pragma once
 
 #include <algorithm>
@@ -6,41 +6,57 @@
 #include <cstdint>
 #include <vector>
 
+#ifdef __CUDACC__
+#define AVFAST_BOTH __host__ __device__
+#else
+#define AVFAST_BOTH
+#endif
+
 namespace avfast {
 
-// one axis of a linear map between two grids: the at most three source pixels under each target pixel.
+// one axis of a linear map between two grids: the at most three source pixels under a target pixel.
 struct Tap {
   int index[3];
   float weight[3];
 };
 
-// area average from `from` to `to` pixels, at most halving.
+// under pixel `i` of an area average from `from` to `to` pixels, at most halving.
+AVFAST_BOTH inline Tap area_tap(int i, int from, int to) {
+  // in units of 1/to of a source pixel everything is an integer
+  const int64_t begin = static_cast<int64_t>(i) * from;
+  const int64_t end = begin + from;
+  Tap tap{};
+  for (int k = 0; k < 3; ++k) {
+    const int64_t source = begin / to + k;
+    const int64_t first = source * to > begin ? source * to : begin;
+    const int64_t last = (source + 1) * to < end ? (source + 1) * to : end;
+    tap.index[k] = static_cast<int>(source < from ? source : from - 1);
+    tap.weight[k] = static_cast<float>(last > first ? last - first : 0) / static_cast<float>(from);
+  }
+  return tap;
+}
+
+// under pixel `i` of a bilinear interpolation at every `ratio` of `from` pixels, pixel centres at half integers, the
+// border repeated.
+AVFAST_BOTH inline Tap linear_tap(int i, int from, float ratio) {
+  const float centre = (static_cast<float>(i) + 0.5f) * ratio - 0.5f;
+  const float inside = centre > 0.0f ? centre : 0.0f;
+  const float last = static_cast<float>(from - 1);
+  const float position = inside < last ? inside : last;
+  const int index = static_cast<int>(position);
+  const float weight = position - static_cast<float>(index);
+  return {{index, index + 1 < from ? index + 1 : from - 1, index}, {1.0f - weight, weight, 0.0f}};
+}
+
 inline std::vector<Tap> area_taps(int from, int to) {
   std::vector<Tap> taps(to);
-  for (int i = 0; i < to; ++i) {
-    // in units of 1/to of a source pixel everything is an integer
-    const int64_t begin = static_cast<int64_t>(i) * from;
-    const int64_t end = begin + from;
-    for (int k = 0; k < 3; ++k) {
-      const int64_t source = begin / to + k;
-      const int64_t overlap = std::min(end, (source + 1) * to) - std::max(begin, source * to);
-      taps[i].index[k] = static_cast<int>(std::min<int64_t>(source, from - 1));
-      taps[i].weight[k] = static_cast<float>(std::max<int64_t>(overlap, 0)) / static_cast<float>(from);
-    }
-  }
+  for (int i = 0; i < to; ++i) taps[i] = area_tap(i, from, to);
   return taps;
 }
 
-// bilinear interpolation at every `ratio` source pixels, pixel centres at half integers, the border repeated.
 inline std::vector<Tap> linear_taps(int from, int to, float ratio) {
   std::vector<Tap> taps(to);
-  for (int i = 0; i < to; ++i) {
-    const float centre = (static_cast<float>(i) + 0.5f) * ratio - 0.5f;
-    const float position = std::min(std::max(centre, 0.0f), static_cast<float>(from - 1));
-    const int index = static_cast<int>(position);
-    const float weight = position - static_cast<float>(index);
-    taps[i] = {{index, std::min(index + 1, from - 1), index}, {1.0f - weight, weight, 0.0f}};
-  }
+  for (int i = 0; i < to; ++i) taps[i] = linear_tap(i, from, ratio);
   return taps;
 }
 

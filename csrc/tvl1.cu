@@ -20,7 +20,6 @@
 #include <utility>
 #include <vector>
 
-#include "resample.h"
 #include "tvl1_tile.cuh"
 
 namespace avfast::tvl1 {
@@ -39,6 +38,13 @@ struct Level {
   __host__ __device__ int apron_width() const { return width + 2 * kApron; }
   __host__ __device__ int64_t apron_area() const { return static_cast<int64_t>(height + 2 * kApron) * apron_width(); }
 };
+
+// which pixel of a level is repeated at (x, y) of its image with an apron.
+__device__ __forceinline__ int64_t apron_source(const Level& level, int x, int y) {
+  const int from_x = ::min(::max(x - kApron, 0), level.width - 1);
+  const int from_y = ::min(::max(y - kApron, 0), level.height - 1);
+  return static_cast<int64_t>(from_y) * level.width + from_x;
+}
 
 struct Gauss {
   int radius;
@@ -85,21 +91,27 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
-// the flow of the next coarser level, in the exchange, is the first guess of this one.
+// the flow of the next coarser level at a pixel of this one, its values grown with the image.
+__device__ __forceinline__ Flow2<float> enlarge(const float* u1, const float* u2, Strides strides, const Level& coarse,
+                                                const Level& level, int x, int y) {
+  const float ratio_x = static_cast<float>(coarse.width) / static_cast<float>(level.width);
+  const float ratio_y = static_cast<float>(coarse.height) / static_cast<float>(level.height);
+  const Tap tx = linear_tap(x, coarse.width, ratio_x);
+  const Tap ty = linear_tap(y, coarse.height, ratio_y);
+  return {1.0f / ratio_x * resample(u1, strides, tx, ty), 1.0f / ratio_y * resample(u2, strides, tx, ty)};
+}
+
+// the first guess of a level, from the coarser one's flow in the exchange.
 template <int kRows>
-__device__ __forceinline__ void enlarge(const Job& job, int index, const Exchange& e, Strip<kRows>& s) {
+__device__ __forceinline__ void enlarge_small(const Job& job, int index, const Exchange& e, Strip<kRows>& s) {
   const Level& level = job.levels[index];
   const Level& coarse = job.levels[index + 1];
   const Strides from{Exchange::column(coarse.height, strip_rows(coarse)), 1};
-  const float grow_x = static_cast<float>(level.width) / static_cast<float>(coarse.width);
-  const float grow_y = static_cast<float>(level.height) / static_cast<float>(coarse.height);
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (r < s.rows()) {
-      const Tap2 tx = linear_tap(thread % level.width, level.width, coarse.width);
-      const Tap2 ty = linear_tap(thread / level.width * kRows + r, level.height, coarse.height);
-      s.u[r] = {grow_x * sample2(e.drive1, from, tx, ty), grow_y * sample2(e.drive2, from, tx, ty)};
+      s.u[r] = enlarge(e.drive1, e.drive2, from, coarse, level, thread % level.width, thread / level.width * kRows + r);
     }
   }
 }
@@ -154,7 +166,7 @@ __device__ __forceinline__ void solve_small_level(const Job& job, const Solver& 
   const Exchange e(shared);
   Strip<kRows> s(static_cast<int>(threadIdx.x), job.levels[index].width, job.levels[index].height);
   if (index + 1 < job.count) {
-    enlarge(job, index, e, s);
+    enlarge_small(job, index, e, s);
     __syncthreads();
   }
   s.publish_dual(e);
@@ -179,8 +191,8 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constan
     const int size = static_cast<int>(to.area());
     for (int i = thread; i < 2 * size; i += kThreads) {
       shared[small_image(job, level) + i] =
-          area_average(small_level(job, shared, level - 1, i >= size), from.width, from.width, from.height, to.width,
-                       to.height, i % size % to.width, i % size / to.width);
+          resample(small_level(job, shared, level - 1, i >= size), {1, from.width},
+                   area_tap(i % size % to.width, from.width, to.width), area_tap(i % size / to.width, from.height, to.height));
     }
     __syncthreads();
   }
@@ -189,9 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constan
       const Level& level = job.levels[index];
       const float* b = small_level(job, shared, index, true);
       for (int i = thread; i < static_cast<int>(level.apron_area()); i += kThreads) {
-        const Tap2 tx = apron_tap(i % level.apron_width() - kApron, level.width);
-        const Tap2 ty = apron_tap(i / level.apron_width() - kApron, level.height);
-        shared[Exchange::kFloats + i] = sample2(b, {1, level.width}, tx, ty);
+        shared[Exchange::kFloats + i] = b[apron_source(level, i % level.apron_width(), i / level.apron_width())];
       }
       __syncthreads();
     }
@@ -257,17 +267,16 @@ __global__ void shrink_kernel(const float* from, int64_t from_pair, Level fine, 
                               Level coarse) {
   const Pixel p(coarse.width, coarse.height);
   if (!p.inside) return;
-  to[blockIdx.z * to_pair + static_cast<int64_t>(p.y) * coarse.width + p.x] = area_average(
-      from + blockIdx.z * from_pair, fine.width, fine.width, fine.height, coarse.width, coarse.height, p.x, p.y);
+  to[blockIdx.z * to_pair + static_cast<int64_t>(p.y) * coarse.width + p.x] =
+      resample(from + blockIdx.z * from_pair, {1, fine.width}, area_tap(p.x, fine.width, coarse.width),
+               area_tap(p.y, fine.height, coarse.height));
 }
 
 __global__ void apron_kernel(const float* from, int64_t from_pair, float* to, int64_t to_pair, Level level) {
   const Pixel p(level.apron_width(), level.height + 2 * kApron);
   if (!p.inside) return;
-  const Tap2 tx = apron_tap(p.x - kApron, level.width);
-  const Tap2 ty = apron_tap(p.y - kApron, level.height);
   to[blockIdx.z * to_pair + static_cast<int64_t>(p.y) * level.apron_width() + p.x] =
-      sample2(from + blockIdx.z * from_pair, {1, level.width}, tx, ty);
+      from[blockIdx.z * from_pair + apron_source(level, p.x, p.y)];
 }
 
 // the first guess of a level's flow, from `coarse` (of width 0: zero), and duals of zero. Fields lie an `area` of the
@@ -277,17 +286,13 @@ __global__ void set_up_kernel(const float* coarse_u, Level coarse, float* u, flo
   const Pixel p(level.width, level.height);
   if (!p.inside) return;
   const int64_t i = blockIdx.z * per_pair + static_cast<int64_t>(p.y) * level.width + p.x;
-  for (int c = 0; c < 2; ++c) {
-    float value = 0.0f;
-    if (coarse.width > 0) {
-      const Tap2 tx = linear_tap(p.x, level.width, coarse.width);
-      const Tap2 ty = linear_tap(p.y, level.height, coarse.height);
-      const float grow = c == 0 ? static_cast<float>(level.width) / static_cast<float>(coarse.width)
-                                : static_cast<float>(level.height) / static_cast<float>(coarse.height);
-      value = grow * sample2(coarse_u + blockIdx.z * per_pair + c * area, {1, coarse.width}, tx, ty);
-    }
-    u[i + c * area] = value;
+  Flow2<float> first{};
+  if (coarse.width > 0) {
+    const float* from = coarse_u + blockIdx.z * per_pair;
+    first = enlarge(from, from + area, {1, coarse.width}, coarse, level, p.x, p.y);
   }
+  u[i] = first.u1;
+  u[i + area] = first.u2;
   for (int c = 0; c < 4; ++c) q[i + c * area] = 0.0f;
 }
 

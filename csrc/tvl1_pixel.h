@@ -1,8 +1,9 @@
 // the arithmetic of TV-L1 for one pixel, without loops and memory, written once for all engines: F is float under nvcc,
 // a register of floats (simd.h) on the CPU. F needs + - *, min, max, sqrt, reciprocal and where_above.
 //
-// on the CPU contraction is off (setup.py) and every operation is exactly rounded, so that all instruction sets give
-// the same bits; nvcc may contract, which changes the flow by rounding.
+// contraction is off (setup.py) and every operation is exactly rounded, so that all instruction sets and the GPU give
+// the same bits. Anything less is seen: 3e-7 of noise moves 11 % of the flow by more than 1e-3 px where a point may
+// leave the image, and a GPU with multiply-adds and its one-instruction roots agreed within 1e-3 px on 35 to 100 %.
 #pragma once
 
 #ifdef __CUDACC__

@@ -40,24 +40,10 @@ def moved_waves(n: int, height: int, width: int) -> tuple[torch.Tensor, torch.Te
     return moved[:, None], still[:, None]
 
 
-def assert_same_flow(flow: torch.Tensor, a: torch.Tensor, b: torch.Tensor, params: TVL1Params) -> None:
-    """Within 1e-3 px of the CPU engine on 99.9 % of the pixels where the images decide the flow and not their last
-    bits, on which it can hang where it leaves the image: noise of 3e-7 in [0, 1] moves up to 11 % of the CPU engine's
-    own flow by more than 1e-3 px."""
-    expected = tvl1_flow(a, b, preset=params)
-    decided = torch.ones(expected[:, 0].shape, dtype=torch.bool)
-    for seed in range(4):
-        noise = 3e-7 * torch.randn(2, *a.shape, generator=torch.Generator().manual_seed(seed))
-        decided &= (tvl1_flow(a + noise[0], b + noise[1], preset=params) - expected).abs().amax(1) <= 2e-4
-    assert flow.isfinite().all()
-    assert decided.float().mean() >= 0.75
-    assert ((flow - expected).abs().amax(1) <= 1e-3)[decided].float().mean() >= 0.999
-
-
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def test_registers_and_stack_of_every_kernel(tmp_path: Path) -> None:
     """Against tests/golden/tvl1_cuda.json, which is kept per release of nvcc; no kernel may spill."""
-    command = [str(NVCC), "-O3", "-std=c++17", "-Xptxas", "-v", "-cubin"]
+    command = [str(NVCC), "-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-v", "-cubin"]
     release = re.search(
         r"release (\d+\.\d+)", subprocess.run([str(NVCC), "--version"], capture_output=True, text=True).stdout
     )
@@ -128,8 +114,7 @@ def test_kernels_on_the_cpu_equal_the_cpu_engine(
     on_host: ctypes.CDLL, size: tuple[int, int], params: TVL1Params
 ) -> None:
     a, b = moved_waves(2, *size)
-    flow = flow_on_host(on_host, a, b, params)
-    assert_same_flow(flow, a, b, params)
+    assert torch.equal(flow_on_host(on_host, a, b, params), tvl1_flow(a, b, preset=params))
 
 
 @pytest.mark.parametrize("size", [(33, 47), (70, 59)])
@@ -151,7 +136,7 @@ def test_gpu_equals_the_cpu_engine(size: tuple[int, int], params: TVL1Params) ->
     a, b = moved_waves(2, *size)
     flow = tvl1_flow(a.cuda(), b.cuda(), preset=params, backend="cpp")
     assert flow.is_cuda
-    assert_same_flow(flow.cpu(), a, b, params)
+    assert torch.equal(flow.cpu(), tvl1_flow(a, b, preset=params))
 
 
 @GPU
