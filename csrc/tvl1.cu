@@ -1,11 +1,10 @@
 // two ways to solve pairs on a GPU:
 //
 // - a pair that fits one thread block, of about 64 x 64, is solved whole by one, from the pyramid to the output in one
-//   launch, its state in registers and shared memory. The limit is arithmetic: 59 instructions per pixel and iteration,
-//   131 full-size iterations with preset fast, are 0.25 ms per pair and multiprocessor at 64 x 64, 500 thousand pairs/s
-//   on 132 of them (reckoned, not measured).
+//   launch, its state in registers and shared memory. The limit is arithmetic: TODO
 // - larger pairs live in global memory. An iteration moves 64 bytes per pixel there; a tile is kept in registers for
-//   kTileIterations of them, which leaves 64 / 5 / 0.71 = 18 bytes.
+//   kTileIterations of them, which leaves 64 / 5 / 0.6 = 21 bytes. Two blocks share a multiprocessor, so that one
+//   iterates while the other loads: TODO
 #include "tvl1_cuda.h"
 
 // tests/native/cuda_on_host.h stands in for CUDA where there is no GPU
@@ -27,8 +26,10 @@ namespace {
 
 // enough for the finest scale_step, 0.95, on images of 10,000 pixels.
 constexpr int kMaxLevels = 128;
-// side of a tile of a large pair, and the iterations it makes before its outer pixels have to be read again.
-constexpr int kTile = 64;
+// threads of the block that solves a small pair, and of one that iterates on a tile of a large one; the iterations a
+// tile makes before its outer pixels have to be read again.
+constexpr int kSmallThreads = 512;
+constexpr int kTileThreads = 256;
 constexpr int kTileIterations = 5;
 constexpr int kMaxRadius = 30;
 
@@ -61,17 +62,19 @@ struct Job {
 
 // ---- one block per pair ----
 
+using SmallExchange = Exchange<kSmallThreads>;
+
 // how many rows the strips of a level have: few where there are threads enough.
 __host__ __device__ int strip_rows(const Level& level) {
-  if (level.area() <= kThreads) return 1;
-  return level.width * ((level.height + 1) / 2) <= kThreads ? 2 : kStripRows;
+  if (level.area() <= kSmallThreads) return 1;
+  return level.width * ((level.height + 1) / 2) <= kSmallThreads ? 2 : kStripRows;
 }
 
 // shared memory of the small kernel, in floats: the exchange, one level of b with its apron, then the images a and b of
 // level 1, of level 2, ... Places are worked out where they are needed: a register kept for one would be missing in the
 // iterations.
 __host__ __device__ int64_t small_image(const Job& job, int level) {
-  int64_t place = Exchange::kFloats + job.levels[0].apron_area();
+  int64_t place = SmallExchange::kFloats + job.levels[0].apron_area();
   for (int i = 1; i < level; ++i) place += 2 * job.levels[i].area();
   return place;
 }
@@ -103,10 +106,10 @@ __device__ __forceinline__ Flow2<float> enlarge(const float* u1, const float* u2
 
 // the first guess of a level, from the coarser one's flow in the exchange.
 template <int kRows>
-__device__ __forceinline__ void enlarge_small(const Job& job, int index, const Exchange& e, Strip<kRows>& s) {
+__device__ __forceinline__ void enlarge_small(const Job& job, int index, const SmallExchange& e, Strip<kRows>& s) {
   const Level& level = job.levels[index];
   const Level& coarse = job.levels[index + 1];
-  const Strides from{Exchange::column(coarse.height, strip_rows(coarse)), 1};
+  const Strides from{exchange_column(coarse.height, strip_rows(coarse)), 1};
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -118,10 +121,10 @@ __device__ __forceinline__ void enlarge_small(const Job& job, int index, const E
 
 template <int kRows>
 __device__ __forceinline__ void linearise_small(const Job& job, int index, float* shared, Strip<kRows>& s) {
-  const Exchange e(shared);
+  const SmallExchange e(shared);
   const Level& level = job.levels[index];
   const int stride = level.apron_width();
-  const float* origin = shared + Exchange::kFloats + kApron * stride + kApron;
+  const float* origin = shared + SmallExchange::kFloats + kApron * stride + kApron;
   const int thread = opaque(static_cast<int>(threadIdx.x));
   const int x = thread % level.width;
   const int y = thread / level.width * kRows;
@@ -137,9 +140,9 @@ __device__ __forceinline__ void linearise_small(const Job& job, int index, float
 
 // filters the flow in the exchange. The duals are in registers: their place holds the result for a moment.
 template <int kRows>
-__device__ __forceinline__ void filter_small(const Job& job, int index, const Exchange& e, Strip<kRows>& s) {
+__device__ __forceinline__ void filter_small(const Job& job, int index, const SmallExchange& e, Strip<kRows>& s) {
   const Level& level = job.levels[index];
-  for (int i = static_cast<int>(threadIdx.x); i < level.height * level.width; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < level.height * level.width; i += kSmallThreads) {
     const int x = i % level.width;
     const int y = i / level.width;
     for (int c = 0; c < 2; ++c) {
@@ -163,7 +166,7 @@ __device__ __forceinline__ void filter_small(const Job& job, int index, const Ex
 template <class Solver, int kRows>
 __device__ __forceinline__ void solve_small_level(const Job& job, const Solver& solver, int index) {
   AVFAST_SHARED(shared);
-  const Exchange e(shared);
+  const SmallExchange e(shared);
   Strip<kRows> s(static_cast<int>(threadIdx.x), job.levels[index].width, job.levels[index].height);
   if (index + 1 < job.count) {
     enlarge_small(job, index, e, s);
@@ -182,17 +185,17 @@ __device__ __forceinline__ void solve_small_level(const Job& job, const Solver& 
 }
 
 template <class Solver>
-__global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constant__ Job job, const Solver solver) {
+__global__ void __launch_bounds__(kSmallThreads, 1) small_kernel(const __grid_constant__ Job job, const Solver solver) {
   AVFAST_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x);
   for (int level = 1; level < job.count; ++level) {
     const Level& from = job.levels[level - 1];
     const Level& to = job.levels[level];
     const int size = static_cast<int>(to.area());
-    for (int i = thread; i < 2 * size; i += kThreads) {
-      shared[small_image(job, level) + i] =
-          resample(small_level(job, shared, level - 1, i >= size), {1, from.width},
-                   area_tap(i % size % to.width, from.width, to.width), area_tap(i % size / to.width, from.height, to.height));
+    for (int i = thread; i < 2 * size; i += kSmallThreads) {
+      shared[small_image(job, level) + i] = resample(small_level(job, shared, level - 1, i >= size), {1, from.width},
+                                                     area_tap(i % size % to.width, from.width, to.width),
+                                                     area_tap(i % size / to.width, from.height, to.height));
     }
     __syncthreads();
   }
@@ -200,8 +203,8 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constan
     {
       const Level& level = job.levels[index];
       const float* b = small_level(job, shared, index, true);
-      for (int i = thread; i < static_cast<int>(level.apron_area()); i += kThreads) {
-        shared[Exchange::kFloats + i] = b[apron_source(level, i % level.apron_width(), i / level.apron_width())];
+      for (int i = thread; i < static_cast<int>(level.apron_area()); i += kSmallThreads) {
+        shared[SmallExchange::kFloats + i] = b[apron_source(level, i % level.apron_width(), i / level.apron_width())];
       }
       __syncthreads();
     }
@@ -216,11 +219,11 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constan
   }
   const Level& level = job.levels[0];
   const int area = static_cast<int>(level.area());
-  const int column = Exchange::column(level.height, strip_rows(level));
+  const int column = exchange_column(level.height, strip_rows(level));
   float* to = job.flow + static_cast<int64_t>(blockIdx.x) * 2 * area;
-  for (int i = thread; i < 2 * area; i += kThreads) {
+  for (int i = thread; i < 2 * area; i += kSmallThreads) {
     const int p = i % area;
-    to[i] = shared[i / area * kFieldFloats + p % level.width * column + p / level.width];
+    to[i] = shared[i / area * SmallExchange::kFieldFloats + p % level.width * column + p / level.width];
   }
 }
 
@@ -228,8 +231,20 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constan
 
 // the scratch memory of one pair begins with fields of the finest level's area: flow and duals before a pass and after
 // it, and the data term.
-constexpr int kStateFields = 6;
-constexpr int kFields = 2 * kStateFields + 4;
+constexpr int kFlowFields = 2;
+constexpr int kDualFields = 4;
+constexpr int kFields = 2 * (kFlowFields + kDualFields) + 4;
+
+// how a level is cut into tiles: windows that overlap by kTileIterations pixels on either side of a seam. A level that
+// fits one window has no seams, and all its iterations are one pass.
+struct Tiling {
+  int width, height;  // of a window
+  int across, down;   // how many
+  int iterations;     // per pass, at most
+
+  __host__ __device__ int step_x() const { return width - 2 * kTileIterations; }
+  __host__ __device__ int step_y() const { return height - 2 * kTileIterations; }
+};
 
 int64_t large_floats(const Job& job) {
   int64_t floats = kFields * job.levels[0].area();
@@ -311,21 +326,18 @@ __global__ void linearise_kernel(const float* a, int64_t a_pair, const float* b,
   d[i + 3 * area] = term.inv_grad;
 }
 
-// up to kTileIterations iterations on the tile that this block reads, of which it writes what no error from the edges
-// has reached. `in` and `out` hold the flow, then the duals.
+// up to `count` iterations on the window that this block reads, of which it writes what no error from a seam has
+// reached.
 template <class Solver>
-__global__ void __launch_bounds__(kThreads, 1)
-    tile_kernel(const float* in, float* out, const float* d, int64_t area, int64_t per_pair, Level level, int count,
-                const Solver solver) {
+__global__ void __launch_bounds__(kTileThreads, 2)
+    tile_kernel(const float* u, const float* q, float* to_u, float* to_q, const float* d, int64_t area,
+                int64_t per_pair, Level level, const Tiling tiling, int count, const Solver solver) {
   AVFAST_SHARED(shared);
-  const Exchange e(shared);
-  constexpr int kInner = kTile - 2 * kTileIterations;
-  const int inner_x = static_cast<int>(blockIdx.x) * kInner;
-  const int inner_y = static_cast<int>(blockIdx.y) * kInner;
-  const int left = ::max(inner_x - kTileIterations, 0);
-  const int top = ::max(inner_y - kTileIterations, 0);
-  const int width = ::min(inner_x + kInner + kTileIterations, level.width) - left;
-  const int height = ::min(inner_y + kInner + kTileIterations, level.height) - top;
+  const Exchange<kTileThreads> e(shared);
+  const int left = static_cast<int>(blockIdx.x) * tiling.step_x();
+  const int top = static_cast<int>(blockIdx.y) * tiling.step_y();
+  const int width = ::min(tiling.width, level.width - left);
+  const int height = ::min(tiling.height, level.height - top);
   Strip<kStripRows> s(static_cast<int>(threadIdx.x), width, height);
   const int x = left + static_cast<int>(threadIdx.x) % width;
   const int y = top + static_cast<int>(threadIdx.x) / width * kStripRows;
@@ -334,24 +346,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int r = 0; r < kStripRows; ++r) {
     if (r < s.rows()) {
       const int64_t i = first + static_cast<int64_t>(r) * level.width;
-      s.u[r] = {in[i], in[i + area]};
-      s.q[r] = {in[i + 2 * area], in[i + 3 * area], in[i + 4 * area], in[i + 5 * area]};
+      s.u[r] = {u[i], u[i + area]};
+      s.q[r] = {q[i], q[i + area], q[i + 2 * area], q[i + 3 * area]};
       s.set_data(e, r, {d[i], d[i + area], d[i + 2 * area], d[i + 3 * area]});
     }
   }
   s.publish_dual(e);
   __syncthreads();
   iterate(s, solver, e, count);
+  const int from_x = left > 0 ? left + kTileIterations : 0;
+  const int from_y = top > 0 ? top + kTileIterations : 0;
+  const int to_x = left + width < level.width ? left + width - kTileIterations : level.width;
+  const int to_y = top + height < level.height ? top + height - kTileIterations : level.height;
 #pragma unroll
   for (int r = 0; r < kStripRows; ++r) {
-    if (r < s.rows() && x >= inner_x && x < inner_x + kInner && y + r >= inner_y && y + r < inner_y + kInner) {
+    if (r < s.rows() && x >= from_x && x < to_x && y + r >= from_y && y + r < to_y) {
       const int64_t i = first + static_cast<int64_t>(r) * level.width;
-      out[i] = s.u[r].u1;
-      out[i + area] = s.u[r].u2;
-      out[i + 2 * area] = s.q[r].q11;
-      out[i + 3 * area] = s.q[r].q12;
-      out[i + 4 * area] = s.q[r].q21;
-      out[i + 5 * area] = s.q[r].q22;
+      to_u[i] = s.u[r].u1;
+      to_u[i + area] = s.u[r].u2;
+      to_q[i] = s.q[r].q11;
+      to_q[i + area] = s.q[r].q12;
+      to_q[i + 2 * area] = s.q[r].q21;
+      to_q[i + 3 * area] = s.q[r].q22;
     }
   }
 }
@@ -368,9 +384,9 @@ __global__ void median_kernel(const float* in, int64_t in_pair, int64_t in_field
   }
 }
 
-// both components of the flow from one place to another.
-__global__ void copy_fields_kernel(const float* in, int64_t in_pair, int64_t in_field, float* out, int64_t out_pair,
-                                   int64_t out_field, Level level) {
+// both components of the flow to the output.
+__global__ void copy_flow_kernel(const float* in, int64_t in_pair, int64_t in_field, float* out, int64_t out_pair,
+                                 int64_t out_field, Level level) {
   const Pixel p(level.width, level.height);
   if (!p.inside) return;
   const int64_t pixel = static_cast<int64_t>(p.y) * level.width + p.x;
@@ -423,7 +439,7 @@ bool fits_a_block(const Job& job) {
   const Level& level = job.levels[0];
   const int64_t strips = (level.height + kStripRows - 1) / kStripRows;
   // 160 KiB: what a block may have on sm_80 and on everything later
-  return level.width * strips <= kThreads && small_image(job, job.count) * 4 <= (160 << 10);
+  return level.width * strips <= kSmallThreads && small_image(job, job.count) * 4 <= (160 << 10);
 }
 
 dim3 pixel_grid(int width, int height, int64_t pairs) {
@@ -431,11 +447,37 @@ dim3 pixel_grid(int width, int height, int64_t pairs) {
               static_cast<unsigned>(pairs));
 }
 
+// the fewest windows of kTileThreads strips, each at most as high as it takes.
+Tiling make_tiling(const Level& level, int iterations) {
+  const auto windows = [](int size, int window) {
+    if (size <= window) return 1;
+    const int step = window - 2 * kTileIterations;
+    return step > 0 ? (size - 2 * kTileIterations + step - 1) / step : size;
+  };
+  Tiling best{};
+  int64_t fewest = INT64_MAX;
+  for (int strips = 1; strips <= 16; ++strips) {
+    const Tiling t{kTileThreads / strips, strips * kStripRows, windows(level.width, kTileThreads / strips),
+                   windows(level.height, strips * kStripRows), kTileIterations};
+    const int64_t count = static_cast<int64_t>(t.across) * t.down;
+    if (count < fewest) {
+      best = t;
+      fewest = count;
+    }
+  }
+  if (fewest == 1) best.iterations = iterations;
+  return best;
+}
+
 template <class Solver>
 void solve_large(const Job& job, const Solver& solver, int64_t pairs, float* scratch, void* stream) {
   const dim3 block(32, 8);
   const int64_t per_pair = large_floats(job);
   const int64_t area = job.levels[0].area();
+  // flow and duals, each where a pass reads and where it writes
+  float* u[2] = {scratch, scratch + kFlowFields * area};
+  float* q[2] = {u[1] + kFlowFields * area, u[1] + (kFlowFields + kDualFields) * area};
+  float* data = q[1] + kDualFields * area;
   // images: a's coarser levels, and every level of b with an apron
   std::vector<float*> image_a(job.count), image_b(job.count);
   float* next = scratch + kFields * area;
@@ -444,17 +486,15 @@ void solve_large(const Job& job, const Solver& solver, int64_t pairs, float* scr
     image_b[i] = next + (i > 0 ? job.levels[i].area() : 0);
     next = image_b[i] + job.levels[i].apron_area();
   }
-  float* state[2] = {scratch, scratch + kStateFields * area};
-  float* data = scratch + 2 * kStateFields * area;
 
-  // b's plain levels pass through the place of the state, two of them at a time
+  // b's plain levels pass through the place of the flow, two of them at a time
   for (int image = 0; image < 2; ++image) {
     const float* from = image == 0 ? job.a : job.b;
     int64_t from_pair = area;
     for (int i = 0; i < job.count; ++i) {
       const Level level = job.levels[i];
       if (i > 0) {
-        float* to = image == 0 ? image_a[i] : state[i % 2];
+        float* to = image == 0 ? image_a[i] : u[i % 2];
         launch(shrink_kernel, pixel_grid(level.width, level.height, pairs), block, 0, stream, from, from_pair,
                job.levels[i - 1], to, per_pair, level);
         from = to;
@@ -473,35 +513,32 @@ void solve_large(const Job& job, const Solver& solver, int64_t pairs, float* scr
     const dim3 grid = pixel_grid(level.width, level.height, pairs);
     const float* a = i == 0 ? job.a : image_a[i];
     const int64_t a_pair = i == 0 ? area : per_pair;
-    // the coarser level's flow is in state[0]
-    launch(set_up_kernel, grid, block, 0, stream, static_cast<const float*>(state[0]), coarse, state[1],
-           state[1] + 2 * area, area, per_pair, level);
-    std::swap(state[0], state[1]);
-    constexpr int kInner = kTile - 2 * kTileIterations;
-    const dim3 tiles(static_cast<unsigned>((level.width + kInner - 1) / kInner),
-                     static_cast<unsigned>((level.height + kInner - 1) / kInner), static_cast<unsigned>(pairs));
+    launch(set_up_kernel, grid, block, 0, stream, static_cast<const float*>(u[0]), coarse, u[1], q[0], area, per_pair,
+           level);
+    std::swap(u[0], u[1]);
+    const Tiling tiling = make_tiling(level, job.iterations);
+    const dim3 tiles(static_cast<unsigned>(tiling.across), static_cast<unsigned>(tiling.down),
+                     static_cast<unsigned>(pairs));
     for (int warp = 0; warp < job.warps; ++warp) {
       launch(linearise_kernel, grid, block, 0, stream, a, a_pair, static_cast<const float*>(image_b[i]),
-             static_cast<const float*>(state[0]), data, area, per_pair, level);
-      for (int left = job.iterations; left > 0; left -= kTileIterations) {
-        launch(tile_kernel<Solver>, tiles, dim3(kThreads), Exchange::kFloats * 4, stream,
-               static_cast<const float*>(state[0]), state[1], static_cast<const float*>(data), area, per_pair, level,
-               left < kTileIterations ? left : kTileIterations, solver);
-        std::swap(state[0], state[1]);
+             static_cast<const float*>(u[0]), data, area, per_pair, level);
+      for (int left = job.iterations; left > 0; left -= tiling.iterations) {
+        launch(tile_kernel<Solver>, tiles, dim3(kTileThreads), Exchange<kTileThreads>::kFloats * 4, stream,
+               static_cast<const float*>(u[0]), static_cast<const float*>(q[0]), u[1], q[1],
+               static_cast<const float*>(data), area, per_pair, level, tiling, std::min(left, tiling.iterations),
+               solver);
+        std::swap(u[0], u[1]);
+        std::swap(q[0], q[1]);
       }
+      const bool last = i == 0 && warp + 1 == job.warps;
       if (job.median > 1) {
-        const bool last = i == 0 && warp + 1 == job.warps;
-        // filtered into the place of the data term, which the next warp makes anew, and copied back; or to the output
-        float* to = last ? job.flow : data;
         launch(job.median == 3 ? median_kernel<3> : median_kernel<5>, grid, block, 0, stream,
-               static_cast<const float*>(state[0]), per_pair, area, to, last ? 2 * area : per_pair, area, level);
-        if (!last) {
-          launch(copy_fields_kernel, grid, block, 0, stream, static_cast<const float*>(data), per_pair, area, state[0],
-                 per_pair, area, level);
-        }
-      } else if (i == 0 && warp + 1 == job.warps) {
-        launch(copy_fields_kernel, grid, block, 0, stream, static_cast<const float*>(state[0]), per_pair, area,
-               job.flow, 2 * area, area, level);
+               static_cast<const float*>(u[0]), per_pair, area, last ? job.flow : u[1], last ? 2 * area : per_pair,
+               area, level);
+        std::swap(u[0], u[1]);
+      } else if (last) {
+        launch(copy_flow_kernel, grid, block, 0, stream, static_cast<const float*>(u[0]), per_pair, area, job.flow,
+               2 * area, area, level);
       }
     }
     coarse = level;
@@ -530,8 +567,8 @@ int64_t smooth_floats(const Job& job, const Params& params) {
 template <class Solver>
 void solve(const Job& job, const Solver& solver, int64_t pairs, float* scratch, void* stream) {
   if (fits_a_block(job)) {
-    launch(small_kernel<Solver>, dim3(static_cast<unsigned>(pairs)), dim3(kThreads), small_image(job, job.count) * 4,
-           stream, job, solver);
+    launch(small_kernel<Solver>, dim3(static_cast<unsigned>(pairs)), dim3(kSmallThreads),
+           small_image(job, job.count) * 4, stream, job, solver);
   } else {
     solve_large(job, solver, pairs, scratch, stream);
   }

@@ -42,12 +42,8 @@ __device__ __forceinline__ float where_above(float above, float limit, float a) 
 
 namespace avfast::tvl1 {
 
-constexpr int kThreads = 512;
 // the longest strip: 64 of a thread's 128 registers hold its fields.
 constexpr int kStripRows = 8;
-// pixels of a field in shared memory: kThreads strips, and one more float per column, of which there are at most as
-// many.
-constexpr int kFieldFloats = kThreads * (kStripRows + 1);
 // columns and rows around an image that bicubic sampling and its derivatives may read.
 constexpr int kApron = 3;
 
@@ -56,12 +52,15 @@ constexpr int kApron = 3;
 //
 // the fields lie a constant apart and a strip's pixels follow each other, so that three addresses serve a whole strip
 // and its neighbours; columns of an odd length keep the threads of a warp in different banks.
+template <int kThreads>
 struct Exchange {
+  // kThreads strips, and one more float per column, of which there are at most as many.
+  static constexpr int kFieldFloats = kThreads * (kStripRows + 1);
+  static constexpr int kFloats = 6 * kFieldFloats + 4 * kThreads;
+
   float *drive1, *drive2, *q11, *q21;
   float *rho_c, *inv_grad;  // each thread's own: in registers there is no room for them
   float *q12, *q22;
-
-  static constexpr int kFloats = 6 * kFieldFloats + 4 * kThreads;
 
   __device__ explicit Exchange(float* memory)
       : drive1(memory),
@@ -72,10 +71,10 @@ struct Exchange {
         inv_grad(memory + 5 * kFieldFloats),
         q12(memory + 6 * kFieldFloats),
         q22(memory + 6 * kFieldFloats + 2 * kThreads) {}
-
-  // floats from one column of a tile in strips of `rows` to the next.
-  __host__ __device__ static int column(int height, int rows) { return (height + rows - 1) / rows * rows | 1; }
 };
+
+// floats from one column of a tile in strips of `rows` to the next.
+__host__ __device__ inline int exchange_column(int height, int rows) { return (height + rows - 1) / rows * rows | 1; }
 
 // a thread's pixels. The last strip of a column may reach below the tile: what it computes there reaches nobody.
 template <int kRows>
@@ -88,7 +87,7 @@ struct Strip {
   Dual4<float> q[kRows];
   float ix[kRows], iy[kRows];
 
-  __device__ Strip(int thread, int width, int height) : column(Exchange::column(height, kRows)) {
+  __device__ Strip(int thread, int width, int height) : column(exchange_column(height, kRows)) {
     const int x = thread % width;
     const int y = thread / width * kRows;
     own = x * column + y;
@@ -106,6 +105,7 @@ struct Strip {
   __device__ int rows() const { return place >> 4 & 15; }
 
   // the data term of a pixel; no barrier is needed.
+  template <class Exchange>
   __device__ void set_data(const Exchange& e, int r, const DataTerm<float>& d) {
     ix[r] = d.ix;
     iy[r] = d.iy;
@@ -114,6 +114,7 @@ struct Strip {
   }
 
   // gives the duals to the neighbours; a barrier has to follow.
+  template <class Exchange>
   __device__ void publish_dual(const Exchange& e) const {
     if (rows() == 0) return;
 #pragma unroll
@@ -128,6 +129,7 @@ struct Strip {
   }
 
   // puts the flow where all see it; a barrier has to follow.
+  template <class Exchange>
   __device__ void publish_flow(const Exchange& e) const {
     if (rows() == 0) return;
 #pragma unroll
@@ -141,7 +143,7 @@ struct Strip {
 // `count` iterations on a tile. Beyond its edges the duals count as 0 and the flow as constant: right where the tile
 // ends with the image, else an error that moves one pixel inwards per iteration. All threads of the block come here;
 // the duals have been published.
-template <class Solver, int kRows>
+template <class Solver, class Exchange, int kRows>
 __device__ __forceinline__ void iterate(Strip<kRows>& s, const Solver& solver, const Exchange& e, int count) {
   for (int n = 0; n < count; ++n) {
     if (s.rows() > 0) {
