@@ -86,14 +86,6 @@ __device__ const float* small_level(const Job& job, const float* shared, int lev
   return shared + small_image(job, level) + (b ? area : 0);
 }
 
-// the same number, of which the compiler knows nothing: what is worked out from it is not moved out of a loop.
-__device__ __forceinline__ int opaque(int x) {
-#ifdef __CUDACC__
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-
 // the flow of the next coarser level at a pixel of this one, its values grown with the image.
 __device__ __forceinline__ Flow2<float> enlarge(const float* u1, const float* u2, Strides strides, const Level& coarse,
                                                 const Level& level, int x, int y) {
@@ -138,27 +130,35 @@ __device__ __forceinline__ void linearise_small(const Job& job, int index, float
   }
 }
 
-// filters the flow in the exchange. The duals are in registers: their place holds the result for a moment.
+// filters the flow in the exchange into the strip's; it has to be published again. The duals are in registers: their
+// place holds the result for a moment, so that the registers need not hold what is being filtered.
 template <int kRows>
 __device__ __forceinline__ void filter_small(const Job& job, int index, const SmallExchange& e, Strip<kRows>& s) {
-  const Level& level = job.levels[index];
-  for (int i = static_cast<int>(threadIdx.x); i < level.height * level.width; i += kSmallThreads) {
-    const int x = i % level.width;
-    const int y = i / level.width;
-    for (int c = 0; c < 2; ++c) {
-      const float* field = c == 0 ? e.drive1 : e.drive2;
-      (c == 0 ? e.q11 : e.q21)[x * s.column + y] =
-          job.median == 3 ? median<3>(field, {s.column, 1}, level.width, level.height, x, y)
-                          : median<5>(field, {s.column, 1}, level.width, level.height, x, y);
+  if (job.median == 3) {
+    for (int c = 0; c < 2 && s.rows() > 0; ++c) {
+      median3_of_strip<kRows>((c == 0 ? e.drive1 : e.drive2) + s.own, (c == 0 ? e.q11 : e.q21) + s.own,
+                              s.place & s.kLeft ? -s.column : 0, s.place & s.kRight ? s.column : 0,
+                              s.place & s.kAbove ? -1 : 0, s.place & s.kBelow ? kRows : s.rows() - 1);
     }
+  } else {
+    const Level& level = job.levels[index];
+    // unrolled it spills registers
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < level.height * level.width; i += kSmallThreads) {
+      const int x = i % level.width;
+      const int y = i / level.width;
+      for (int c = 0; c < 2; ++c) {
+        (c == 0 ? e.q11 : e.q21)[x * s.column + y] =
+            median<5>(c == 0 ? e.drive1 : e.drive2, {s.column, 1}, level.width, level.height, x, y);
+      }
+    }
+    __syncthreads();
   }
-  __syncthreads();
+  const int own = opaque(s.own);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    if (r < s.rows()) s.u[r] = {e.q11[s.own + r], e.q21[s.own + r]};
+    if (r < s.rows()) s.u[r] = {e.q11[own + r], e.q21[own + r]};
   }
-  s.publish_flow(e);
-  __syncthreads();
   s.publish_dual(e);
 }
 
@@ -177,10 +177,14 @@ __device__ __forceinline__ void solve_small_level(const Job& job, const Solver& 
     linearise_small(job, opaque(index), shared, s);
     __syncthreads();
     iterate(s, solver, e, job.iterations);
-    s.publish_flow(e);
-    __syncthreads();
-    if (job.median > 1) filter_small(job, opaque(index), e, s);
+    if (job.median > 1) {
+      s.publish_flow(e);
+      __syncthreads();
+      filter_small(job, opaque(index), e, s);
+    }
   }
+  __syncthreads();
+  s.publish_flow(e);
   __syncthreads();
 }
 

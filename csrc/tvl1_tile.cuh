@@ -217,14 +217,15 @@ __device__ inline DataTerm<float> sample_and_linearise(const float* image, int s
   for (int i = 0; i < 4; ++i, ++from) {
     // outside the image a difference is that of the border
     const float* by_x = from + (::min(::max(x0 - 1 + i, 0), width - 1) - (x0 - 1 + i));
+    // twice the differences: the half is exact wherever it is taken, and taken once
     float here[6], dx[4], dy[4];
 #pragma unroll
     for (int j = 0; j < 6; ++j) here[j] = from[j * static_cast<int64_t>(stride)];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float* row = by_x + (j + 1) * static_cast<int64_t>(stride);
-      dx[j] = 0.5f * (row[1] - row[-1]);
-      dy[j] = 0.5f * (here[j + 2] - here[j]);
+      dx[j] = row[1] - row[-1];
+      dy[j] = here[j + 2] - here[j];
     }
     if (y0 == 0) dy[0] = dy[1];
     if (y0 == height - 1) dy[2] = dy[1];
@@ -236,7 +237,7 @@ __device__ inline DataTerm<float> sample_and_linearise(const float* image, int s
     for (int c = 0; c < 3; ++c) value[c] = i == 0 ? wx.w[0] * columns[c] : value[c] + wx.w[i] * columns[c];
   }
   const float inside = px == cx && py == cy ? 1.0f : 0.0f;
-  return linearise(value[0], value[1], value[2], target, u.u1, u.u2, inside);
+  return linearise(value[0], 0.5f * value[1], 0.5f * value[2], target, u.u1, u.u2, inside);
 }
 
 // floats from column to column and from row to row of an image.
@@ -292,6 +293,46 @@ __device__ __noinline__ float median(const float* field, Strides strides, int wi
     }
   }
   return held[kCount / 2];
+}
+
+// the same number, of which the compiler knows nothing: what is worked out from it is not moved out of a loop.
+__device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+struct Sorted3 {
+  float low, mid, high;
+};
+__device__ __forceinline__ Sorted3 sort3(float a, float b, float c) {
+  const float low = fminf(a, b);
+  const float high = fmaxf(a, b);
+  const float rest = fmaxf(low, c);
+  return {fminf(low, c), fminf(rest, high), fmaxf(rest, high)};
+}
+
+// of three sorted rows the median is the middle one of the largest low, the middle mid and the smallest high.
+__device__ __forceinline__ float median_of_rows(const Sorted3& a, const Sorted3& b, const Sorted3& c) {
+  const float low = fmaxf(fmaxf(a.low, b.low), c.low);
+  const float high = fminf(fminf(a.high, b.high), c.high);
+  return sort3(low, sort3(a.mid, b.mid, c.mid).mid, high).mid;
+}
+
+// the 3 x 3 median at a strip's pixels, `field` and `to` at the first of them, the border repeated: a row is sorted
+// once for the three medians it takes part in. The neighbouring columns lie `left` and `right` floats away, the rows
+// around the strip end at `first` and `last`. A call of its own: inline it costs the small kernel a few spilled
+// registers.
+template <int kRows>
+__device__ __noinline__ void median3_of_strip(const float* field, float* to, int left, int right, int first, int last) {
+  Sorted3 rows[3];
+#pragma unroll
+  for (int k = -1; k <= kRows; ++k) {
+    const float* at = field + (k < 0 ? first : ::min(k, last));
+    rows[(k + 1) % 3] = sort3(at[left], at[0], at[right]);
+    if (k > 0) to[k - 1] = median_of_rows(rows[0], rows[1], rows[2]);
+  }
 }
 
 }  // namespace avfast::tvl1
