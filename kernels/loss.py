@@ -39,7 +39,7 @@ def _flow_loss_kernel(
 ):  # fmt: skip
     pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     image = tl.program_id(1).to(tl.int64)
-    plane = height.to(tl.int64) * width
+    plane = tl.cast(height, tl.int64) * width  # tl.cast: a height of 1 is a constant, which has no .to
     inside = pixel < plane
     y, x = pixel // width, pixel % width
     # the four differences a pixel takes part in: to its right and lower neighbour, from its left and upper one

@@ -51,7 +51,8 @@ def _taps(coordinate, size, ZEROS: tl.constexpr):
 def _pixels(flow_ptr, flow_b, flow_c, flow_h, flow_w, height, width, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
     """A block of pixels of image program_id(1): (y, x, inside, coordinate x, coordinate y)."""
     pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < height.to(tl.int64) * width
+    # tl.cast: a size of 1 is no tensor but a constant of the program
+    inside = pixel < tl.cast(height, tl.int64) * width
     y, x = pixel // width, pixel % width
     at = flow_ptr + tl.program_id(1).to(tl.int64) * flow_b + y * flow_h + x * flow_w
     px = x.to(COMPUTE) + tl.load(at, inside, 0).to(COMPUTE)
@@ -109,7 +110,7 @@ def _warp_bwd_kernel(
     x0, x1, wx0, wx1, nx0, nx1, moving_x = _taps(px, width, ZEROS)
     y0, y1, wy0, wy1, ny0, ny1, moving_y = _taps(py, height, ZEROS)
     b = tl.program_id(1).to(tl.int64)
-    plane = height.to(tl.int64) * width
+    plane = tl.cast(height, tl.int64) * width
     scale = tl.load(scale_ptr) if FIXED else 1.0
     by_x = tl.zeros([BLOCK], COMPUTE)
     by_y = tl.zeros([BLOCK], COMPUTE)

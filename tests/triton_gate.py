@@ -65,8 +65,11 @@ def kernels() -> dict[str, Any]:
     return {name: k for module in modules for name, k in vars(module).items() if name.endswith("_kernel")}
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], element: str, compute: str, arch: int) -> list[int]:
-    """[registers, shared memory] of one kernel; pointers hold `element`, sums and losses the compute type."""
+def compile_kernel(
+    kernel: Any, constants: dict[str, Any], element: str, compute: str, arch: int, *, ones: bool = False
+) -> list[int]:
+    """[registers, shared memory] of one kernel; pointers hold `element`, sums and losses the compute type. `ones`: all
+    sizes and strides are 1, which makes them constants of the program, without a tensor's methods."""
     options = {name: constants[name] for name in OPTIONS if name in constants}
     constants = {**constants, "COMPUTE": getattr(triton.language, compute)}
     if "CHANNELS" in kernel.arg_names:
@@ -79,8 +82,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], element: str, compute
     for i, name in enumerate(kernel.arg_names):
         if name.endswith("_strides"):
             unit = constants.get(name, 2)
-            signature[name] = tuple("constexpr" if dim == unit else "i32" for dim in range(3))
-            constexprs[i, unit] = 1
+            signature[name] = tuple("constexpr" if ones or dim == unit else "i32" for dim in range(3))
+            constexprs.update({(i, dim): 1 for dim in range(3) if ones or dim == unit})
         elif name in constants:
             signature[name] = "constexpr"
             constexprs[i,] = constants[name]
@@ -90,8 +93,12 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], element: str, compute
             signature[name] = f"*{accumulator}"
         elif name.endswith("_ptr"):
             signature[name] = f"*{element}"
+        elif name.endswith("_weight"):
+            signature[name] = "fp32"
         else:
-            signature[name] = "fp32" if name.endswith("_weight") else "i32"
+            signature[name] = "constexpr" if ones else "i32"
+            if ones:
+                constexprs[i,] = 1
     source = ASTSource(kernel, signature, constexprs=constexprs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -116,6 +123,8 @@ def main() -> None:
                 result[label] = {
                     f"sm_{arch}": compile_kernel(found[name], constants, element, compute, arch) for arch in ARCHS
                 }
+            # an image or a memory of one element
+            compile_kernel(found[name], constants, "fp32", "float32", 90, ones=True)
     # a line per kernel
     print("{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in result.items()) + "\n}")
 
