@@ -93,8 +93,8 @@ def compile_kernel(
             signature[name] = f"*{accumulator}"
         elif name.endswith("_ptr"):
             signature[name] = f"*{element}"
-        elif name.endswith("_weight"):
-            signature[name] = "fp32"
+        elif kernel.params[i].annotation_type:
+            signature[name] = kernel.params[i].annotation_type
         else:
             signature[name] = "constexpr" if ones else "i32"
             if ones:
