@@ -484,6 +484,26 @@ def test_condense_of_half_memory_with_fp32_weights() -> None:
     assert (out - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(2, 1, 1), (1, 1, 1), (2, 4, 5), (1, 1, 3)], ids=str)
+def test_recall_gives_fused_attention_rows_that_it_takes(
+    size: tuple[int, int, int], layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's kernels on CUDA ask for rows of stride C in every dimension, where there is one row too."""
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*given: Tensor, **options: Any) -> Tensor:
+        seen.extend(given)
+        return attention(*given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    args = [a.to(memory_format=layout) if a.dim() == 4 else a for a in arguments("recall many", size, torch.float32)]
+    key = args[2].mT.contiguous().mT
+    recall(args[0], args[1], key, args[3], backend="sdpa")
+    assert [t.stride()[1:] for t in seen] == [(t.shape[2] * t.shape[3], t.shape[3], 1) for t in seen] and len(seen) == 3
+
+
 def test_what_the_attention_kernels_leave_to_others() -> None:
     triton = registry.OPS["condense"].backends["triton"]
     assert triton.where is not None
