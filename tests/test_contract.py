@@ -409,6 +409,39 @@ def test_warp_by_a_smooth_flow(name: str, backend: str, size: tuple[int, int]) -
         assert_equal_to_reference(name, [image, flow], backend, 1e-5)
 
 
+@pytest.mark.skipif(not any(p.values[1] == "triton" for p in implementations()), reason="no Triton on this device")
+def test_warp_of_far_apart_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image whose second row lies 2^31 elements behind the first: offsets of 64 bits."""
+    monkeypatch.undo()  # most of this memory is never touched
+    image = torch.empty(2**31 + 8, dtype=torch.float16, device=DEVICE).as_strided((1, 2, 2, 3), (0, 4, 2**31, 1))
+    image.copy_(normal(1, 2, 2, 3))
+    flow = off_kinks(normal(1, 2, 2, 3)).float().to(DEVICE)
+    out = backward_warp(image, flow, backend="triton")
+    assert torch.equal(out, backward_warp(image.contiguous(), flow, backend="triton"))
+
+
+def test_tiles_cover_an_image_without_idle_threads() -> None:
+    tiles = pytest.importorskip("avfast.kernels.triton_backend").tiles.__wrapped__
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("avfast.kernels.triton_backend.INTERPRETED", False)
+    try:
+        for sizes, grid, columns in (
+            ((16, 48, 48), (3, 3, 16), 16),
+            ((16, 64, 64), (1, 16, 16), 64),
+            ((128, 96, 96), (3, 12, 128), 32),
+            ((8, 1080, 1920), (15, 540, 8), 128),
+            ((70_000, 1, 1), (70_000, 1, 1), 1),
+            ((1, 1_000_000, 1), (1, 3907, 1), 1),
+            ((1, 1, 1_000_000), (7813, 1, 1), 128),
+            ((2, 4_000_000, 100), (25, 62_500, 2), 4),
+        ):
+            found, shape = tiles(*sizes, 256)
+            assert found == grid and shape["COLUMNS"] == columns and shape["ROWS"] * columns == 256
+            assert shape["IMAGES"] == (0 if sizes[0] > 65_535 else 2) and max(found[1:]) <= 65_535
+    finally:
+        monkeypatch.undo()
+
+
 @WARPS
 def test_warp_gradient_with_deterministic_algorithms(name: str, backend: str) -> None:
     """Fixed point is exact to fp32's rounding, also where gradients are tiny or not finite."""

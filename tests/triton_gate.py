@@ -23,6 +23,9 @@ MODULES = ("attention", "convlstm", "loss", "modulate", "warp")
 ARCHS = (80, 90, 100)
 # which of a matrix's strides (matrix, row, column) is 1: that of the column, where nothing else is said
 POSITIONS = {f"{name}_strides": 1 for name in ("feature", "query", "out", "grad", "grad_query")}
+# offsets of 32 bits, or of 64 where memory or a batch is that large
+TILE = {"COLUMNS": 128, "ROWS": 2, "IMAGES": 2, "OFFSET": triton.language.int32, "num_warps": 8}
+FAR = {**TILE, "IMAGES": 0, "OFFSET": triton.language.int64}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # constexpr arguments beside those that follow from the type, options, and strides of 1, as the launchers choose them;
 # several variants where they choose the code
@@ -46,13 +49,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "_modulate_fwd_kernel": {"": {"BLOCK": 1024}},
     "_modulate_bwd_kernel": {"": {"BLOCK": 1024, "BLOCKS": 3}},
     "_warp_fwd_kernel": {
-        "border": {"C": 1, "ZEROS": False, "BLOCK": 256},
-        "zeros": {"C": 3, "ZEROS": True, "BLOCK": 256},
+        "border": {"C": 1, "AT_ONCE": 1, "ZEROS": False, **TILE},
+        "zeros": {"C": 3, "AT_ONCE": 3, "ZEROS": True, **TILE},
+        "far": {"C": 8, "AT_ONCE": 4, "ZEROS": True, **FAR},
     },
     "_warp_bwd_kernel": {
-        "border": {"C": 1, "ZEROS": False, "WANT_IMAGE": True, "WANT_FLOW": True, "FIXED": False, "BLOCK": 256},
-        "fixed": {"C": 3, "ZEROS": True, "WANT_IMAGE": True, "WANT_FLOW": True, "FIXED": True, "BLOCK": 256},
-        "flow": {"C": 3, "ZEROS": False, "WANT_IMAGE": False, "WANT_FLOW": True, "FIXED": False, "BLOCK": 256},
+        "border": {"C": 1, "AT_ONCE": 1, "ZEROS": False, "WANT_IMAGE": True, "WANT_FLOW": True, "FIXED": False, **TILE},
+        "fixed": {"C": 3, "AT_ONCE": 1, "ZEROS": True, "WANT_IMAGE": True, "WANT_FLOW": True, "FIXED": True, **FAR},
+        "flow": {"C": 3, "AT_ONCE": 3, "ZEROS": False, "WANT_IMAGE": False, "WANT_FLOW": True, "FIXED": False, **TILE},
     },
 }
 TYPES = {"fp32": ("fp32", "float32"), "bf16": ("bf16", "float32"), "fp64": ("fp64", "float64")}
