@@ -425,10 +425,19 @@ def _condense_sdpa(memory: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return memory + attended[:, 0]
 
 
+def _one_head(rows: Tensor) -> Tensor:
+    """(B,N,C) -> (B,1,N,C) as PyTorch's fused kernels want it: rows one behind the other, with the strides that say so
+    also where N is 1. Of other rows they say that there is no kernel (N = 1), or leave them to the definition."""
+    b, n, c = rows.shape
+    # through (B N, C): the strides of a dimension of 1 are what they were, whatever contiguous() is asked
+    return rows.reshape(b * n, c).contiguous().view(b, 1, n, c)
+
+
 def _recall_sdpa(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> Tensor:
     if query is None or key is None or value.shape[1] == 1:
         return reference.recall(feature, query, key, value)
-    recalled = F.scaled_dot_product_attention(_rows(query)[:, None], key[:, None], value[:, None], scale=1.0)
+    given = _one_head(_rows(query)), _one_head(key), _one_head(value)
+    recalled = F.scaled_dot_product_attention(*given, scale=1.0)
     return feature + recalled[:, 0].mT.reshape(feature.shape)
 
 

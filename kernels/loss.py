@@ -34,12 +34,15 @@ def _edge_weight(frame_ptr, first, second, plane, inside, C: tl.constexpr, COMPU
 
 @jit
 def _flow_loss_kernel(
-    prediction_ptr, target_ptr, frames_ptr, grad_ptr, partial_ptr, height, width, data_weight, smooth_weight,
+    prediction_ptr, target_ptr, frames_ptr, grad_ptr, partial_ptr, height, width,
+    data_weight: tl.float64, smooth_weight: tl.float64,
     C: tl.constexpr, WANT_GRAD: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
+    # passed as fp64, which they are rounded from once: an fp32 argument made an fp64 loss wrong by 4e-7
+    data_weight, smooth_weight = tl.full([], data_weight, COMPUTE), tl.full([], smooth_weight, COMPUTE)
     pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     image = tl.program_id(1).to(tl.int64)
-    plane = height.to(tl.int64) * width
+    plane = tl.cast(height, tl.int64) * width  # tl.cast: a height of 1 is a constant, which has no .to
     inside = pixel < plane
     y, x = pixel // width, pixel % width
     # the four differences a pixel takes part in: to its right and lower neighbour, from its left and upper one

@@ -9,6 +9,8 @@ integer.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ except ImportError as error:  # not on Linux, or left out
 
 TYPES: dict[torch.dtype, Any] = {} if tl is None else {torch.float32: tl.float32, torch.float64: tl.float64}
 """Triton's names of the compute types."""
+_MOST = 65535
+"""Programs along the second and the third axis of a grid."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -56,4 +60,58 @@ def grid(size: int, block_size: int) -> tuple[int]:
     return (triton.cdiv(size, block_size),)
 
 
-__all__ = ["INTERPRETED", "TYPES", "block", "grid", "jit", "tl", "triton", "unavailable", "unsupported"]
+def offsets(*extents: int) -> Any:
+    """Type of the offsets inside memory of so many elements: half as many instructions where 32 bits hold them."""
+    return tl.int32 if max(extents) < 2**31 else tl.int64
+
+
+def extent(size: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last of a tensor, or of a part of its dimensions."""
+    return 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+
+
+@lru_cache(1024)
+def tiles(images: int, height: int, width: int, pixels: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Cover images by tiles of `pixels`, one pixel a thread: (grid, constants of `tile`).
+
+    A tile is 16 to 128 columns wide, of these the widest with the fewest pixels outside: 48x48 pixels are three by
+    three tiles of 16x16. Only the first axis of a grid may have more than 65535 programs: there are the columns of
+    tiles, or the images where they are more."""
+    if INTERPRETED:
+        columns = triton.next_power_of_2(width)
+        rows = triton.next_power_of_2(triton.cdiv(height, 8))
+    else:
+        narrowest = min(16, triton.next_power_of_2(width))
+        while triton.cdiv(height, pixels // narrowest) > _MOST:
+            narrowest //= 2
+        wider = [narrowest << i for i in range(4) if narrowest << i <= min(pixels, triton.next_power_of_2(width))]
+
+        def covered(columns: int) -> int:
+            rows = pixels // columns
+            return triton.cdiv(width, columns) * triton.cdiv(height, rows)
+
+        columns = min((c for c in wider if triton.cdiv(height, pixels // c) <= _MOST), key=lambda c: (covered(c), -c))
+        rows = pixels // columns
+    across, down = triton.cdiv(width, columns), triton.cdiv(height, rows)
+    many = images > _MOST
+    return (images, down, across) if many else (across, down, images), {
+        "COLUMNS": columns,
+        "ROWS": rows,
+        "IMAGES": 0 if many else 2,
+    }
+
+
+@jit
+def tile(height, width, COLUMNS: tl.constexpr, ROWS: tl.constexpr, IMAGES: tl.constexpr, OFFSET: tl.constexpr):
+    """This program's tile of pixels, flat: (image, y, x, whether inside it). No division: the tile is the grid's, its
+    sides are powers of two."""
+    pixel = tl.arange(0, COLUMNS * ROWS)
+    x = tl.program_id(2 - IMAGES) * COLUMNS + pixel % COLUMNS
+    y = tl.program_id(1) * ROWS + pixel // COLUMNS
+    return tl.program_id(IMAGES).to(tl.int64), y.to(OFFSET), x.to(OFFSET), (y < height) & (x < width)
+
+
+__all__ = [
+    "INTERPRETED", "TYPES", "block", "extent", "grid", "jit", "offsets", "tile", "tiles", "tl", "triton", "unavailable",
+    "unsupported",
+]  # fmt: skip

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from . import checks, cpp_backend, reference, registry, triton_backend
-from .triton_backend import jit, tl
+from .triton_backend import jit, tile, tl
 
 
 @jit
-def _taps(coordinate, size, ZEROS: tl.constexpr):
+def _taps(coordinate, size, ZEROS: tl.constexpr, OFFSET: tl.constexpr):
     """Along one axis: (first and second tap, held inside the image, their weights, whether each counts, whether the
     coordinate moves with the flow)."""
     margin: tl.constexpr = 1 if ZEROS else 0
@@ -31,7 +31,7 @@ def _taps(coordinate, size, ZEROS: tl.constexpr):
     nan = coordinate != coordinate
     held = tl.where(nan, 0.0, tl.minimum(tl.maximum(coordinate, low), high))
     # clamped before the conversion: what lies outside the integers converts to anything
-    first = tl.minimum(tl.floor(held), tl.maximum(high - 1, low).to(held.dtype)).to(tl.int64)
+    first = tl.minimum(tl.floor(held), tl.maximum(high - 1, low).to(held.dtype)).to(OFFSET)
     second = first + 1
     weight = tl.where(nan, coordinate, held - first.to(held.dtype))
     counts0 = ((first >= 0) | (not ZEROS)).to(held.dtype)
@@ -48,24 +48,21 @@ def _taps(coordinate, size, ZEROS: tl.constexpr):
 
 
 @jit
-def _pixels(flow_ptr, flow_b, flow_c, flow_h, flow_w, height, width, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
-    """A block of pixels of image program_id(1): (y, x, inside, coordinate x, coordinate y)."""
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < height.to(tl.int64) * width
-    y, x = pixel // width, pixel % width
-    at = flow_ptr + tl.program_id(1).to(tl.int64) * flow_b + y * flow_h + x * flow_w
+def _coordinates(flow, flow_c, flow_h, flow_w, y, x, inside, COMPUTE: tl.constexpr):
+    """Where the flow of one image leads: (x, y)."""
+    at = flow + (y * flow_h + x * flow_w)
     px = x.to(COMPUTE) + tl.load(at, inside, 0).to(COMPUTE)
-    py = y.to(COMPUTE) + tl.load(at + flow_c, inside, 0).to(COMPUTE)
-    return y, x, inside, px, py
+    return px, y.to(COMPUTE) + tl.load(at + flow_c, inside, 0).to(COMPUTE)
 
 
 @jit
-def _corners(image, image_h, image_w, y0, y1, x0, x1, inside, COMPUTE: tl.constexpr):
-    """The values at (y0, x0), (y0, x1), (y1, x0) and (y1, x1) of one channel."""
-    v00 = tl.load(image + y0 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
-    v01 = tl.load(image + y0 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
-    v10 = tl.load(image + y1 * image_h + x0 * image_w, inside, 0).to(COMPUTE)
-    v11 = tl.load(image + y1 * image_h + x1 * image_w, inside, 0).to(COMPUTE)
+def _corners(channel, top, bottom, left, right, COMPUTE: tl.constexpr):
+    """The values of one channel at the four corners, from the offsets of two rows and two columns. No mask: taps are
+    held inside the image, those of pixels outside the tile too, and a mask costs an instruction a load."""
+    v00 = tl.load(channel + (top + left)).to(COMPUTE)
+    v01 = tl.load(channel + (top + right)).to(COMPUTE)
+    v10 = tl.load(channel + (bottom + left)).to(COMPUTE)
+    v11 = tl.load(channel + (bottom + right)).to(COMPUTE)
     return v00, v01, v10, v11
 
 
@@ -74,27 +71,36 @@ def _warp_fwd_kernel(
     image_ptr, flow_ptr, out_ptr,
     image_b, image_c, image_h, image_w, flow_b, flow_c, flow_h, flow_w, out_b, out_c, out_h, out_w,
     height, width,
-    C: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    C: tl.constexpr, AT_ONCE: tl.constexpr, ZEROS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    IMAGES: tl.constexpr, OFFSET: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    y, x, inside, px, py = _pixels(flow_ptr, flow_b, flow_c, flow_h, flow_w, height, width, BLOCK, COMPUTE)
-    x0, x1, wx0, wx1, _, _, _ = _taps(px, width, ZEROS)
-    y0, y1, wy0, wy1, _, _, _ = _taps(py, height, ZEROS)
-    b = tl.program_id(1).to(tl.int64)
-    for c in range(C):
-        image = image_ptr + b * image_b + c * image_c
-        v00, v01, v10, v11 = _corners(image, image_h, image_w, y0, y1, x0, x1, inside, COMPUTE)
-        out = wy0 * (wx0 * v00 + wx1 * v01) + wy1 * (wx0 * v10 + wx1 * v11)
-        tl.store(out_ptr + b * out_b + c * out_c + y * out_h + x * out_w, out, inside)
+    b, y, x, inside = tile(height, width, COLUMNS, ROWS, IMAGES, OFFSET)
+    px, py = _coordinates(flow_ptr + b * flow_b, flow_c, flow_h, flow_w, y, x, inside, COMPUTE)
+    x0, x1, wx0, wx1, _, _, _ = _taps(px, width, ZEROS, OFFSET)
+    y0, y1, wy0, wy1, _, _, _ = _taps(py, height, ZEROS, OFFSET)
+    channel, to = image_ptr + b * image_b, out_ptr + b * out_b
+    top, bottom, left, right = y0 * image_h, y1 * image_h, x0 * image_w, x1 * image_w
+    pixel = y * out_h + x * out_w
+    for _ in range(C // AT_ONCE):
+        # all loads before the first store, which no load may be moved over: else a thread waits for each channel
+        outs = ()
+        for _ in tl.static_range(AT_ONCE):
+            v00, v01, v10, v11 = _corners(channel, top, bottom, left, right, COMPUTE)
+            outs += (wy0 * (wx0 * v00 + wx1 * v01) + wy1 * (wx0 * v10 + wx1 * v11),)
+            channel += image_c
+        for i in tl.static_range(AT_ONCE):
+            tl.store(to + pixel, outs[i], inside)
+            to += out_c
 
 
 @jit
-def _add(sum_ptr, offset, value, scale, inside, FIXED: tl.constexpr):
+def _add(at, value, scale, inside, FIXED: tl.constexpr):
+    # relaxed: nobody waits for another's sum, and the order that is the default costs barriers
     if FIXED:
         # rounding by hand: a conversion cuts
-        scaled = value * scale
-        tl.atomic_add(sum_ptr + offset, tl.floor(scaled + 0.5).to(tl.int64), inside)
+        tl.atomic_add(at, tl.floor(value * scale + 0.5).to(tl.int64), inside, sem="relaxed")
     else:
-        tl.atomic_add(sum_ptr + offset, value, inside)
+        tl.atomic_add(at, value, inside, sem="relaxed")
 
 
 @jit
@@ -102,40 +108,62 @@ def _warp_bwd_kernel(
     image_ptr, flow_ptr, grad_ptr, grad_image_ptr, grad_flow_ptr, scale_ptr,
     image_b, image_c, image_h, image_w, flow_b, flow_c, flow_h, flow_w, grad_b, grad_c, grad_h, grad_w,
     height, width,
-    C: tl.constexpr, ZEROS: tl.constexpr, WANT_IMAGE: tl.constexpr, WANT_FLOW: tl.constexpr, FIXED: tl.constexpr,
-    BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    C: tl.constexpr, AT_ONCE: tl.constexpr, ZEROS: tl.constexpr, WANT_IMAGE: tl.constexpr, WANT_FLOW: tl.constexpr,
+    FIXED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, IMAGES: tl.constexpr, OFFSET: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    y, x, inside, px, py = _pixels(flow_ptr, flow_b, flow_c, flow_h, flow_w, height, width, BLOCK, COMPUTE)
-    x0, x1, wx0, wx1, nx0, nx1, moving_x = _taps(px, width, ZEROS)
-    y0, y1, wy0, wy1, ny0, ny1, moving_y = _taps(py, height, ZEROS)
-    b = tl.program_id(1).to(tl.int64)
-    plane = height.to(tl.int64) * width
+    b, y, x, inside = tile(height, width, COLUMNS, ROWS, IMAGES, OFFSET)
+    px, py = _coordinates(flow_ptr + b * flow_b, flow_c, flow_h, flow_w, y, x, inside, COMPUTE)
+    x0, x1, wx0, wx1, nx0, nx1, moving_x = _taps(px, width, ZEROS, OFFSET)
+    y0, y1, wy0, wy1, ny0, ny1, moving_y = _taps(py, height, ZEROS, OFFSET)
+    # tl.cast: a size of 1 is no tensor but a constant of the program
+    plane = tl.cast(height, tl.int64) * width
     scale = tl.load(scale_ptr) if FIXED else 1.0
-    by_x = tl.zeros([BLOCK], COMPUTE)
-    by_y = tl.zeros([BLOCK], COMPUTE)
-    for c in range(C):
-        g = tl.load(grad_ptr + b * grad_b + c * grad_c + y * grad_h + x * grad_w, inside, 0).to(COMPUTE)
-        if WANT_FLOW:
-            image = image_ptr + b * image_b + c * image_c
-            v00, v01, v10, v11 = _corners(image, image_h, image_w, y0, y1, x0, x1, inside, COMPUTE)
-            by_x += g * (wy0 * (nx1 * v01 - nx0 * v00) + wy1 * (nx1 * v11 - nx0 * v10))
-            by_y += g * (wx0 * (ny1 * v10 - ny0 * v00) + wx1 * (ny1 * v11 - ny0 * v01))
+    by_x = tl.zeros([COLUMNS * ROWS], COMPUTE)
+    by_y = tl.zeros([COLUMNS * ROWS], COMPUTE)
+    channel, grad, to = image_ptr + b * image_b, grad_ptr + b * grad_b, grad_image_ptr + b * C * plane
+    top, bottom, left, right = y0 * image_h, y1 * image_h, x0 * image_w, x1 * image_w
+    pixel = y * grad_h + x * grad_w
+    for _ in range(C // AT_ONCE):
+        gs = ()
+        for _ in tl.static_range(AT_ONCE):
+            g = tl.load(grad + pixel, inside, 0).to(COMPUTE)
+            gs += (g,)
+            if WANT_FLOW:
+                v00, v01, v10, v11 = _corners(channel, top, bottom, left, right, COMPUTE)
+                by_x += g * (wy0 * (nx1 * v01 - nx0 * v00) + wy1 * (nx1 * v11 - nx0 * v10))
+                by_y += g * (wx0 * (ny1 * v10 - ny0 * v00) + wx1 * (ny1 * v11 - ny0 * v01))
+            channel += image_c
+            grad += grad_c
         if WANT_IMAGE:
-            to = grad_image_ptr + (b * C + c) * plane
-            _add(to, y0 * width + x0, g * wy0 * wx0, scale, inside, FIXED)
-            _add(to, y0 * width + x1, g * wy0 * wx1, scale, inside, FIXED)
-            _add(to, y1 * width + x0, g * wy1 * wx0, scale, inside, FIXED)
-            _add(to, y1 * width + x1, g * wy1 * wx1, scale, inside, FIXED)
+            for i in tl.static_range(AT_ONCE):
+                _add(to + (y0 * width + x0), gs[i] * wy0 * wx0, scale, inside, FIXED)
+                _add(to + (y0 * width + x1), gs[i] * wy0 * wx1, scale, inside, FIXED)
+                _add(to + (y1 * width + x0), gs[i] * wy1 * wx0, scale, inside, FIXED)
+                _add(to + (y1 * width + x1), gs[i] * wy1 * wx1, scale, inside, FIXED)
+                to += plane
     if WANT_FLOW:
-        at = grad_flow_ptr + b * 2 * plane + y * width + x
+        at = grad_flow_ptr + b * 2 * plane + (y * width + x)
         tl.store(at, tl.where(moving_x, by_x, 0.0), inside)
         tl.store(at + plane, tl.where(moving_y, by_y, 0.0), inside)
 
 
-def _grid(image: Tensor) -> tuple[int, tuple[int, int]]:
-    b, _, h, w = image.shape
-    block = triton_backend.block(h * w, 256)
-    return block, (*triton_backend.grid(h * w, block), b)
+_PIXELS = 256
+"""Pixels and threads of a program."""
+
+
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], **constants: Any) -> None:
+    """Run a kernel over all pixels of the first of the `strided` tensors (B,C,H,W), whose strides it takes."""
+    b, c, h, w = strided[0].shape
+    grid, shape = triton_backend.tiles(b, h, w, _PIXELS)
+    # channels whose loads are under way together: three spill the registers of the sums in fixed point
+    at_once = 1 if constants.get("FIXED") else next(n for n in (4, 3, 2, 1) if c % n == 0)
+    strides = [t.stride() for t in strided]
+    offset = triton_backend.offsets(h * w, *(triton_backend.extent((h, w), s[2:]) for s in strides))
+    kernel[grid](
+        *tensors, *(step for s in strides for step in s), h, w, C=c, AT_ONCE=at_once, **shape, OFFSET=offset, **constants,
+        num_warps=_PIXELS // 32,
+    )  # fmt: skip
 
 
 def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
@@ -148,11 +176,8 @@ def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
         inputs = (image.contiguous(), flow.contiguous())
         cpp_backend.call("warp_forward", compute, inputs, (plain,), *image.shape, zeros)
         return out if plain is out else out.copy_(plain)
-    block, grid = _grid(image)
-    _warp_fwd_kernel[grid](
-        image, flow, out, *image.stride(), *flow.stride(), *out.stride(), *image.shape[2:],
-        C=image.shape[1], ZEROS=zeros, BLOCK=block, COMPUTE=triton_backend.TYPES[compute],
-    )  # fmt: skip
+    tensors = image, flow, out
+    _launch(_warp_fwd_kernel, tensors, tensors, ZEROS=zeros, COMPUTE=triton_backend.TYPES[compute])
     return out
 
 
@@ -181,11 +206,10 @@ def _backward(
             peak = grad.detach().abs().amax().to(compute)
             exponent = torch.frexp(peak * (image.shape[2] * image.shape[3])).exponent
             scale = torch.ldexp(torch.ones_like(peak), (62 - exponent).clamp(-120, 120))
-        block, grid = _grid(image)
-        _warp_bwd_kernel[grid](
-            image, flow, grad, sums, grad_flow, scale, *image.stride(), *flow.stride(), *grad.stride(),
-            *image.shape[2:], C=image.shape[1], ZEROS=zeros, WANT_IMAGE=want_image, WANT_FLOW=want_flow, FIXED=fixed,
-            BLOCK=block, COMPUTE=triton_backend.TYPES[compute],
+        strided = image, flow, grad
+        _launch(
+            _warp_bwd_kernel, (*strided, sums, grad_flow, scale), strided,
+            ZEROS=zeros, WANT_IMAGE=want_image, WANT_FLOW=want_flow, FIXED=fixed, COMPUTE=triton_backend.TYPES[compute],
         )  # fmt: skip
         if fixed:
             # peak - peak: nothing, or NaN where a gradient was not finite, which integers cannot hold

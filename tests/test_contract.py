@@ -409,6 +409,39 @@ def test_warp_by_a_smooth_flow(name: str, backend: str, size: tuple[int, int]) -
         assert_equal_to_reference(name, [image, flow], backend, 1e-5)
 
 
+@pytest.mark.skipif(not any(p.values[1] == "triton" for p in implementations()), reason="no Triton on this device")
+def test_warp_of_far_apart_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image whose second row lies 2^31 elements behind the first: offsets of 64 bits."""
+    monkeypatch.undo()  # most of this memory is never touched
+    image = torch.empty(2**31 + 8, dtype=torch.float16, device=DEVICE).as_strided((1, 2, 2, 3), (0, 4, 2**31, 1))
+    image.copy_(normal(1, 2, 2, 3))
+    flow = off_kinks(normal(1, 2, 2, 3)).float().to(DEVICE)
+    out = backward_warp(image, flow, backend="triton")
+    assert torch.equal(out, backward_warp(image.contiguous(), flow, backend="triton"))
+
+
+def test_tiles_cover_an_image_without_idle_threads() -> None:
+    tiles = pytest.importorskip("avfast.kernels.triton_backend").tiles.__wrapped__
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("avfast.kernels.triton_backend.INTERPRETED", False)
+    try:
+        for sizes, grid, columns in (
+            ((16, 48, 48), (3, 3, 16), 16),
+            ((16, 64, 64), (1, 16, 16), 64),
+            ((128, 96, 96), (3, 12, 128), 32),
+            ((8, 1080, 1920), (15, 540, 8), 128),
+            ((70_000, 1, 1), (70_000, 1, 1), 1),
+            ((1, 1_000_000, 1), (1, 3907, 1), 1),
+            ((1, 1, 1_000_000), (7813, 1, 1), 128),
+            ((2, 4_000_000, 100), (25, 62_500, 2), 4),
+        ):
+            found, shape = tiles(*sizes, 256)
+            assert found == grid and shape["COLUMNS"] == columns and shape["ROWS"] * columns == 256
+            assert shape["IMAGES"] == (0 if sizes[0] > 65_535 else 2) and max(found[1:]) <= 65_535
+    finally:
+        monkeypatch.undo()
+
+
 @WARPS
 def test_warp_gradient_with_deterministic_algorithms(name: str, backend: str) -> None:
     """Fixed point is exact to fp32's rounding, also where gradients are tiny or not finite."""
@@ -482,6 +515,26 @@ def test_condense_of_half_memory_with_fp32_weights() -> None:
     assert [t.dtype for t in (out, *grads)] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
     exact = condense(half.float(), weight, bias, backend="reference")
     assert (out - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(2, 1, 1), (1, 1, 1), (2, 4, 5), (1, 1, 3)], ids=str)
+def test_recall_gives_fused_attention_rows_that_it_takes(
+    size: tuple[int, int, int], layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's kernels on CUDA ask for rows of stride C in every dimension, where there is one row too."""
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*given: Tensor, **options: Any) -> Tensor:
+        seen.extend(given)
+        return attention(*given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    args = [a.to(memory_format=layout) if a.dim() == 4 else a for a in arguments("recall many", size, torch.float32)]
+    key = args[2].mT.contiguous().mT
+    recall(args[0], args[1], key, args[3], backend="sdpa")
+    assert [t.stride()[1:] for t in seen] == [(t.shape[2] * t.shape[3], t.shape[3], 1) for t in seen] and len(seen) == 3
 
 
 def test_what_the_attention_kernels_leave_to_others() -> None:

@@ -23,6 +23,9 @@ MODULES = ("attention", "convlstm", "loss", "modulate", "warp")
 ARCHS = (80, 90, 100)
 # which of a matrix's strides (matrix, row, column) is 1: that of the column, where nothing else is said
 POSITIONS = {f"{name}_strides": 1 for name in ("feature", "query", "out", "grad", "grad_query")}
+# offsets of 32 bits, or of 64 where memory or a batch is that large
+TILE = {"COLUMNS": 128, "ROWS": 2, "IMAGES": 2, "OFFSET": triton.language.int32, "num_warps": 8}
+FAR = {**TILE, "IMAGES": 0, "OFFSET": triton.language.int64}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # constexpr arguments beside those that follow from the type, options, and strides of 1, as the launchers choose them;
 # several variants where they choose the code
@@ -46,13 +49,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "_modulate_fwd_kernel": {"": {"BLOCK": 1024}},
     "_modulate_bwd_kernel": {"": {"BLOCK": 1024, "BLOCKS": 3}},
     "_warp_fwd_kernel": {
-        "border": {"C": 1, "ZEROS": False, "BLOCK": 256},
-        "zeros": {"C": 3, "ZEROS": True, "BLOCK": 256},
+        "border": {"C": 1, "AT_ONCE": 1, "ZEROS": False, **TILE},
+        "zeros": {"C": 3, "AT_ONCE": 3, "ZEROS": True, **TILE},
+        "far": {"C": 8, "AT_ONCE": 4, "ZEROS": True, **FAR},
     },
     "_warp_bwd_kernel": {
-        "border": {"C": 1, "ZEROS": False, "WANT_IMAGE": True, "WANT_FLOW": True, "FIXED": False, "BLOCK": 256},
-        "fixed": {"C": 3, "ZEROS": True, "WANT_IMAGE": True, "WANT_FLOW": True, "FIXED": True, "BLOCK": 256},
-        "flow": {"C": 3, "ZEROS": False, "WANT_IMAGE": False, "WANT_FLOW": True, "FIXED": False, "BLOCK": 256},
+        "border": {"C": 1, "AT_ONCE": 1, "ZEROS": False, "WANT_IMAGE": True, "WANT_FLOW": True, "FIXED": False, **TILE},
+        "fixed": {"C": 3, "AT_ONCE": 1, "ZEROS": True, "WANT_IMAGE": True, "WANT_FLOW": True, "FIXED": True, **FAR},
+        "flow": {"C": 3, "AT_ONCE": 3, "ZEROS": False, "WANT_IMAGE": False, "WANT_FLOW": True, "FIXED": False, **TILE},
     },
 }
 TYPES = {"fp32": ("fp32", "float32"), "bf16": ("bf16", "float32"), "fp64": ("fp64", "float64")}
@@ -65,8 +69,11 @@ def kernels() -> dict[str, Any]:
     return {name: k for module in modules for name, k in vars(module).items() if name.endswith("_kernel")}
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], element: str, compute: str, arch: int) -> list[int]:
-    """[registers, shared memory] of one kernel; pointers hold `element`, sums and losses the compute type."""
+def compile_kernel(
+    kernel: Any, constants: dict[str, Any], element: str, compute: str, arch: int, *, ones: bool = False
+) -> list[int]:
+    """[registers, shared memory] of one kernel; pointers hold `element`, sums and losses the compute type. `ones`: all
+    sizes and strides are 1, which makes them constants of the program, without a tensor's methods."""
     options = {name: constants[name] for name in OPTIONS if name in constants}
     constants = {**constants, "COMPUTE": getattr(triton.language, compute)}
     if "CHANNELS" in kernel.arg_names:
@@ -79,8 +86,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], element: str, compute
     for i, name in enumerate(kernel.arg_names):
         if name.endswith("_strides"):
             unit = constants.get(name, 2)
-            signature[name] = tuple("constexpr" if dim == unit else "i32" for dim in range(3))
-            constexprs[i, unit] = 1
+            signature[name] = tuple("constexpr" if ones or dim == unit else "i32" for dim in range(3))
+            constexprs.update({(i, dim): 1 for dim in range(3) if ones or dim == unit})
         elif name in constants:
             signature[name] = "constexpr"
             constexprs[i,] = constants[name]
@@ -90,8 +97,12 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], element: str, compute
             signature[name] = f"*{accumulator}"
         elif name.endswith("_ptr"):
             signature[name] = f"*{element}"
+        elif kernel.params[i].annotation_type:
+            signature[name] = kernel.params[i].annotation_type
         else:
-            signature[name] = "fp32" if name.endswith("_weight") else "i32"
+            signature[name] = "constexpr" if ones else "i32"
+            if ones:
+                constexprs[i,] = 1
     source = ASTSource(kernel, signature, constexprs=constexprs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -116,6 +127,8 @@ def main() -> None:
                 result[label] = {
                     f"sm_{arch}": compile_kernel(found[name], constants, element, compute, arch) for arch in ARCHS
                 }
+            # an image or a memory of one element
+            compile_kernel(found[name], constants, "fp32", "float32", 90, ones=True)
     # a line per kernel
     print("{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in result.items()) + "\n}")
 
