@@ -98,7 +98,8 @@ def test_layouts(layout: str) -> None:
 
 
 @native
-@pytest.mark.parametrize(("side", "kernel", "stride", "most"), [(3, 3, 1, 3e-6), (4, 3, 1, 5e-6), (10, 4, 2, 4e-6)])
+# measured with MKL: 1.5e-6, 2.7e-6 and 3.5e-6 on an AMD CPU; the last 4.6e-6 on an Intel one with AVX-512
+@pytest.mark.parametrize(("side", "kernel", "stride", "most"), [(3, 3, 1, 3e-6), (4, 3, 1, 5e-6), (10, 4, 2, 6e-6)])
 def test_rounding_in_single_precision(side: int, kernel: int, stride: int, most: float) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(16, 256, side, side), 0.02 * torch.randn(512, 256, kernel, kernel)
