@@ -161,8 +161,8 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...
     strides = [t.stride() for t in strided]
     offset = triton_backend.offsets(h * w, *(triton_backend.extent((h, w), s[2:]) for s in strides))
     kernel[grid](
-        *tensors, *(step for s in strides for step in s), h, w, C=c, AT_ONCE=at_once, **shape, OFFSET=offset, **constants,
-        num_warps=_PIXELS // 32,
+        *tensors, *(step for s in strides for step in s), h, w,
+        C=c, AT_ONCE=at_once, **shape, OFFSET=offset, **constants, num_warps=_PIXELS // 32,
     )  # fmt: skip
 
 
