@@ -27,7 +27,7 @@ except ImportError as error:  # not on Linux, or left out
 
 TYPES: dict[torch.dtype, Any] = {} if tl is None else {torch.float32: tl.float32, torch.float64: tl.float64}
 """Triton's names of the compute types."""
-_MOST = 65535
+MOST = 65535
 """Programs along the second and the third axis of a grid."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -82,7 +82,7 @@ def tiles(images: int, height: int, width: int, pixels: int) -> tuple[tuple[int,
         rows = triton.next_power_of_2(triton.cdiv(height, 8))
     else:
         narrowest = min(16, triton.next_power_of_2(width))
-        while triton.cdiv(height, pixels // narrowest) > _MOST:
+        while triton.cdiv(height, pixels // narrowest) > MOST:
             narrowest //= 2
         wider = [narrowest << i for i in range(4) if narrowest << i <= min(pixels, triton.next_power_of_2(width))]
 
@@ -90,10 +90,10 @@ def tiles(images: int, height: int, width: int, pixels: int) -> tuple[tuple[int,
             rows = pixels // columns
             return triton.cdiv(width, columns) * triton.cdiv(height, rows)
 
-        columns = min((c for c in wider if triton.cdiv(height, pixels // c) <= _MOST), key=lambda c: (covered(c), -c))
+        columns = min((c for c in wider if triton.cdiv(height, pixels // c) <= MOST), key=lambda c: (covered(c), -c))
         rows = pixels // columns
     across, down = triton.cdiv(width, columns), triton.cdiv(height, rows)
-    many = images > _MOST
+    many = images > MOST
     return (images, down, across) if many else (across, down, images), {
         "COLUMNS": columns,
         "ROWS": rows,
@@ -112,6 +112,6 @@ def tile(height, width, COLUMNS: tl.constexpr, ROWS: tl.constexpr, IMAGES: tl.co
 
 
 __all__ = [
-    "INTERPRETED", "TYPES", "block", "extent", "grid", "jit", "offsets", "tile", "tiles", "tl", "triton", "unavailable",
-    "unsupported",
+    "INTERPRETED", "MOST", "TYPES", "block", "extent", "grid", "jit", "offsets", "tile", "tiles", "tl", "triton",
+    "unavailable", "unsupported",
 ]  # fmt: skip

@@ -50,8 +50,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "no grad": {"C": 1, "WANT_GRAD": False, **TILE},
         "far": {"C": 3, "WANT_GRAD": True, **FAR},
     },
-    "_modulate_fwd_kernel": {"": {"BLOCK": 1024}},
-    "_modulate_bwd_kernel": {"": {"BLOCK": 1024, "BLOCKS": 3}},
+    "_modulate_fwd_kernel": {
+        "": {"BLOCK": 1024, "IMAGES": 2, "OFFSET": triton.language.int32},
+        "far": {"BLOCK": 1024, "IMAGES": 0, "OFFSET": triton.language.int64},
+    },
+    "_modulate_bwd_kernel": {
+        "": {"BLOCK": 1024, "BLOCKS": 3},
+        "large": {"BLOCK": 4096, "BLOCKS": 100, "num_warps": 16},
+    },
     "_warp_fwd_kernel": {
         "border": {"C": 1, "AT_ONCE": 1, "ZEROS": False, **TILE},
         "zeros": {"C": 3, "AT_ONCE": 3, "ZEROS": True, **TILE},
