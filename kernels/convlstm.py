@@ -86,11 +86,13 @@ def _launch(kernel: Any, cpp: str, inputs: tuple[Tensor, ...], outputs: tuple[Te
     if backend == "cpp":
         cpp_backend.call(cpp, compute, inputs, outputs, rows, area)
         return
+    triton_backend.launch(kernel, _plan, (*inputs, *outputs), (total, area), (triton_backend.TYPES[compute],))
+
+
+def _plan(total: int, area: int, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
     block = triton_backend.block(total, 512)
-    kernel[triton_backend.grid(total, block)](
-        *inputs, *outputs, total, area,
-        BLOCK=block, OFFSET=triton_backend.offsets(4 * total + block), COMPUTE=triton_backend.TYPES[compute],
-    )  # fmt: skip
+    constants = {"BLOCK": block, "OFFSET": triton_backend.offsets(4 * total + block), "COMPUTE": compute}
+    return triton_backend.grid(total, block), constants
 
 
 def _forward(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:

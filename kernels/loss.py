@@ -88,6 +88,13 @@ _PIXELS = 256
 """Pixels and threads of a program."""
 
 
+def _plan(h: int, w: int, images: int, c: int, want_grad: bool, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    grid, shape = triton_backend.tiles(images, h, w, _PIXELS)
+    offset = triton_backend.offsets(h * w)
+    fixed = {"C": c, "WANT_GRAD": want_grad, "OFFSET": offset, "COMPUTE": compute, "num_warps": _PIXELS // 32}
+    return grid, {**shape, **fixed}
+
+
 def _run(
     prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float, want_grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -105,12 +112,11 @@ def _run(
         outputs = (grad if want_grad else None, loss)
         cpp_backend.call("flow_loss", compute, inputs, outputs, b * steps, c, h, w, *weights)
     else:
-        grid, shape = triton_backend.tiles(b * steps, h, w, _PIXELS)
+        facts = b * steps, c, want_grad, triton_backend.TYPES[compute]
+        grid, _ = triton_backend.tiles(b * steps, h, w, _PIXELS)
         partial = torch.empty(math.prod(grid), dtype=compute, device=prediction.device)
-        _flow_loss_kernel[grid](
-            *inputs, grad, partial, h, w, *weights, C=c, WANT_GRAD=want_grad, **shape,
-            OFFSET=triton_backend.offsets(h * w), COMPUTE=triton_backend.TYPES[compute], num_warps=_PIXELS // 32,
-        )  # fmt: skip
+        tensors = *inputs, grad, partial
+        triton_backend.launch(_flow_loss_kernel, _plan, tensors, (h, w), facts, weights)
         loss = partial.sum()
     return loss.to(prediction.dtype), grad
 

@@ -100,20 +100,26 @@ def _forward_triton(before: Sequence[Tensor], context: Tensor, gamma: Tensor, be
         out[:, begin : begin + part.shape[1]].copy_(part)
     context = _planes(context)
     first, second = ends[min(1, len(copied))], ends[len(copied)]
-    block = triton_backend.block(area, min(_BLOCK, max(64, triton.next_power_of_2(area))))
-    across = triton.cdiv(area, block)
-    grid = (b, second + c, across) if b > triton_backend.MOST else (across, second + c, b)
-    if 0 in grid:
-        return
     # where there is nothing to copy its pointer is not followed
     one, two = (*copied, context, context)[:2]
-    _modulate_fwd_kernel[grid](
-        one, two, context, gamma.contiguous(), beta.contiguous(), out,
-        *one.stride()[:2], *two.stride()[:2], *context.stride()[:2], out.stride(0), first, second, ends[-1], c, area,
-        IMAGES=0 if b > triton_backend.MOST else 2, BLOCK=block, OFFSET=triton_backend.offsets(area + block),
-        COMPUTE=triton_backend.TYPES[cpp_backend.compute_type(context, gamma, beta)],
-        num_warps=min(4, max(1, block // 256)),
-    )  # fmt: skip
+    tensors = one, two, context, gamma.contiguous(), beta.contiguous(), out
+    strides = *one.stride()[:2], *two.stride()[:2], *context.stride()[:2], out.stride(0)
+    facts = b, triton_backend.TYPES[cpp_backend.compute_type(context, gamma, beta)]
+    numbers = *strides, first, second, ends[-1], c, area
+    triton_backend.launch(_modulate_fwd_kernel, _forward_plan, tensors, numbers, facts)
+
+
+def _forward_plan(*given: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    *_, second, _place, c, area, b, compute = given
+    block = triton_backend.block(area, min(_BLOCK, max(64, triton.next_power_of_2(area))))
+    across, many = triton.cdiv(area, block), b > triton_backend.MOST
+    return (b, second + c, across) if many else (across, second + c, b), {
+        "IMAGES": 0 if many else 2,
+        "BLOCK": block,
+        "OFFSET": triton_backend.offsets(area + block),
+        "COMPUTE": compute,
+        "num_warps": min(4, max(1, block // 256)),
+    }
 
 
 def _planes(t: Tensor) -> Tensor:
@@ -143,14 +149,17 @@ def _backward(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tup
         grad = grad.to(compute)
         cpp_backend.call("modulate_backward", compute, [*inputs, grad], outputs, b, c, h * w, grad.stride(0))
     else:
-        # a channel is one program's: a large one takes more threads
-        warps = 4 if h * w <= 1 << 14 else 16
-        block = triton_backend.block(h * w, 256 * warps)
-        _modulate_bwd_kernel[b * c,](
-            *inputs, grad, *outputs, c, h * w, grad.stride(0), BLOCKS=triton_backend.grid(h * w, block)[0],
-            BLOCK=block, COMPUTE=triton_backend.TYPES[compute], num_warps=warps,
-        )  # fmt: skip
+        tensors, facts = (*inputs, grad, *outputs), (b, triton_backend.TYPES[compute])
+        triton_backend.launch(_modulate_bwd_kernel, _backward_plan, tensors, (c, h * w, grad.stride(0)), facts)
     return outputs
+
+
+def _backward_plan(c: int, area: int, _stride: int, b: int, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    # a channel is one program's: a large one takes more threads
+    warps = 4 if area <= 1 << 14 else 16
+    block = triton_backend.block(area, 256 * warps)
+    blocks = triton.cdiv(area, block)
+    return (b * c,), {"BLOCKS": blocks, "BLOCK": block, "COMPUTE": compute, "num_warps": warps}
 
 
 def _backward_fake(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
