@@ -113,7 +113,7 @@ def _attend(
 
 @jit
 def _condense_fwd_kernel(
-    memory_ptr, memory_strides, weight_ptr, bias_ptr, out_ptr, out_strides, steps, channels, CHANNELS: tl.constexpr,
+    memory_ptr, weight_ptr, bias_ptr, out_ptr, memory_strides, out_strides, steps, channels, CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     b, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
@@ -145,9 +145,9 @@ def _condense_fwd_kernel(
 
 @jit
 def _recall_fwd_kernel(
-    feature_ptr, feature_strides, query_ptr, query_strides, key_ptr, key_strides, value_ptr, value_strides,
-    out_ptr, out_strides, rows, tokens, channels, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    feature_ptr, query_ptr, key_ptr, value_ptr, out_ptr,
+    feature_strides, query_strides, key_strides, value_strides, out_strides, rows, tokens, channels,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     b, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
     row = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -182,8 +182,9 @@ def _weights(
 
 @jit
 def _attention_bwd_query_kernel(
-    query_ptr, query_strides, key_ptr, key_strides, value_ptr, value_strides, grad_ptr, grad_strides,
-    grad_query_ptr, grad_query_strides, level_ptr, slope_ptr, rows, tokens, channels, CAUSAL: tl.constexpr,
+    query_ptr, key_ptr, value_ptr, grad_ptr, grad_query_ptr, level_ptr, slope_ptr,
+    query_strides, key_strides, value_strides, grad_strides, grad_query_strides, rows, tokens, channels,
+    CAUSAL: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradient, and what the keys' kernel needs of each row: the logarithm of its sum of exp(score)
@@ -217,8 +218,9 @@ def _attention_bwd_query_kernel(
 
 @jit
 def _attention_bwd_key_kernel(
-    query_ptr, query_strides, key_ptr, key_strides, value_ptr, value_strides, grad_ptr, grad_strides,
-    level_ptr, slope_ptr, grad_key_ptr, grad_key_strides, grad_value_ptr, grad_value_strides, rows, tokens, channels,
+    query_ptr, key_ptr, value_ptr, grad_ptr, level_ptr, slope_ptr, grad_key_ptr, grad_value_ptr,
+    query_strides, key_strides, value_strides, grad_strides, grad_key_strides, grad_value_strides,
+    rows, tokens, channels,
     CAUSAL: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of keys and values, summed over all rows that see it, in their order."""
@@ -275,18 +277,22 @@ def _launch(
 ) -> None:
     """Run a kernel over blocks of `size` rows or tokens in every matrix of the batch. Matrices (batch, row, column)
     bring their strides; the last of `sizes` are the columns; the first of `types` decides the precision of products."""
-    grid = tensors[0].shape[0], triton.cdiv(size, _BLOCK)
-    if 0 in grid:
-        return
-    kernel[grid](
-        *(x for t in tensors for x in ((t, t.stride()) if t.dim() == 3 else (t,))),
-        *sizes,
-        CHANNELS=max(16, triton.next_power_of_2(sizes[-1])),
-        BLOCK=_BLOCK,
-        PRECISION="tf32" if types[0].dtype.itemsize == 2 else "ieee",
-        COMPUTE=triton_backend.TYPES[cpp_backend.compute_type(*types)],
-        **constants,
-    )
+    half = types[0].dtype.itemsize == 2
+    compute = triton_backend.TYPES[cpp_backend.compute_type(*types)]
+    numbers = *(t.stride() for t in tensors if t.dim() == 3), *sizes
+    facts = tensors[0].shape[0], size, half, compute, tuple(constants.items())
+    triton_backend.launch(kernel, _plan, tensors, numbers, facts)
+
+
+def _plan(*given: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    *_, columns, batch, size, half, compute, constants = given
+    return (batch, triton.cdiv(size, _BLOCK)), {
+        "CHANNELS": max(16, triton.next_power_of_2(columns)),
+        "BLOCK": _BLOCK,
+        "PRECISION": "tf32" if half else "ieee",
+        "COMPUTE": compute,
+        **dict(constants),
+    }
 
 
 def _attention_backward(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], *, causal: bool) -> None:

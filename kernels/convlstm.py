@@ -29,9 +29,9 @@ def _tanh(x):
 
 
 @jit
-def _load_state(gates_ptr, cell_ptr, total, area, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
+def _load_state(gates_ptr, cell_ptr, total, area, BLOCK: tl.constexpr, OFFSET: tl.constexpr, COMPUTE: tl.constexpr):
     """A block of elements: (offset of the state, of gate i, inside, activated i, f, o, g, cell)."""
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offset = tl.program_id(0).to(OFFSET) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < total
     first = offset + 3 * area * (offset // area)
     i = _sigmoid(tl.load(gates_ptr + first, inside, 0).to(COMPUTE))
@@ -44,9 +44,10 @@ def _load_state(gates_ptr, cell_ptr, total, area, BLOCK: tl.constexpr, COMPUTE: 
 
 @jit
 def _gates_fwd_kernel(
-    gates_ptr, cell_ptr, hidden_ptr, new_cell_ptr, total, area, BLOCK: tl.constexpr, COMPUTE: tl.constexpr
-):
-    offset, _, inside, i, f, o, g, cell = _load_state(gates_ptr, cell_ptr, total, area, BLOCK, COMPUTE)
+    gates_ptr, cell_ptr, hidden_ptr, new_cell_ptr, total, area, BLOCK: tl.constexpr, OFFSET: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    offset, _, inside, i, f, o, g, cell = _load_state(gates_ptr, cell_ptr, total, area, BLOCK, OFFSET, COMPUTE)
     new_cell = f * cell + i * g
     tl.store(new_cell_ptr + offset, new_cell, inside)
     tl.store(hidden_ptr + offset, o * _tanh(new_cell), inside)
@@ -54,18 +55,10 @@ def _gates_fwd_kernel(
 
 @jit
 def _gates_bwd_kernel(
-    gates_ptr,
-    cell_ptr,
-    grad_hidden_ptr,
-    grad_new_cell_ptr,
-    grad_gates_ptr,
-    grad_cell_ptr,
-    total,
-    area,
-    BLOCK: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    offset, first, inside, i, f, o, g, cell = _load_state(gates_ptr, cell_ptr, total, area, BLOCK, COMPUTE)
+    gates_ptr, cell_ptr, grad_hidden_ptr, grad_new_cell_ptr, grad_gates_ptr, grad_cell_ptr, total, area,
+    BLOCK: tl.constexpr, OFFSET: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    offset, first, inside, i, f, o, g, cell = _load_state(gates_ptr, cell_ptr, total, area, BLOCK, OFFSET, COMPUTE)
     out = _tanh(f * cell + i * g)
     dh = tl.load(grad_hidden_ptr + offset, inside, 0).to(COMPUTE)
     dc = tl.load(grad_new_cell_ptr + offset, inside, 0).to(COMPUTE) + dh * o * (1 - out * out)
@@ -93,10 +86,13 @@ def _launch(kernel: Any, cpp: str, inputs: tuple[Tensor, ...], outputs: tuple[Te
     if backend == "cpp":
         cpp_backend.call(cpp, compute, inputs, outputs, rows, area)
         return
+    triton_backend.launch(kernel, _plan, (*inputs, *outputs), (total, area), (triton_backend.TYPES[compute],))
+
+
+def _plan(total: int, area: int, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
     block = triton_backend.block(total, 512)
-    kernel[triton_backend.grid(total, block)](
-        *inputs, *outputs, total, area, BLOCK=block, COMPUTE=triton_backend.TYPES[compute]
-    )
+    constants = {"BLOCK": block, "OFFSET": triton_backend.offsets(4 * total + block), "COMPUTE": compute}
+    return triton_backend.grid(total, block), constants
 
 
 def _forward(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:

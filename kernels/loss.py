@@ -7,13 +7,14 @@ pass as the loss; the backward pass scales it. Sums have one order: partial sums
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, cpp_backend, reference, registry, triton_backend
-from .triton_backend import jit, tl
+from .triton_backend import jit, tile, tl
 
 
 @jit
@@ -22,57 +23,76 @@ def _sign(x):
 
 
 @jit
-def _edge_weight(frame_ptr, first, second, plane, inside, C: tl.constexpr, COMPUTE: tl.constexpr):
-    """exp(-mean over the channels of |frame at second - frame at first|), 0 outside."""
-    change = tl.zeros(first.shape, COMPUTE)
-    for c in range(C):
-        a = tl.load(frame_ptr + c * plane + first, inside, 0).to(COMPUTE)
-        b = tl.load(frame_ptr + c * plane + second, inside, 0).to(COMPUTE)
-        change += tl.abs(b - a)
-    return tl.where(inside, tl.exp(-change / C), 0.0)
-
-
-@jit
 def _flow_loss_kernel(
     prediction_ptr, target_ptr, frames_ptr, grad_ptr, partial_ptr, height, width,
     data_weight: tl.float64, smooth_weight: tl.float64,
-    C: tl.constexpr, WANT_GRAD: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    C: tl.constexpr, WANT_GRAD: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, IMAGES: tl.constexpr,
+    OFFSET: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     # passed as fp64, which they are rounded from once: an fp32 argument made an fp64 loss wrong by 4e-7
     data_weight, smooth_weight = tl.full([], data_weight, COMPUTE), tl.full([], smooth_weight, COMPUTE)
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    image = tl.program_id(1).to(tl.int64)
-    plane = tl.cast(height, tl.int64) * width  # tl.cast: a height of 1 is a constant, which has no .to
-    inside = pixel < plane
-    y, x = pixel // width, pixel % width
+    image, y, x, inside = tile(height, width, COLUMNS, ROWS, IMAGES, OFFSET)
+    # tl.cast: a size of 1 is no tensor but a constant of the program
+    plane = tl.cast(height, tl.int64) * width
+    pixel = y * width + x
     # the four differences a pixel takes part in: to its right and lower neighbour, from its left and upper one
     has_right = inside & (x + 1 < width)
     has_below = inside & (y + 1 < height)
     has_left = inside & (x > 0)
     has_above = inside & (y > 0)
-    frame = frames_ptr + image * C * plane
-    right = _edge_weight(frame, pixel, pixel + 1, plane, has_right, C, COMPUTE)
-    below = _edge_weight(frame, pixel, pixel + width, plane, has_below, C, COMPUTE)
-    if WANT_GRAD:
-        left = _edge_weight(frame, pixel - 1, pixel, plane, has_left, C, COMPUTE)
-        above = _edge_weight(frame, pixel - width, pixel, plane, has_above, C, COMPUTE)
-    loss = tl.zeros([BLOCK], COMPUTE)
-    for component in range(2):
-        at = (2 * image + component) * plane + pixel
-        u = tl.load(prediction_ptr + at, inside, 0).to(COMPUTE)
-        error = u - tl.load(target_ptr + at, inside, 0).to(COMPUTE)
-        dx = tl.load(prediction_ptr + at + 1, has_right, 0).to(COMPUTE) - u
-        dy = tl.load(prediction_ptr + at + width, has_below, 0).to(COMPUTE) - u
+    # sum over the channels of |the frame's difference| to each neighbour
+    right = tl.zeros([COLUMNS * ROWS], COMPUTE)
+    below, left, above = right, right, right
+    frame = frames_ptr + image * C * plane + pixel
+    for _ in range(C):
+        own = tl.load(frame, inside, 0).to(COMPUTE)
+        right += tl.abs(tl.load(frame + 1, has_right, 0).to(COMPUTE) - own)
+        below += tl.abs(tl.load(frame + width, has_below, 0).to(COMPUTE) - own)
+        if WANT_GRAD:
+            left += tl.abs(tl.load(frame - 1, has_left, 0).to(COMPUTE) - own)
+            above += tl.abs(tl.load(frame - width, has_above, 0).to(COMPUTE) - own)
+        frame += plane
+    right = tl.where(has_right, tl.exp(-right / C), 0.0)
+    below = tl.where(has_below, tl.exp(-below / C), 0.0)
+    left = tl.where(has_left, tl.exp(-left / C), 0.0)
+    above = tl.where(has_above, tl.exp(-above / C), 0.0)
+    loss = tl.zeros([COLUMNS * ROWS], COMPUTE)
+    grads = ()
+    for component in tl.static_range(2):
+        at = (2 * image + component) * plane
+        here = prediction_ptr + at + pixel
+        u = tl.load(here, inside, 0).to(COMPUTE)
+        error = u - tl.load(target_ptr + at + pixel, inside, 0).to(COMPUTE)
+        dx = tl.load(here + 1, has_right, 0).to(COMPUTE) - u
+        dy = tl.load(here + width, has_below, 0).to(COMPUTE) - u
         # a missing neighbour has weight 0, and a difference of its own that must not turn it into NaN
         dx = tl.where(has_right, dx, 0.0)
         dy = tl.where(has_below, dy, 0.0)
         loss += data_weight * error * error + smooth_weight * (tl.abs(dx) * right + tl.abs(dy) * below)
         if WANT_GRAD:
-            from_left = u - tl.load(prediction_ptr + at - 1, has_left, 0).to(COMPUTE)
-            from_above = u - tl.load(prediction_ptr + at - width, has_above, 0).to(COMPUTE)
+            from_left = u - tl.load(here - 1, has_left, 0).to(COMPUTE)
+            from_above = u - tl.load(here - width, has_above, 0).to(COMPUTE)
             flat = _sign(from_left) * left - _sign(dx) * right + _sign(from_above) * above - _sign(dy) * below
-            tl.store(grad_ptr + at, 2 * data_weight * error + smooth_weight * flat, inside)
-    tl.store(partial_ptr + image * tl.num_programs(0) + tl.program_id(0), tl.sum(loss, 0))
+            grads += (2 * data_weight * error + smooth_weight * flat,)
+    if WANT_GRAD:
+        # behind all loads, none of which may be moved over a store
+        for component in tl.static_range(2):
+            tl.store(grad_ptr + (2 * image + component) * plane + pixel, grads[component], inside)
+    # programs in the order of the grid, whichever axis the images are
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    program += tl.program_id(2) * (tl.num_programs(0) * tl.num_programs(1))
+    tl.store(partial_ptr + program, tl.sum(loss, 0))
+
+
+_PIXELS = 256
+"""Pixels and threads of a program."""
+
+
+def _plan(h: int, w: int, images: int, c: int, want_grad: bool, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    grid, shape = triton_backend.tiles(images, h, w, _PIXELS)
+    offset = triton_backend.offsets(h * w)
+    fixed = {"C": c, "WANT_GRAD": want_grad, "OFFSET": offset, "COMPUTE": compute, "num_warps": _PIXELS // 32}
+    return grid, {**shape, **fixed}
 
 
 def _run(
@@ -92,13 +112,11 @@ def _run(
         outputs = (grad if want_grad else None, loss)
         cpp_backend.call("flow_loss", compute, inputs, outputs, b * steps, c, h, w, *weights)
     else:
-        block = triton_backend.block(h * w, 256)
-        grid = (*triton_backend.grid(h * w, block), b * steps)
-        partial = torch.empty(grid[0] * grid[1], dtype=compute, device=prediction.device)
-        _flow_loss_kernel[grid](
-            *inputs, grad, partial, h, w, *weights,
-            C=c, WANT_GRAD=want_grad, BLOCK=block, COMPUTE=triton_backend.TYPES[compute],
-        )  # fmt: skip
+        facts = b * steps, c, want_grad, triton_backend.TYPES[compute]
+        grid, _ = triton_backend.tiles(b * steps, h, w, _PIXELS)
+        partial = torch.empty(math.prod(grid), dtype=compute, device=prediction.device)
+        tensors = *inputs, grad, partial
+        triton_backend.launch(_flow_loss_kernel, _plan, tensors, (h, w), facts, weights)
         loss = partial.sum()
     return loss.to(prediction.dtype), grad
 

@@ -9,27 +9,40 @@ same pass. A concatenation of its own would move 2 more each way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, cpp_backend, reference, registry, triton_backend
-from .triton_backend import jit, tl
+from .triton_backend import jit, tl, triton
 
 
 @jit
 def _modulate_fwd_kernel(
-    context_ptr, gamma_ptr, beta_ptr, out_ptr, channels, area, out_stride, BLOCK: tl.constexpr, COMPUTE: tl.constexpr
-):
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first_ptr, second_ptr, context_ptr, gamma_ptr, beta_ptr, out_ptr,
+    first_b, first_c, second_b, second_c, context_b, context_c, out_b, first, second, place, channels, area,
+    IMAGES: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """A block of one plane of the output: channels below `first` and `second` are copies, the others go behind them
+    from channel `place` on."""
+    b, k = tl.program_id(IMAGES).to(tl.int64), tl.program_id(1).to(tl.int64)
+    offset = tl.program_id(2 - IMAGES).to(OFFSET) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < area
-    plane = tl.program_id(1).to(tl.int64)
-    gamma = tl.load(gamma_ptr + plane).to(COMPUTE)
-    beta = tl.load(beta_ptr + plane).to(COMPUTE)
-    context = tl.load(context_ptr + plane * area + offset, inside, 0).to(COMPUTE)
-    to = out_ptr + plane // channels * out_stride + plane % channels * area
-    tl.store(to + offset, gamma * context + beta, inside)
+    out = out_ptr + b * out_b
+    if k < first:
+        value = tl.load(first_ptr + b * first_b + k * first_c + offset, inside, 0)
+        tl.store(out + k * area + offset, value.to(out_ptr.dtype.element_ty), inside)
+    elif k < second:
+        value = tl.load(second_ptr + b * second_b + (k - first) * second_c + offset, inside, 0)
+        tl.store(out + k * area + offset, value.to(out_ptr.dtype.element_ty), inside)
+    else:
+        c = k - second
+        gamma = tl.load(gamma_ptr + b * channels + c).to(COMPUTE)
+        beta = tl.load(beta_ptr + b * channels + c).to(COMPUTE)
+        context = tl.load(context_ptr + b * context_b + c * context_c + offset, inside, 0).to(COMPUTE)
+        tl.store(out + (place + c) * area + offset, gamma * context + beta, inside)
 
 
 @jit
@@ -54,9 +67,16 @@ def _modulate_bwd_kernel(
     tl.store(grad_beta_ptr + plane, tl.sum(by_beta, 0))
 
 
+_BLOCK = 1024
+"""The most elements of a plane that a program of the forward pass takes, 8 a thread."""
+
+
 def _forward(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Tensor, backend: str) -> Tensor:
-    b, c, h, w = context.shape
     out = _forward_fake(before, context, gamma, beta, backend)
+    if backend == "triton":
+        _forward_triton(before, context, gamma, beta, out)
+        return out
+    b, c, h, w = context.shape
     *places, place = out.split([*(t.shape[1] for t in before), c], dim=1)
     for at, part in zip(places, before, strict=True):
         at.copy_(part)
@@ -64,16 +84,47 @@ def _forward(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Ten
         return out
     compute = cpp_backend.compute_type(context, gamma, beta)
     inputs = [t.contiguous() for t in (context, gamma, beta)]
-    if backend == "cpp":
-        # in another type the place is filled from a dense buffer
-        stride = out.stride(0) if out.dtype == compute else c * h * w
-        cpp_backend.call("modulate_forward", compute, inputs, [place], b, c, h * w, stride)
-    else:
-        block = triton_backend.block(h * w, 1024)
-        _modulate_fwd_kernel[*triton_backend.grid(h * w, block), b * c](
-            *inputs, place, c, h * w, out.stride(0), BLOCK=block, COMPUTE=triton_backend.TYPES[compute]
-        )
+    # in another type the place is filled from a dense buffer
+    stride = out.stride(0) if out.dtype == compute else c * h * w
+    cpp_backend.call("modulate_forward", compute, inputs, [place], b, c, h * w, stride)
     return out
+
+
+def _forward_triton(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Tensor, out: Tensor) -> None:
+    """One launch for the context and the first two of the features before it; PyTorch copies any others."""
+    b, c, h, w = context.shape
+    area = h * w
+    copied = [_planes(t) for t in before[:2]]
+    ends = [0, *accumulate(t.shape[1] for t in before)]
+    for begin, part in zip(ends[2:], before[2:], strict=False):
+        out[:, begin : begin + part.shape[1]].copy_(part)
+    context = _planes(context)
+    first, second = ends[min(1, len(copied))], ends[len(copied)]
+    # where there is nothing to copy its pointer is not followed
+    one, two = (*copied, context, context)[:2]
+    tensors = one, two, context, gamma.contiguous(), beta.contiguous(), out
+    strides = *one.stride()[:2], *two.stride()[:2], *context.stride()[:2], out.stride(0)
+    facts = b, triton_backend.TYPES[cpp_backend.compute_type(context, gamma, beta)]
+    numbers = *strides, first, second, ends[-1], c, area
+    triton_backend.launch(_modulate_fwd_kernel, _forward_plan, tensors, numbers, facts)
+
+
+def _forward_plan(*given: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    *_, second, _place, c, area, b, compute = given
+    block = triton_backend.block(area, min(_BLOCK, max(64, triton.next_power_of_2(area))))
+    across, many = triton.cdiv(area, block), b > triton_backend.MOST
+    return (b, second + c, across) if many else (across, second + c, b), {
+        "IMAGES": 0 if many else 2,
+        "BLOCK": block,
+        "OFFSET": triton_backend.offsets(area + block),
+        "COMPUTE": compute,
+        "num_warps": min(4, max(1, block // 256)),
+    }
+
+
+def _planes(t: Tensor) -> Tensor:
+    """(B,C,H,W) with the pixels of a channel one behind the other, a copy where they are not."""
+    return t if t.stride()[2:] == (t.shape[3], 1) else t.contiguous()
 
 
 def _forward_fake(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Tensor, backend: str) -> Tensor:
@@ -98,12 +149,17 @@ def _backward(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tup
         grad = grad.to(compute)
         cpp_backend.call("modulate_backward", compute, [*inputs, grad], outputs, b, c, h * w, grad.stride(0))
     else:
-        block = triton_backend.block(h * w, 1024)
-        _modulate_bwd_kernel[b * c,](
-            *inputs, grad, *outputs, c, h * w, grad.stride(0),
-            BLOCKS=triton_backend.grid(h * w, block)[0], BLOCK=block, COMPUTE=triton_backend.TYPES[compute],
-        )  # fmt: skip
+        tensors, facts = (*inputs, grad, *outputs), (b, triton_backend.TYPES[compute])
+        triton_backend.launch(_modulate_bwd_kernel, _backward_plan, tensors, (c, h * w, grad.stride(0)), facts)
     return outputs
+
+
+def _backward_plan(c: int, area: int, _stride: int, b: int, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    # a channel is one program's: a large one takes more threads
+    warps = 4 if area <= 1 << 14 else 16
+    block = triton_backend.block(area, 256 * warps)
+    blocks = triton.cdiv(area, block)
+    return (b * c,), {"BLOCKS": blocks, "BLOCK": block, "COMPUTE": compute, "num_warps": warps}
 
 
 def _backward_fake(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:

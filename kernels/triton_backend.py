@@ -9,7 +9,7 @@ integer.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +27,7 @@ except ImportError as error:  # not on Linux, or left out
 
 TYPES: dict[torch.dtype, Any] = {} if tl is None else {torch.float32: tl.float32, torch.float64: tl.float64}
 """Triton's names of the compute types."""
-_MOST = 65535
+MOST = 65535
 """Programs along the second and the third axis of a grid."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -60,6 +60,89 @@ def grid(size: int, block_size: int) -> tuple[int]:
     return (triton.cdiv(size, block_size),)
 
 
+_KNOWN = ((3, 6), (3, 7))
+"""Versions of Triton whose way from a compiled kernel to its launch is known here."""
+_DIRECT = (
+    triton is not None
+    and not INTERPRETED
+    and tuple(int(n) for n in triton.__version__.split(".")[:2]) in _KNOWN
+    and hasattr(torch._C, "_cuda_getCurrentRawStream")
+    and hasattr(torch._C, "_cuda_getDevice")
+)
+_LAUNCHES: dict[Any, tuple[Any, ...]] = {}
+"""What launches that came before found out, by all that Triton compiles a kernel for."""
+_MOST_LAUNCHES = 1024
+
+
+def launch(
+    kernel: Any,
+    plan: Callable[..., tuple[tuple[int, ...], dict[str, Any]]],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[Any, ...],
+    facts: tuple[Any, ...],
+    floats: tuple[float, ...] = (),
+) -> None:
+    """Run a kernel whose arguments are tensors, numbers (integers, or tuples of them), `floats` of an annotated type,
+    and constants. `plan(*numbers, *facts)` gives the grid, and constants and options by name; nothing else may decide
+    about them. An empty grid runs nothing.
+
+    Triton takes 17 us to find anew what it compiled for such arguments. So where a call is like one before (the same
+    kernel, numbers, facts, types, alignment and device), what that one found is launched, with addresses for tensors,
+    which Triton's launcher would look up one by one. Not while a profiler has hooks."""
+    device = tensors[0].get_device()
+    if device < 0 or not _DIRECT:
+        _launch(kernel, plan, tensors, numbers, facts, floats)
+        return
+    if device != torch._C._cuda_getDevice():
+        # Triton compiles for the current device and launches there
+        with torch.cuda.device(device):
+            launch(kernel, plan, tensors, numbers, facts, floats)
+        return
+    addresses = [t.data_ptr() for t in tensors]
+    low = 0
+    for address in addresses:
+        low |= address
+    aligned = None if low % 16 == 0 else tuple([a % 16 == 0 for a in addresses])
+    # by identity: a kernel's own hash is made of its source text
+    key = id(kernel), numbers, facts, tuple([t.dtype for t in tensors]), aligned, device
+    known = _LAUNCHES.get(key)
+    if known is None or _hooked() or kernel.pre_run_hooks:
+        known = _launch(kernel, plan, tensors, numbers, facts, floats)
+        if known is not None:
+            if len(_LAUNCHES) >= _MOST_LAUNCHES:
+                _LAUNCHES.clear()
+            _LAUNCHES[key] = known
+        return
+    x, y, z, run, function, metadata, constants = known
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    run(x, y, z, stream, function, metadata, None, None, None, *addresses, *numbers, *floats, *constants)
+
+
+def _hooked() -> bool:
+    runtime = triton.knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        # a chain of hooks may be empty; before there were chains there was one or none
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
+
+
+def _launch(
+    kernel: Any, plan: Callable[..., Any], tensors: Any, numbers: Any, facts: Any, floats: Any
+) -> tuple[Any, ...] | None:
+    """Triton's own way; what `launch` needs to go its own the next time, or None where that is not there."""
+    size, constants = plan(*numbers, *facts)
+    if 0 in size:
+        return None
+    compiled = kernel[size](*tensors, *numbers, *floats, **constants)
+    try:
+        found = compiled.run, compiled.function, compiled.packed_metadata
+        names = kernel.arg_names[len(tensors) + len(numbers) + len(floats) :]
+        return *size, *(1,) * (3 - len(size)), *found, tuple([constants[name] for name in names])
+    except AttributeError:  # the interpreter, or a Triton with other names
+        return None
+
+
 def offsets(*extents: int) -> Any:
     """Type of the offsets inside memory of so many elements: half as many instructions where 32 bits hold them."""
     return tl.int32 if max(extents) < 2**31 else tl.int64
@@ -82,7 +165,7 @@ def tiles(images: int, height: int, width: int, pixels: int) -> tuple[tuple[int,
         rows = triton.next_power_of_2(triton.cdiv(height, 8))
     else:
         narrowest = min(16, triton.next_power_of_2(width))
-        while triton.cdiv(height, pixels // narrowest) > _MOST:
+        while triton.cdiv(height, pixels // narrowest) > MOST:
             narrowest //= 2
         wider = [narrowest << i for i in range(4) if narrowest << i <= min(pixels, triton.next_power_of_2(width))]
 
@@ -90,10 +173,10 @@ def tiles(images: int, height: int, width: int, pixels: int) -> tuple[tuple[int,
             rows = pixels // columns
             return triton.cdiv(width, columns) * triton.cdiv(height, rows)
 
-        columns = min((c for c in wider if triton.cdiv(height, pixels // c) <= _MOST), key=lambda c: (covered(c), -c))
+        columns = min((c for c in wider if triton.cdiv(height, pixels // c) <= MOST), key=lambda c: (covered(c), -c))
         rows = pixels // columns
     across, down = triton.cdiv(width, columns), triton.cdiv(height, rows)
-    many = images > _MOST
+    many = images > MOST
     return (images, down, across) if many else (across, down, images), {
         "COLUMNS": columns,
         "ROWS": rows,
@@ -112,6 +195,6 @@ def tile(height, width, COLUMNS: tl.constexpr, ROWS: tl.constexpr, IMAGES: tl.co
 
 
 __all__ = [
-    "INTERPRETED", "TYPES", "block", "extent", "grid", "jit", "offsets", "tile", "tiles", "tl", "triton", "unavailable",
-    "unsupported",
+    "INTERPRETED", "MOST", "TYPES", "block", "extent", "grid", "jit", "launch", "offsets", "tile", "tiles", "tl",
+    "triton", "unavailable", "unsupported",
 ]  # fmt: skip

@@ -152,18 +152,28 @@ _PIXELS = 256
 """Pixels and threads of a program."""
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], **constants: Any) -> None:
-    """Run a kernel over all pixels of the first of the `strided` tensors (B,C,H,W), whose strides it takes."""
-    b, c, h, w = strided[0].shape
+def _plan(*given: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Of the strides of three tensors, height and width, then batch, channels, and constants by name."""
+    *strides, h, w, b, c, constants = given
     grid, shape = triton_backend.tiles(b, h, w, _PIXELS)
+    reach = [triton_backend.extent((h, w), strides[i : i + 2]) for i in (2, 6, 10)]
     # channels whose loads are under way together: three spill the registers of the sums in fixed point
-    at_once = 1 if constants.get("FIXED") else next(n for n in (4, 3, 2, 1) if c % n == 0)
-    strides = [t.stride() for t in strided]
-    offset = triton_backend.offsets(h * w, *(triton_backend.extent((h, w), s[2:]) for s in strides))
-    kernel[grid](
-        *tensors, *(step for s in strides for step in s), h, w, C=c, AT_ONCE=at_once, **shape, OFFSET=offset, **constants,
-        num_warps=_PIXELS // 32,
-    )  # fmt: skip
+    at_once = 1 if ("FIXED", True) in constants else next(n for n in (4, 3, 2, 1) if c % n == 0)
+    return grid, {
+        **dict(constants),
+        **shape,
+        "C": c,
+        "AT_ONCE": at_once,
+        "OFFSET": triton_backend.offsets(h * w, *reach),
+        "num_warps": _PIXELS // 32,
+    }
+
+
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], a: Tensor, b: Tensor, c: Tensor, *constants: Any) -> None:
+    """Run a kernel over all pixels of a (B,C,H,W), which takes the strides of a, b and c."""
+    batch, channels, h, w = a.shape
+    numbers = *a.stride(), *b.stride(), *c.stride(), h, w
+    triton_backend.launch(kernel, _plan, tensors, numbers, (batch, channels, constants))
 
 
 def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
@@ -177,7 +187,7 @@ def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
         cpp_backend.call("warp_forward", compute, inputs, (plain,), *image.shape, zeros)
         return out if plain is out else out.copy_(plain)
     tensors = image, flow, out
-    _launch(_warp_fwd_kernel, tensors, tensors, ZEROS=zeros, COMPUTE=triton_backend.TYPES[compute])
+    _launch(_warp_fwd_kernel, tensors, *tensors, ("ZEROS", zeros), ("COMPUTE", triton_backend.TYPES[compute]))
     return out
 
 
@@ -206,10 +216,10 @@ def _backward(
             peak = grad.detach().abs().amax().to(compute)
             exponent = torch.frexp(peak * (image.shape[2] * image.shape[3])).exponent
             scale = torch.ldexp(torch.ones_like(peak), (62 - exponent).clamp(-120, 120))
-        strided = image, flow, grad
+        tensors = image, flow, grad, sums, grad_flow, scale
         _launch(
-            _warp_bwd_kernel, (*strided, sums, grad_flow, scale), strided,
-            ZEROS=zeros, WANT_IMAGE=want_image, WANT_FLOW=want_flow, FIXED=fixed, COMPUTE=triton_backend.TYPES[compute],
+            _warp_bwd_kernel, tensors, image, flow, grad, ("ZEROS", zeros), ("WANT_IMAGE", want_image),
+            ("WANT_FLOW", want_flow), ("FIXED", fixed), ("COMPUTE", triton_backend.TYPES[compute]),
         )  # fmt: skip
         if fixed:
             # peak - peak: nothing, or NaN where a gradient was not finite, which integers cannot hold

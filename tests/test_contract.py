@@ -79,6 +79,20 @@ CASES = {
         ],
         (True,) * 5,
     ),
+    "modulate behind three": Case(
+        lambda x, y, z, *a, **k: modulate(*a, before=(x, y, z), **k),
+        lambda b, h, w: [
+            *(normal(b, c, h, w, seed=c) for c in (2, 1, 4, 3)),
+            normal(b, 3, seed=5),
+            normal(b, 3, seed=6),
+        ],
+        (True,) * 6,
+    ),
+    "modulate behind one": Case(
+        lambda x, *a, **k: modulate(*a, before=(x,), **k),
+        lambda b, h, w: [*(normal(b, c, h, w, seed=c) for c in (2, 3)), normal(b, 3, seed=4), normal(b, 3, seed=5)],
+        (True,) * 4,
+    ),
     "condense": Case(
         condense,
         lambda b, h, w: [0.5 * normal(b, h, 8), 0.3 * normal(24, 8, seed=1), 0.1 * normal(24, seed=2)],

@@ -315,6 +315,73 @@ def test_a_backend_runs_unasked_only_where_it_suits(monkeypatch):
     assert chosen == "triton" and others["reference"] == "triton is preferred where x < 3"
 
 
+def test_a_launch_like_one_before_goes_past_triton(monkeypatch):
+    """Addresses instead of tensors, anew where anything that Triton compiles for differs; no GPU takes part."""
+    from types import SimpleNamespace
+
+    triton_backend = pytest.importorskip("avfast.kernels.triton_backend")
+    if triton_backend.triton is None:
+        pytest.skip("no Triton")
+    runtime = triton_backend.triton.knobs.runtime
+    triton_way, direct, devices = [], [], []
+    compiled = SimpleNamespace(run=lambda *a: direct.append(a), function=7, packed_metadata=(4, 1, 0))
+
+    class Kernel:
+        arg_names = ["x_ptr", "y_ptr", "x_strides", "size", "weight", "KIND", "BLOCK"]
+        pre_run_hooks = []
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: triton_way.append((grid, args, constants)) or compiled
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            devices.append(self.device)
+
+        def __exit__(self, *_):
+            devices.pop()
+
+    def tensor(address, dtype=torch.float32, device=0):
+        return SimpleNamespace(data_ptr=lambda: address, dtype=dtype, get_device=lambda: device)
+
+    monkeypatch.setattr(triton_backend, "_DIRECT", True)
+    monkeypatch.setattr(triton_backend, "_LAUNCHES", {})
+    monkeypatch.setattr(triton_backend, "_MOST_LAUNCHES", 6)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: devices[-1] if devices else 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 90 + device, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+
+    def plan(strides, size, kind):
+        return (size // 4, 2), {"BLOCK": 4, "KIND": kind, "num_warps": 1}
+
+    kernel, x, y = Kernel(), tensor(64), tensor(128)
+
+    def launch(tensors=(x, y), numbers=((2, 1), 8), facts=("a",), weight=0.5):
+        triton_backend.launch(kernel, plan, tensors, numbers, facts, (weight,))
+
+    launch()
+    assert triton_way == [((2, 2), (x, y, (2, 1), 8, 0.5), {"BLOCK": 4, "KIND": "a", "num_warps": 1})] and not direct
+    launch((tensor(640), tensor(0)), weight=0.25)
+    assert direct == [(2, 2, 1, 90, 7, (4, 1, 0), None, None, None, 640, 0, (2, 1), 8, 0.25, "a", 4)]
+    launch(numbers=((2, 1), 12)), launch(facts=("b",)), launch((x, tensor(136))), launch((tensor(72), y))
+    launch((x, tensor(128, torch.float16)))
+    assert len(triton_way) == 6 and len(direct) == 1
+    launch((tensor(64, device=1), tensor(128, device=1)))
+    assert len(triton_way) == 7 and not devices
+    launch((tensor(64, device=1), tensor(128, device=1)))
+    assert direct[-1][3] == 91 and len(triton_way) == 7 and len(triton_backend._LAUNCHES) == 1
+    launch(), launch()
+    assert len(direct) == 3 and len(triton_way) == 8
+    monkeypatch.setattr(runtime, "launch_enter_hook", lambda _: None)
+    launch()
+    assert len(direct) == 3 and len(triton_way) == 9
+    # nothing to do
+    launch(numbers=((2, 1), 0))
+    assert len(triton_way) == 9
+
+
 def test_explain_names_every_op_and_a_reason_for_every_other_backend():
     rows = registry.explain()
     ops = {"backward_warp", "condense", "recall", "convlstm_gates", "modulate", "flow_loss"}

@@ -40,14 +40,24 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "condense": {"CAUSAL": True, "BLOCK": 16, "num_stages": 1, "num_warps": 8},
         "recall": {"CAUSAL": False, "BLOCK": 16, "num_stages": 1, "num_warps": 8, **POSITIONS},
     },
-    "_gates_fwd_kernel": {"": {"BLOCK": 512}},
-    "_gates_bwd_kernel": {"": {"BLOCK": 512}},
-    "_flow_loss_kernel": {
-        "grad": {"C": 3, "WANT_GRAD": True, "BLOCK": 256},
-        "no grad": {"C": 1, "WANT_GRAD": False, "BLOCK": 256},
+    "_gates_fwd_kernel": {
+        "": {"BLOCK": 512, "OFFSET": triton.language.int32},
+        "far": {"BLOCK": 512, "OFFSET": triton.language.int64},
     },
-    "_modulate_fwd_kernel": {"": {"BLOCK": 1024}},
-    "_modulate_bwd_kernel": {"": {"BLOCK": 1024, "BLOCKS": 3}},
+    "_gates_bwd_kernel": {"": {"BLOCK": 512, "OFFSET": triton.language.int32}},
+    "_flow_loss_kernel": {
+        "grad": {"C": 3, "WANT_GRAD": True, **TILE},
+        "no grad": {"C": 1, "WANT_GRAD": False, **TILE},
+        "far": {"C": 3, "WANT_GRAD": True, **FAR},
+    },
+    "_modulate_fwd_kernel": {
+        "": {"BLOCK": 1024, "IMAGES": 2, "OFFSET": triton.language.int32},
+        "far": {"BLOCK": 1024, "IMAGES": 0, "OFFSET": triton.language.int64},
+    },
+    "_modulate_bwd_kernel": {
+        "": {"BLOCK": 1024, "BLOCKS": 3},
+        "large": {"BLOCK": 4096, "BLOCKS": 100, "num_warps": 16},
+    },
     "_warp_fwd_kernel": {
         "border": {"C": 1, "AT_ONCE": 1, "ZEROS": False, **TILE},
         "zeros": {"C": 3, "AT_ONCE": 3, "ZEROS": True, **TILE},
