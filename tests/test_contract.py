@@ -552,10 +552,18 @@ def test_recall_gives_fused_attention_rows_that_it_takes(
 
 
 def test_what_the_attention_kernels_leave_to_others() -> None:
-    triton = registry.OPS["condense"].backends["triton"]
+    assert registry.OPS["condense"].backends["triton"].opt_in
+    triton = registry.OPS["recall"].backends["triton"]
     assert triton.where is not None
-    words, suits = triton.where
-    assert words == "T <= 128" and suits(normal(1, 128, 2)) and not suits(normal(1, 129, 2))
+    for batch, tokens, dtype, wanted in (
+        (16, 20, torch.float32, True),
+        (512, 20, torch.float32, False),
+        (512, 20, torch.bfloat16, True),
+        (16, 65, torch.bfloat16, False),
+    ):
+        maps, memory = torch.zeros(batch, 4, 3, 3, dtype=dtype), torch.zeros(batch, tokens, 4, dtype=dtype)
+        assert triton.where[1](maps, maps, memory, memory) is wanted
+        assert not triton.where[1](maps, maps, memory, memory.requires_grad_())
     if not TRITON:
         pytest.skip("no Triton on this device")
     for c, dtype, most in ((129, torch.float32, 128), (129, torch.bfloat16, 128), (65, torch.float64, 64)):
