@@ -23,6 +23,12 @@ def shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> None:
         raise ValueError(f"{name} has shape {tuple(size)}, expected ({expected})")
 
 
+def exactly(name: str, tensor: Tensor, dims: str, size: tuple[int, ...]) -> None:
+    """`shape` where every dimension is known: one comparison instead of one each, 1 us of every call."""
+    if not (isinstance(tensor, Tensor) and tensor.shape == size and tensor.is_floating_point()):
+        shape(name, tensor, dims, **dict(zip(dims.split(), size, strict=True)))
+
+
 def same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors (None is left out) lie on one device."""
     first = None

@@ -164,6 +164,6 @@ def convlstm_gates(gates: Tensor, cell: Tensor, *, backend: str | None = None) -
     """
     checks.shape("cell", cell, "B C H W")
     b, c, h, w = cell.shape
-    checks.shape("gates", gates, "B 4C H W", **{"B": b, "4C": 4 * c, "H": h, "W": w})
+    checks.exactly("gates", gates, "B 4C H W", (b, 4 * c, h, w))
     checks.same_device(gates=gates, cell=cell)
     return _OP(gates, cell, backend=backend)

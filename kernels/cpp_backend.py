@@ -29,7 +29,7 @@ def unavailable(device: str) -> str | None:
 
 def unsupported(first: Tensor, *_others: Any) -> str | None:
     """The same for a call whose first argument is `first`; public functions see to one device for all."""
-    return None if first.is_cpu and NOT_BUILT is None else unavailable(first.device.type)
+    return NOT_BUILT if first.is_cpu else unavailable("another")
 
 
 def engine() -> Any:

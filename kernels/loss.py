@@ -171,7 +171,7 @@ def flow_loss(
     """
     checks.shape("prediction", prediction, "B P 2 H W", **{"2": 2})
     b, p, _, h, w = prediction.shape
-    checks.shape("target", target, "B P 2 H W", **{"B": b, "P": p, "2": 2, "H": h, "W": w})
+    checks.exactly("target", target, "B P 2 H W", (b, p, 2, h, w))
     checks.shape("frames", frames, "B P C H W", B=b, P=p, H=h, W=w)
     checks.same_device(prediction=prediction, target=target, frames=frames)
     checks.no_gradient("target", target)

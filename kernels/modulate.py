@@ -217,8 +217,8 @@ def modulate(
     """
     checks.shape("context", context, "B C H W")
     b, c, h, w = context.shape
-    checks.shape("gamma", gamma, "B C", B=b, C=c)
-    checks.shape("beta", beta, "B C", B=b, C=c)
+    checks.exactly("gamma", gamma, "B C", (b, c))
+    checks.exactly("beta", beta, "B C", (b, c))
     for i, part in enumerate(before):
         checks.shape(f"before[{i}]", part, "B Ci H W", B=b, H=h, W=w)
     checks.same_device(

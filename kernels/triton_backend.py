@@ -46,7 +46,7 @@ def unavailable(device: str) -> str | None:
 
 def unsupported(first: Tensor, *_others: Any) -> str | None:
     """The same for a call whose first argument is `first`; public functions see to one device for all."""
-    return unavailable(first.device.type)
+    return MISSING if first.is_cuda else unavailable(first.device.type)
 
 
 def block(size: int, usual: int) -> int:

@@ -282,7 +282,7 @@ def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backe
     """
     checks.shape("image", image, "B C H W")
     b, _, h, w = image.shape
-    checks.shape("flow", flow, "B 2 H W", **{"B": b, "2": 2, "H": h, "W": w})
+    checks.exactly("flow", flow, "B 2 H W", (b, 2, h, w))
     checks.same_device(image=image, flow=flow)
     checks.choice("padding", padding, ("border", "zeros"))
     return _OP(image, flow, padding, backend=backend)
