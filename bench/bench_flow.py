@@ -195,14 +195,16 @@ def bench_iteration(compare: Callable, width: int, height: int) -> None:
 
 def full_size_iterations(width: int, height: int, params: TVL1Params) -> float:
     """Iterations of all levels, in iterations of the finest."""
-    area, level = 0, (width, height)
+    areas, level = [], (width, height)
     for _ in range(params.scales):
-        area += math.prod(level)
+        areas.append(math.prod(level))
         finer = level
         level = tuple(math.floor(n * params.scale_step + 0.5) for n in level)
         if min(level) < 16 or any(n == f for n, f in zip(level, finer, strict=True)):
             break
-    return params.warps * params.outer_iterations * params.iterations * area / (width * height)
+    warps = [params.warps, *(len(areas) - 1) * [params.coarse_warps or params.warps]]
+    work = sum(w * area for w, area in zip(warps, areas, strict=True))
+    return params.outer_iterations * params.iterations * work / (width * height)
 
 
 @CUDA

@@ -49,8 +49,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Params>(m, "TVL1Params", "Parameters of the engine, checked by avfast.flow.TVL1Params.")
       .def(py::init([](bool chambolle_pock, bool opencv, float tau, float lambda, float theta, float scale_step,
-                       int scales, int warps, int outer_iterations, int iterations, float epsilon, int median,
-                       float presmooth) {
+                       int scales, int warps, int coarse_warps, int outer_iterations, int iterations, float epsilon,
+                       int median, float presmooth) {
              return Params{chambolle_pock ? avfast::tvl1::Solver::kChambollePock : avfast::tvl1::Solver::kZach,
                            opencv ? avfast::tvl1::Scheme::kOpenCV : avfast::tvl1::Scheme::kAvfast,
                            tau,
@@ -59,6 +59,7 @@ PYBIND11_MODULE(_C, m) {
                            scale_step,
                            scales,
                            warps,
+                           coarse_warps,
                            outer_iterations,
                            iterations,
                            epsilon,
@@ -66,8 +67,9 @@ PYBIND11_MODULE(_C, m) {
                            presmooth};
            }),
            py::kw_only(), py::arg("chambolle_pock"), py::arg("opencv"), py::arg("tau"), py::arg("lambda_"),
-           py::arg("theta"), py::arg("scale_step"), py::arg("scales"), py::arg("warps"), py::arg("outer_iterations"),
-           py::arg("iterations"), py::arg("epsilon"), py::arg("median"), py::arg("presmooth"));
+           py::arg("theta"), py::arg("scale_step"), py::arg("scales"), py::arg("warps"), py::arg("coarse_warps"),
+           py::arg("outer_iterations"), py::arg("iterations"), py::arg("epsilon"), py::arg("median"),
+           py::arg("presmooth"));
 
   m.def(
       "tvl1_flow",

@@ -223,10 +223,18 @@ class Workspace {
     for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
       const float* from = image + static_cast<int64_t>(y) * size.width;
       float* to = along + y * size.stride();
-      for (int x = 0; x < size.width; ++x) {
+      const auto at_border = [&](int x) {
         float sum = 0.0f;
         for (int k = -radius; k <= radius; ++k) sum += kernel_[k + radius] * from[std::clamp(x + k, 0, size.width - 1)];
         to[x] = sum;
+      };
+      const int inner = std::min(radius, size.width);
+      const int end = std::max(size.width - radius, inner);
+      for (int x = 0; x < inner; ++x) at_border(x);
+      for (int x = end; x < size.width; ++x) at_border(x);
+      std::fill(to + inner, to + end, 0.0f);
+      for (int k = -radius; k <= radius; ++k) {
+        for (int x = inner; x < end; ++x) to[x] += kernel_[k + radius] * from[x + k];
       }
     }
     me.team.barrier();
@@ -331,7 +339,8 @@ class Workspace {
     const bool median_first = params_.scheme == Scheme::kOpenCV;
     const float* texels = texels_.get() + kTexelMargin * (texel_stride(size) + kTexelChannels);
     const float* target = a_[level].get();
-    for (int warp = 0; warp < params_.warps; ++warp) {
+    const int warps = params_.warps_of(level, static_cast<int>(levels_.size()));
+    for (int warp = 0; warp < warps; ++warp) {
       for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
         kernels_.linearise_row({texels, texel_stride(size), target + y * size.stride(), level_row(size, y),
                                 field_stride(size), y, size.width, size.height, median_first ? 2.0f : 0.0f,

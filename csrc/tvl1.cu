@@ -57,7 +57,8 @@ struct Job {
   float* flow;
   Level levels[kMaxLevels];  // finest first
   int count;
-  int warps, iterations, median;
+  int warps, coarse_warps;  // of the finest level, of the others
+  int iterations, median;
 };
 
 // ---- one block per pair ----
@@ -173,7 +174,8 @@ __device__ __forceinline__ void solve_small_level(const Job& job, const Solver& 
     __syncthreads();
   }
   s.publish_dual(e);
-  for (int warp = 0; warp < job.warps; ++warp) {
+  const int warps = index == 0 ? job.warps : job.coarse_warps;
+  for (int warp = 0; warp < warps; ++warp) {
     linearise_small(job, opaque(index), shared, s);
     __syncthreads();
     iterate(s, solver, e, job.iterations);
@@ -433,7 +435,6 @@ Gauss make_gauss(float sigma) {
 
 Job make_job(int height, int width, const Params& params) {
   Job job{};
-  job.warps = params.warps;
   job.iterations = params.iterations * params.outer_iterations;
   job.median = params.median;
   job.levels[0] = {height, width};
@@ -444,6 +445,8 @@ Job make_job(int height, int width, const Params& params) {
     if (!coarser(params.scale_step, fine.height, fine.width, &coarse.height, &coarse.width)) break;
     job.levels[job.count++] = coarse;
   }
+  job.warps = params.warps_of(0, job.count);
+  job.coarse_warps = params.warps_of(1, job.count);
   return job;
 }
 
@@ -530,7 +533,8 @@ void solve_large(const Job& job, const Solver& solver, int64_t pairs, float* scr
     const Tiling tiling = make_tiling(level, job.iterations);
     const dim3 tiles(static_cast<unsigned>(tiling.across), static_cast<unsigned>(tiling.down),
                      static_cast<unsigned>(pairs));
-    for (int warp = 0; warp < job.warps; ++warp) {
+    const int warps = i == 0 ? job.warps : job.coarse_warps;
+    for (int warp = 0; warp < warps; ++warp) {
       launch(linearise_kernel, grid, block, 0, stream, a, a_pair, static_cast<const float*>(image_b[i]),
              static_cast<const float*>(u[0]), data, area, per_pair, level);
       for (int left = job.iterations; left > 0; left -= tiling.iterations) {
@@ -541,7 +545,7 @@ void solve_large(const Job& job, const Solver& solver, int64_t pairs, float* scr
         std::swap(u[0], u[1]);
         std::swap(q[0], q[1]);
       }
-      const bool last = i == 0 && warp + 1 == job.warps;
+      const bool last = i == 0 && warp + 1 == warps;
       if (job.median > 1) {
         launch(job.median == 3 ? median_kernel<3> : median_kernel<5>, grid, block, 0, stream,
                static_cast<const float*>(u[0]), per_pair, area, last ? job.flow : u[1], last ? 2 * area : per_pair,

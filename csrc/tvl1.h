@@ -25,11 +25,17 @@ struct Params {
   float scale_step = 0.5f;   // size of a pyramid level as a share of the next finer one, in (0, 1)
   int scales = 100;          // largest number of levels; the shorter side never falls below 16 pixels
   int warps = 5;             // linearisations per level
+  int coarse_warps = 0;      // the same for all levels but the finest, and for an only one; 0 = as many
   int outer_iterations = 1;  // rounds of median filter and iterations per warp
   int iterations = 20;       // primal-dual iterations per round
   float epsilon = 0.f;       // a warp ends when the root mean squared change of the flow is not above it; 0 = never
   int median = 3;            // side of the median filter: 1 (off), 3 or 5
   float presmooth = 0.f;     // standard deviation in pixels of the Gaussian applied to both images first, 0 = off
+
+  // linearisations of level number `level` of `levels`, of which 0 is the finest.
+  int warps_of(int level, int levels) const {
+    return coarse_warps > 0 && (level > 0 || levels == 1) ? coarse_warps : warps;
+  }
 };
 
 // Flow from every image of `a` to its partner in `b`: a(p) ~ b(p + flow(p)).

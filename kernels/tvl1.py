@@ -57,13 +57,14 @@ def tvl1_flow_reference(a: Tensor, b: Tensor, params: TVL1Params) -> Tensor:
         finer_a, finer_b = pyramid[-1]
         pyramid.append((_shrink(finer_a, height, width, params), _shrink(finer_b, height, width, params)))
     flow = a.new_zeros(n, 2, *pyramid[-1][0].shape[1:])
-    for level_a, level_b in reversed(pyramid):
+    for i, (level_a, level_b) in reversed(list(enumerate(pyramid))):
         height, width = level_a.shape[1:]
-        flow = _solve_level(level_a, level_b, _enlarge(flow, height, width, params), params)
+        warps = (params.coarse_warps if i > 0 or len(pyramid) == 1 else 0) or params.warps
+        flow = _solve_level(level_a, level_b, _enlarge(flow, height, width, params), warps, params)
     return flow
 
 
-def _solve_level(a: Tensor, b: Tensor, flow: Tensor, params: TVL1Params) -> Tensor:
+def _solve_level(a: Tensor, b: Tensor, flow: Tensor, warps: int, params: TVL1Params) -> Tensor:
     dx = 0.5 * (_shift(b, 2, 1) - _shift(b, 2, -1))
     dy = 0.5 * (_shift(b, 1, 1) - _shift(b, 1, -1))
     fields = torch.stack([b, dx, dy], 1)
@@ -72,7 +73,7 @@ def _solve_level(a: Tensor, b: Tensor, flow: Tensor, params: TVL1Params) -> Tens
     still = params.epsilon**2 * a[0].numel()
     # the dual of (grad u1, grad u2): N, flow component, derivative, H, W
     dual = flow.new_zeros(flow.shape[0], 2, 2, *flow.shape[2:])
-    for _ in range(params.warps):
+    for _ in range(warps):
         grad, rho_c, inv_grad = _linearise(a, fields, flow, opencv)
         moving = True
         for _ in range(params.outer_iterations):
@@ -337,8 +338,8 @@ def _fake(a: Tensor, b: Tensor, *fields: object, threads: int, backend: str | No
 
 _FLOW = registry.torch_op(
     "tvl1_flow(Tensor a, Tensor b, str solver, str scheme, float tau, float lambda_, float theta, float scale_step, "
-    "int scales, int warps, int outer_iterations, int iterations, float epsilon, int median, float presmooth, *, "
-    "int threads, str? backend) -> Tensor",
+    "int scales, int warps, int coarse_warps, int outer_iterations, int iterations, float epsilon, int median, "
+    "float presmooth, *, int threads, str? backend) -> Tensor",
     _run,
     _fake,
 )
@@ -349,6 +350,6 @@ def tvl1_op(a: Tensor, b: Tensor, params: TVL1Params, threads: int, backend: str
     one node in a compiled or exported program. threads 0: torch.get_num_threads(). `avfast.tvl1_flow` checks."""
     p = params
     # by name: PyTorch 2.11's compiler cannot read a frozen dataclass's __dict__
-    pyramid = p.solver, p.scheme, p.tau, p.lambda_, p.theta, p.scale_step, p.scales, p.warps
-    level = p.outer_iterations, p.iterations, p.epsilon, p.median, p.presmooth
+    pyramid = p.solver, p.scheme, p.tau, p.lambda_, p.theta, p.scale_step, p.scales
+    level = p.warps, p.coarse_warps, p.outer_iterations, p.iterations, p.epsilon, p.median, p.presmooth
     return _FLOW(a, b, *pyramid, *level, threads=threads, backend=backend)

@@ -366,6 +366,7 @@ def test_bad_input_is_named(args: tuple, kwargs: dict, message: str) -> None:
         ("lambda_", -1.0),
         ("theta", float("nan")),
         ("warps", 0),
+        ("coarse_warps", -1),
         ("iterations", 2.5),
         ("median", 4),
         ("scheme", "ipol"),

@@ -99,6 +99,7 @@ def flow_on_host(library: ctypes.CDLL, a: torch.Tensor, b: torch.Tensor, p: TVL1
         ctypes.c_float(p.scale_step),
         p.scales,
         p.warps,
+        p.coarse_warps,
         p.iterations,
         p.median,
         ctypes.c_float(p.presmooth),

@@ -72,6 +72,7 @@ int main(int argc, char** argv) {
     params.scale_step = real(0.5f, 0.95f);
     params.scales = pick(1, 6);
     params.warps = pick(1, 2);
+    params.coarse_warps = pick(0, 2);
     params.outer_iterations = pick(1, 2);
     params.iterations = pick(1, 5);
     params.epsilon = pick(0, 3) == 0 ? 0.01f : 0.0f;

@@ -4,8 +4,8 @@
 #include "../../csrc/tvl1.cu"
 
 extern "C" void tvl1_on_host(const float* a, const float* b, float* flow, int64_t pairs, int height, int width,
-                             bool chambolle_pock, float tau, float scale_step, int scales, int warps, int iterations,
-                             int median, float presmooth, unsigned seed) {
+                             bool chambolle_pock, float tau, float scale_step, int scales, int warps, int coarse_warps,
+                             int iterations, int median, float presmooth, unsigned seed) {
   using namespace avfast::tvl1;
   Params params;
   params.solver = chambolle_pock ? Solver::kChambollePock : Solver::kZach;
@@ -13,6 +13,7 @@ extern "C" void tvl1_on_host(const float* a, const float* b, float* flow, int64_
   params.scale_step = scale_step;
   params.scales = scales;
   params.warps = warps;
+  params.coarse_warps = coarse_warps;
   params.iterations = iterations;
   params.median = median;
   params.presmooth = presmooth;
