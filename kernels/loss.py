@@ -73,7 +73,7 @@ def _flow_loss_kernel(
             from_left = u - tl.load(here - 1, has_left, 0).to(COMPUTE)
             from_above = u - tl.load(here - width, has_above, 0).to(COMPUTE)
             flat = _sign(from_left) * left - _sign(dx) * right + _sign(from_above) * above - _sign(dy) * below
-            grads += (2 * data_weight * error + smooth_weight * flat,)
+            grads += (2 * data_weight * error + smooth_weight * flat,)  # type: ignore[assignment]
     if WANT_GRAD:
         # behind all loads, none of which may be moved over a store
         for component in tl.static_range(2):

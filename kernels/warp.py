@@ -86,7 +86,7 @@ def _warp_fwd_kernel(
         outs = ()
         for _ in tl.static_range(AT_ONCE):
             v00, v01, v10, v11 = _corners(channel, top, bottom, left, right, COMPUTE)
-            outs += (wy0 * (wx0 * v00 + wx1 * v01) + wy1 * (wx0 * v10 + wx1 * v11),)
+            outs += (wy0 * (wx0 * v00 + wx1 * v01) + wy1 * (wx0 * v10 + wx1 * v11),)  # type: ignore[assignment]
             channel += image_c
         for i in tl.static_range(AT_ONCE):
             tl.store(to + pixel, outs[i], inside)
@@ -128,7 +128,7 @@ def _warp_bwd_kernel(
         gs = ()
         for _ in tl.static_range(AT_ONCE):
             g = tl.load(grad + pixel, inside, 0).to(COMPUTE)
-            gs += (g,)
+            gs += (g,)  # type: ignore[assignment]
             if WANT_FLOW:
                 v00, v01, v10, v11 = _corners(channel, top, bottom, left, right, COMPUTE)
                 by_x += g * (wy0 * (nx1 * v01 - nx0 * v00) + wy1 * (nx1 * v11 - nx0 * v10))
