@@ -131,6 +131,15 @@ __device__ __forceinline__ void linearise_small(const Job& job, int index, float
   }
 }
 
+// the 5 x 5 median of a field of the exchange, to another. A call of its own, as the one it makes: see median().
+__device__ __noinline__ void median5_small(const float* field, float* to, int column, int width, int height) {
+  for (int i = static_cast<int>(threadIdx.x); i < height * width; i += kSmallThreads) {
+    const int x = i % width;
+    const int y = i / width;
+    to[x * column + y] = median<5>(field, {column, 1}, width, height, x, y);
+  }
+}
+
 // filters the flow in the exchange into the strip's; it has to be published again. The duals are in registers: their
 // place holds the result for a moment, so that the registers need not hold what is being filtered.
 template <int kRows>
@@ -143,22 +152,13 @@ __device__ __forceinline__ void filter_small(const Job& job, int index, const Sm
     }
   } else {
     const Level& level = job.levels[index];
-    // unrolled it spills registers
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < level.height * level.width; i += kSmallThreads) {
-      const int x = i % level.width;
-      const int y = i / level.width;
-      for (int c = 0; c < 2; ++c) {
-        (c == 0 ? e.q11 : e.q21)[x * s.column + y] =
-            median<5>(c == 0 ? e.drive1 : e.drive2, {s.column, 1}, level.width, level.height, x, y);
-      }
-    }
+    median5_small(e.drive1, e.q11, s.column, level.width, level.height);
+    median5_small(e.drive2, e.q21, s.column, level.width, level.height);
     __syncthreads();
   }
-  const int own = opaque(s.own);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    if (r < s.rows()) s.u[r] = {e.q11[own + r], e.q21[own + r]};
+    if (r < s.rows()) s.u[r] = {e.q11[s.own + r], e.q21[s.own + r]};
   }
   s.publish_dual(e);
 }
@@ -174,8 +174,7 @@ __device__ __forceinline__ void solve_small_level(const Job& job, const Solver& 
     __syncthreads();
   }
   s.publish_dual(e);
-  const int warps = index == 0 ? job.warps : job.coarse_warps;
-  for (int warp = 0; warp < warps; ++warp) {
+  for (int warp = index == 0 ? job.warps : job.coarse_warps; warp > 0; --warp) {
     linearise_small(job, opaque(index), shared, s);
     __syncthreads();
     iterate(s, solver, e, job.iterations);

@@ -96,6 +96,7 @@ def flow_on_host(library: ctypes.CDLL, a: torch.Tensor, b: torch.Tensor, p: TVL1
         *a.shape[1:],
         ctypes.c_bool(p.solver == "chambolle-pock"),
         ctypes.c_float(p.tau),
+        ctypes.c_float(p.lambda_),
         ctypes.c_float(p.scale_step),
         p.scales,
         p.warps,

@@ -4,12 +4,13 @@
 #include "../../csrc/tvl1.cu"
 
 extern "C" void tvl1_on_host(const float* a, const float* b, float* flow, int64_t pairs, int height, int width,
-                             bool chambolle_pock, float tau, float scale_step, int scales, int warps, int coarse_warps,
-                             int iterations, int median, float presmooth, unsigned seed) {
+                             bool chambolle_pock, float tau, float lambda, float scale_step, int scales, int warps,
+                             int coarse_warps, int iterations, int median, float presmooth, unsigned seed) {
   using namespace avfast::tvl1;
   Params params;
   params.solver = chambolle_pock ? Solver::kChambollePock : Solver::kZach;
   params.tau = tau;
+  params.lambda = lambda;
   params.scale_step = scale_step;
   params.scales = scales;
   params.warps = warps;
