@@ -90,7 +90,7 @@ def _launch(kernel: Any, cpp: str, inputs: tuple[Tensor, ...], outputs: tuple[Te
 
 
 def _plan(total: int, area: int, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
-    block = triton_backend.block(total, 512)
+    block = triton_backend.block(total, 256)
     constants = {"BLOCK": block, "OFFSET": triton_backend.offsets(4 * total + block), "COMPUTE": compute}
     return triton_backend.grid(total, block), constants
 

@@ -155,9 +155,10 @@ def _backward(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tup
 
 
 def _backward_plan(c: int, area: int, _stride: int, b: int, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
-    # a channel is one program's: a large one takes more threads
-    warps = 4 if area <= 1 << 14 else 16
-    block = triton_backend.block(area, 256 * warps)
+    # a channel is one program's: a large one takes more threads. 32 instead of 16 warps on an H200: 0.85 of the time at
+    # 1080 x 1920, 1.02 at 256 x 256
+    warps = 4 if area <= 1 << 14 else 16 if area <= 1 << 18 else 32
+    block = triton_backend.block(area, min(256 * warps, 4096))
     blocks = triton.cdiv(area, block)
     return (b * c,), {"BLOCKS": blocks, "BLOCK": block, "COMPUTE": compute, "num_warps": warps}
 

@@ -41,10 +41,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "recall": {"CAUSAL": False, "BLOCK": 16, "num_stages": 1, "num_warps": 8, **POSITIONS},
     },
     "_gates_fwd_kernel": {
-        "": {"BLOCK": 512, "OFFSET": triton.language.int32},
-        "far": {"BLOCK": 512, "OFFSET": triton.language.int64},
+        "": {"BLOCK": 256, "OFFSET": triton.language.int32},
+        "far": {"BLOCK": 256, "OFFSET": triton.language.int64},
     },
-    "_gates_bwd_kernel": {"": {"BLOCK": 512, "OFFSET": triton.language.int32}},
+    "_gates_bwd_kernel": {"": {"BLOCK": 256, "OFFSET": triton.language.int32}},
     "_flow_loss_kernel": {
         "grad": {"C": 3, "WANT_GRAD": True, **TILE},
         "no grad": {"C": 1, "WANT_GRAD": False, **TILE},
@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "_modulate_bwd_kernel": {
         "": {"BLOCK": 1024, "BLOCKS": 3},
-        "large": {"BLOCK": 4096, "BLOCKS": 100, "num_warps": 16},
+        "large": {"BLOCK": 4096, "BLOCKS": 507, "num_warps": 32},
     },
     "_warp_fwd_kernel": {
         "border": {"C": 1, "AT_ONCE": 1, "ZEROS": False, **TILE},
