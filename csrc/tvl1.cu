@@ -19,218 +19,21 @@
 #include <utility>
 #include <vector>
 
-#include "tvl1_tile.cuh"
+#include "tvl1_small.cuh"
 
 namespace avfast::tvl1 {
 namespace {
 
-// enough for the finest scale_step, 0.95, on images of 10,000 pixels.
-constexpr int kMaxLevels = 128;
-// threads of the block that solves a small pair, and of one that iterates on a tile of a large one; the iterations a
-// tile makes before its outer pixels have to be read again.
-constexpr int kSmallThreads = 512;
+// threads of the block that iterates on a tile of a large pair, and the iterations it makes before its outer pixels
+// have to be read again.
 constexpr int kTileThreads = 256;
 constexpr int kTileIterations = 5;
 constexpr int kMaxRadius = 30;
-
-struct Level {
-  int height, width;
-  __host__ __device__ int64_t area() const { return static_cast<int64_t>(height) * width; }
-  __host__ __device__ int apron_width() const { return width + 2 * kApron; }
-  __host__ __device__ int64_t apron_area() const { return static_cast<int64_t>(height + 2 * kApron) * apron_width(); }
-};
-
-// which pixel of a level is repeated at (x, y) of its image with an apron.
-__device__ __forceinline__ int64_t apron_source(const Level& level, int x, int y) {
-  const int from_x = ::min(::max(x - kApron, 0), level.width - 1);
-  const int from_y = ::min(::max(y - kApron, 0), level.height - 1);
-  return static_cast<int64_t>(from_y) * level.width + from_x;
-}
 
 struct Gauss {
   int radius;
   float weight[2 * kMaxRadius + 1];
 };
-
-struct Job {
-  const float *a, *b;
-  float* flow;
-  Level levels[kMaxLevels];  // finest first
-  int count;
-  int warps, coarse_warps;  // of the finest level, of the others
-  int iterations, median;
-};
-
-// ---- one block per pair ----
-
-using SmallExchange = Exchange<kSmallThreads>;
-
-// how many rows the strips of a level have: few where there are threads enough.
-__host__ __device__ int strip_rows(const Level& level) {
-  if (level.area() <= kSmallThreads) return 1;
-  return level.width * ((level.height + 1) / 2) <= kSmallThreads ? 2 : kStripRows;
-}
-
-// shared memory of the small kernel, in floats: the exchange, one level of b with its apron, then the images a and b of
-// level 1, of level 2, ... Places are worked out where they are needed: a register kept for one would be missing in the
-// iterations.
-__host__ __device__ int64_t small_image(const Job& job, int level) {
-  int64_t place = SmallExchange::kFloats + job.levels[0].apron_area();
-  for (int i = 1; i < level; ++i) place += 2 * job.levels[i].area();
-  return place;
-}
-
-// image a or b of a level; the finest stays in global memory.
-__device__ const float* small_level(const Job& job, const float* shared, int level, bool b) {
-  const int64_t area = job.levels[level].area();
-  if (level == 0) return (b ? job.b : job.a) + blockIdx.x * area;
-  return shared + small_image(job, level) + (b ? area : 0);
-}
-
-// the flow of the next coarser level at a pixel of this one, its values grown with the image.
-__device__ __forceinline__ Flow2<float> enlarge(const float* u1, const float* u2, Strides strides, const Level& coarse,
-                                                const Level& level, int x, int y) {
-  const float ratio_x = static_cast<float>(coarse.width) / static_cast<float>(level.width);
-  const float ratio_y = static_cast<float>(coarse.height) / static_cast<float>(level.height);
-  const Tap tx = linear_tap(x, coarse.width, ratio_x);
-  const Tap ty = linear_tap(y, coarse.height, ratio_y);
-  return {1.0f / ratio_x * resample(u1, strides, tx, ty), 1.0f / ratio_y * resample(u2, strides, tx, ty)};
-}
-
-// the first guess of a level, from the coarser one's flow in the exchange.
-template <int kRows>
-__device__ __forceinline__ void enlarge_small(const Job& job, int index, const SmallExchange& e, Strip<kRows>& s) {
-  const Level& level = job.levels[index];
-  const Level& coarse = job.levels[index + 1];
-  const Strides from{exchange_column(coarse.height, strip_rows(coarse)), 1};
-  const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (r < s.rows()) {
-      s.u[r] = enlarge(e.drive1, e.drive2, from, coarse, level, thread % level.width, thread / level.width * kRows + r);
-    }
-  }
-}
-
-template <int kRows>
-__device__ __forceinline__ void linearise_small(const Job& job, int index, float* shared, Strip<kRows>& s) {
-  const SmallExchange e(shared);
-  const Level& level = job.levels[index];
-  const int stride = level.apron_width();
-  const float* origin = shared + SmallExchange::kFloats + kApron * stride + kApron;
-  const int thread = opaque(static_cast<int>(threadIdx.x));
-  const int x = thread % level.width;
-  const int y = thread / level.width * kRows;
-  const float* a = small_level(job, shared, index, false) + y * level.width + x;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (r < s.rows()) {
-      s.set_data(e, r,
-                 sample_and_linearise(origin, stride, level.width, level.height, x, y + r, s.u[r], a[r * level.width]));
-    }
-  }
-}
-
-// the 5 x 5 median of a field of the exchange, to another. A call of its own, as the one it makes: see median().
-__device__ __noinline__ void median5_small(const float* field, float* to, int column, int width, int height) {
-  for (int i = static_cast<int>(threadIdx.x); i < height * width; i += kSmallThreads) {
-    const int x = i % width;
-    const int y = i / width;
-    to[x * column + y] = median<5>(field, {column, 1}, width, height, x, y);
-  }
-}
-
-// filters the flow in the exchange into the strip's; it has to be published again. The duals are in registers: their
-// place holds the result for a moment, so that the registers need not hold what is being filtered.
-template <int kRows>
-__device__ __forceinline__ void filter_small(const Job& job, int index, const SmallExchange& e, Strip<kRows>& s) {
-  if (job.median == 3) {
-    for (int c = 0; c < 2 && s.rows() > 0; ++c) {
-      median3_of_strip<kRows>((c == 0 ? e.drive1 : e.drive2) + s.own, (c == 0 ? e.q11 : e.q21) + s.own,
-                              s.place & s.kLeft ? -s.column : 0, s.place & s.kRight ? s.column : 0,
-                              s.place & s.kAbove ? -1 : 0, s.place & s.kBelow ? kRows : s.rows() - 1);
-    }
-  } else {
-    const Level& level = job.levels[index];
-    median5_small(e.drive1, e.q11, s.column, level.width, level.height);
-    median5_small(e.drive2, e.q21, s.column, level.width, level.height);
-    __syncthreads();
-  }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (r < s.rows()) s.u[r] = {e.q11[s.own + r], e.q21[s.own + r]};
-  }
-  s.publish_dual(e);
-}
-
-// one level: the flow comes from the coarser level's in the exchange (drive1, drive2), and goes back there.
-template <class Solver, int kRows>
-__device__ __forceinline__ void solve_small_level(const Job& job, const Solver& solver, int index) {
-  AVFAST_SHARED(shared);
-  const SmallExchange e(shared);
-  Strip<kRows> s(static_cast<int>(threadIdx.x), job.levels[index].width, job.levels[index].height);
-  if (index + 1 < job.count) {
-    enlarge_small(job, index, e, s);
-    __syncthreads();
-  }
-  s.publish_dual(e);
-  for (int warp = index == 0 ? job.warps : job.coarse_warps; warp > 0; --warp) {
-    linearise_small(job, opaque(index), shared, s);
-    __syncthreads();
-    iterate(s, solver, e, job.iterations);
-    if (job.median > 1) {
-      s.publish_flow(e);
-      __syncthreads();
-      filter_small(job, opaque(index), e, s);
-    }
-  }
-  __syncthreads();
-  s.publish_flow(e);
-  __syncthreads();
-}
-
-template <class Solver>
-__global__ void __launch_bounds__(kSmallThreads, 1) small_kernel(const __grid_constant__ Job job, const Solver solver) {
-  AVFAST_SHARED(shared);
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int level = 1; level < job.count; ++level) {
-    const Level& from = job.levels[level - 1];
-    const Level& to = job.levels[level];
-    const int size = static_cast<int>(to.area());
-    for (int i = thread; i < 2 * size; i += kSmallThreads) {
-      shared[small_image(job, level) + i] = resample(small_level(job, shared, level - 1, i >= size), {1, from.width},
-                                                     area_tap(i % size % to.width, from.width, to.width),
-                                                     area_tap(i % size / to.width, from.height, to.height));
-    }
-    __syncthreads();
-  }
-  for (int index = job.count - 1; index >= 0; --index) {
-    {
-      const Level& level = job.levels[index];
-      const float* b = small_level(job, shared, index, true);
-      for (int i = thread; i < static_cast<int>(level.apron_area()); i += kSmallThreads) {
-        shared[SmallExchange::kFloats + i] = b[apron_source(level, i % level.apron_width(), i / level.apron_width())];
-      }
-      __syncthreads();
-    }
-    const int rows = strip_rows(job.levels[index]);
-    if (rows == 1) {
-      solve_small_level<Solver, 1>(job, solver, index);
-    } else if (rows == 2) {
-      solve_small_level<Solver, 2>(job, solver, index);
-    } else {
-      solve_small_level<Solver, kStripRows>(job, solver, index);
-    }
-  }
-  const Level& level = job.levels[0];
-  const int area = static_cast<int>(level.area());
-  const int column = exchange_column(level.height, strip_rows(level));
-  float* to = job.flow + static_cast<int64_t>(blockIdx.x) * 2 * area;
-  for (int i = thread; i < 2 * area; i += kSmallThreads) {
-    const int p = i % area;
-    to[i] = shared[i / area * SmallExchange::kFieldFloats + p % level.width * column + p / level.width];
-  }
-}
 
 // ---- pairs in global memory ----
 
@@ -343,7 +146,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int top = static_cast<int>(blockIdx.y) * tiling.step_y();
   const int width = ::min(tiling.width, level.width - left);
   const int height = ::min(tiling.height, level.height - top);
-  Strip<kStripRows> s(static_cast<int>(threadIdx.x), width, height);
+  Strip<kStripRows> s(static_cast<int>(threadIdx.x), width, height, exchange_column(height, kStripRows));
   const int x = left + static_cast<int>(threadIdx.x) % width;
   const int y = top + static_cast<int>(threadIdx.x) / width * kStripRows;
   const int64_t first = blockIdx.z * per_pair + static_cast<int64_t>(y) * level.width + x;
@@ -422,6 +225,30 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared
   kernel<<<grid, block, static_cast<size_t>(shared), static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError());
 }
+
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int64_t count, int64_t shared, void* stream,
+                     Arguments... arguments) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {Cluster::kBlocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(count * Cluster::kBlocks));
+  config.blockDim = dim3(Cluster::kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+bool has_clusters() {
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 9;
+}
 #endif
 
 Gauss make_gauss(float sigma) {
@@ -449,10 +276,27 @@ Job make_job(int height, int width, const Params& params) {
   return job;
 }
 
+template <class Shape>
+int64_t shared_bytes(const Job& job) {
+  return small_image<Shape>(job, job.count) * 4;
+}
+
+template <class Shape>
+bool fits_threads(int height, int width) {
+  return static_cast<int64_t>(width) * ((height + kStripRows - 1) / kStripRows) <= Shape::kThreads;
+}
+
 bool fits_a_block(const Job& job) {
   const Level& level = job.levels[0];
-  const int64_t strips = (level.height + kStripRows - 1) / kStripRows;
-  return level.width * strips <= kSmallThreads && small_image(job, job.count) * 4 <= shared_limit();
+  return fits_threads<OneBlock>(level.height, level.width) && shared_bytes<OneBlock>(job) <= shared_limit();
+}
+
+bool fits_a_cluster(const Job& job) {
+  const Level& level = job.levels[0];
+  return job.median != 5 && has_clusters() && fits_threads<Cluster>(share_rows(level.height), level.width) &&
+         static_cast<int64_t>(level.width) * share_column(level.height) <= ExchangeOf<Cluster>::kFieldFloats &&
+         (job.count == 1 || fits_threads<Cluster>(job.levels[1].height, job.levels[1].width)) &&
+         shared_bytes<Cluster>(job) <= shared_limit();
 }
 
 dim3 pixel_grid(int width, int height, int64_t pairs) {
@@ -581,8 +425,10 @@ int64_t smooth_floats(const Job& job, const Params& params) {
 template <class Solver>
 void solve(const Job& job, const Solver& solver, int64_t pairs, float* scratch, void* stream) {
   if (fits_a_block(job)) {
-    launch(small_kernel<Solver>, dim3(static_cast<unsigned>(pairs)), dim3(kSmallThreads),
-           small_image(job, job.count) * 4, stream, job, solver);
+    launch(small_kernel<Solver>, dim3(static_cast<unsigned>(pairs)), dim3(OneBlock::kThreads),
+           shared_bytes<OneBlock>(job), stream, job, solver);
+  } else if (fits_a_cluster(job)) {
+    launch_clusters(cluster_kernel<Solver>, pairs, shared_bytes<Cluster>(job), stream, job, solver);
   } else {
     solve_large(job, solver, pairs, scratch, stream);
   }
@@ -592,7 +438,7 @@ void solve(const Job& job, const Solver& solver, int64_t pairs, float* scratch, 
 
 int64_t cuda_scratch(int64_t pairs, int height, int width, const Params& params) {
   const Job job = make_job(height, width, params);
-  return pairs * (smooth_floats(job, params) + (fits_a_block(job) ? 0 : large_floats(job)));
+  return pairs * (smooth_floats(job, params) + (fits_a_block(job) || fits_a_cluster(job) ? 0 : large_floats(job)));
 }
 
 void flow_cuda(const float* a, const float* b, float* flow, int64_t pairs, int height, int width, const Params& params,

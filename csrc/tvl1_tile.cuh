@@ -28,6 +28,16 @@ __device__ __forceinline__ float inverse(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return __fmaf_rn(__fmaf_rn(-x, y, 1.0f), y, y);
 }
+// waits for all threads of a cluster; what they have written to each other's shared memory is then seen.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// the same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ float* in_block(float* place, int rank) {
+  float* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
+  return there;
+}
 #else
 inline float root(float x) { return sqrtf(x); }
 inline float inverse(float x) { return 1.0f / x; }
@@ -87,12 +97,15 @@ struct Strip {
   Dual4<float> q[kRows];
   float ix[kRows], iy[kRows];
 
-  __device__ Strip(int thread, int width, int height) : column(exchange_column(height, kRows)) {
+  // of a tile whose fields have their first row at `first`; whether other blocks have what lies above and below it.
+  __device__ Strip(int thread, int width, int height, int columns_apart, int first = 0, bool above = false,
+                   bool below = false)
+      : column(columns_apart) {
     const int x = thread % width;
     const int y = thread / width * kRows;
-    own = x * column + y;
-    place = (x > 0 ? kLeft : 0) | (x + 1 < width ? kRight : 0) | (y > 0 ? kAbove : 0) |
-            (y + kRows < height ? kBelow : 0) | ::max(0, ::min(kRows, height - y)) << 4 | width << 8;
+    own = x * column + first + y;
+    place = (x > 0 ? kLeft : 0) | (x + 1 < width ? kRight : 0) | (y > 0 || above ? kAbove : 0) |
+            (y + kRows < height || below ? kBelow : 0) | ::max(0, ::min(kRows, height - y)) << 4 | width << 8;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       u[r] = {};
@@ -140,11 +153,19 @@ struct Strip {
   }
 };
 
+// what a tile that a block has alone does at its upper and lower edge, and how its threads wait for each other.
+struct Alone {
+  __device__ void sync() const { __syncthreads(); }
+  __device__ void up(Flow2<float>) const {}
+  __device__ void down(const Dual4<float>&) const {}
+};
+
 // `count` iterations on a tile. Beyond its edges the duals count as 0 and the flow as constant: right where the tile
 // ends with the image, else an error that moves one pixel inwards per iteration. All threads of the block come here;
 // the duals have been published.
-template <class Solver, class Exchange, int kRows>
-__device__ __forceinline__ void iterate(Strip<kRows>& s, const Solver& solver, const Exchange& e, int count) {
+template <class Solver, class Exchange, int kRows, class Link = Alone>
+__device__ __forceinline__ void iterate(Strip<kRows>& s, const Solver& solver, const Exchange& e, int count,
+                                        const Link& link = {}) {
   for (int n = 0; n < count; ++n) {
     if (s.rows() > 0) {
       float up12 = 0.0f, up22 = 0.0f;
@@ -166,9 +187,10 @@ __device__ __forceinline__ void iterate(Strip<kRows>& s, const Solver& solver, c
         s.u[r] = next;
         e.drive1[s.own + r] = drive.u1;
         e.drive2[s.own + r] = drive.u2;
+        if (r == 0) link.up(drive);
       }
     }
-    __syncthreads();
+    link.sync();
     if (s.rows() > 0) {
       // read back what is not the flow itself: it would be 16 registers more
       const auto drive = [&](int r) -> Flow2<float> {
@@ -193,8 +215,9 @@ __device__ __forceinline__ void iterate(Strip<kRows>& s, const Solver& solver, c
         here = under;
       }
       s.publish_dual(e);
+      link.down(s.q[kRows - 1]);
     }
-    __syncthreads();
+    link.sync();
   }
 }
 

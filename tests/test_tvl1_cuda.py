@@ -109,8 +109,12 @@ def flow_on_host(library: ctypes.CDLL, a: torch.Tensor, b: torch.Tensor, p: TVL1
     return flow
 
 
-# whole in a thread block, up to 64x64; 66x130 and 97x131 in several tiles, with edges that are not the image's
-@pytest.mark.parametrize("size", [(1, 1), (17, 65), (48, 48), (64, 64), (5, 300), (70, 59), (66, 130)])
+# whole in a thread block, up to 64x64; in a cluster of three, up to 96x96; in several tiles, whose edges are not the
+# image's
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1), (17, 65), (48, 48), (64, 64), (5, 300), (70, 59), (96, 96), (50, 128), (33, 104), (66, 130), (97, 131)],
+)
 @pytest.mark.parametrize("params", VARIANTS.values(), ids=VARIANTS)
 def test_kernels_on_the_cpu_equal_the_cpu_engine(
     on_host: ctypes.CDLL, size: tuple[int, int], params: TVL1Params
@@ -119,7 +123,7 @@ def test_kernels_on_the_cpu_equal_the_cpu_engine(
     assert torch.equal(flow_on_host(on_host, a, b, params), tvl1_flow(a, b, preset=params))
 
 
-@pytest.mark.parametrize("size", [(33, 47), (70, 59)])
+@pytest.mark.parametrize("size", [(33, 47), (70, 59), (66, 130)])
 def test_kernels_do_not_depend_on_the_order_of_threads(on_host: ctypes.CDLL, size: tuple[int, int]) -> None:
     a, b = moved_waves(1, *size)
     params = TVL1Params(warps=2, iterations=6)
@@ -132,7 +136,9 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @GPU
-@pytest.mark.parametrize("size", [(1, 1), (17, 65), (48, 48), (64, 64), (96, 96), (66, 130), (480, 640)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (17, 65), (48, 48), (64, 64), (70, 59), (96, 96), (50, 128), (66, 130), (480, 640)]
+)
 @pytest.mark.parametrize("params", VARIANTS.values(), ids=VARIANTS)
 def test_gpu_equals_the_cpu_engine(size: tuple[int, int], params: TVL1Params) -> None:
     a, b = moved_waves(2, *size)
@@ -142,7 +148,7 @@ def test_gpu_equals_the_cpu_engine(size: tuple[int, int], params: TVL1Params) ->
 
 
 @GPU
-@pytest.mark.parametrize("size", [(48, 48), (96, 131)])
+@pytest.mark.parametrize("size", [(48, 48), (96, 96), (96, 131)])
 def test_gpu_in_a_cuda_graph(size: tuple[int, int]) -> None:
     a, b = (x.cuda() for x in moved_waves(3, *size))
     expected = tvl1_flow(a, b)
