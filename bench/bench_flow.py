@@ -230,7 +230,7 @@ def bench_cuda(compare: Callable, preset: str, width: int, height: int, batch: s
         f"cuda {preset}: {count} of {width}x{height}", lambda: tvl1_flow(*on_gpu, preset=preset), {}, rounds=9
     )
     row["pairs_per_s"] = count / row["ours_s"]
-    row["cpu_pairs_per_s"] = 4 * rows / sorted(seconds)[1]
+    row |= {"cpu_pairs_per_s": 4 * rows / sorted(seconds)[1], "cpu_threads": torch.get_num_threads()}
     clock = subprocess.run(
         ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"], capture_output=True, text=True
     ).stdout.split()
