@@ -25,16 +25,8 @@ CUDA_SOURCES = ["csrc/cuda_info.cu", "csrc/tvl1.cu"]
 # contraction off, here and below: where the source has no multiply_add, instruction sets and GPUs give the same bits
 CPP_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # the loops that are compiled once per instruction set; which one runs is chosen at run time
-ISA_FLAGS = {
-    "avx512": ["-mavx512f"],
-    "avx512_newton": ["-mavx512f", "-DAVFAST_NEWTON"],
-    "avx2": ["-mavx2", "-mfma"],
-    "baseline": [],
-}
-ISA_SOURCES = {
-    "csrc/fused_kernels.cpp": ["avx512", "avx2", "baseline"],
-    "csrc/tvl1_kernels.cpp": ["avx512", "avx512_newton", "avx2", "baseline"],
-}
+ISA_SOURCES = ["csrc/fused_kernels.cpp", "csrc/tvl1_kernels.cpp"]
+ISA_FLAGS = {"avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma"], "baseline": []}
 CUDA_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -75,11 +67,10 @@ def write_ninja(folder: Path, compiler: list[str], nvcc: str | None) -> list[str
     objects: dict[str, tuple[str, str, list[str]]] = {
         f"{folder}/{Path(source).stem}.o": ("cxx", source, []) for source in CPP_SOURCES
     }
-    for source, sets in ISA_SOURCES.items():
-        for isa in sets:
-            if x86 or isa == "baseline":
-                flags = [f"-DAVFAST_ISA={isa}", *ISA_FLAGS[isa]]
-                objects[f"{folder}/{Path(source).stem}_{isa}.o"] = ("cxx", source, flags)
+    for isa, flags in ISA_FLAGS.items():
+        if x86 or isa == "baseline":
+            for source in ISA_SOURCES:
+                objects[f"{folder}/{Path(source).stem}_{isa}.o"] = ("cxx", source, [f"-DAVFAST_ISA={isa}", *flags])
     if nvcc is not None:
         objects |= {f"{folder}/{Path(s).stem}.cu.o": ("nvcc", s, []) for s in CUDA_SOURCES}
     lines = [

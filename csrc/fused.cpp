@@ -60,7 +60,7 @@ const Kernels<T>& choose(const char* isa) {
     static constexpr Kernels<double> kTable = kernels<Double, Double>();
     return kTable;
   } else {
-    return choose_isa<Kernels<float>>(isa, AVFAST_TABLES(kFused, avx512));
+    return choose_isa(isa, AVFAST_TABLES(kFused));
   }
 }
 

@@ -470,7 +470,7 @@ class Workspace {
 
 void flow(const float* a, const float* b, float* flow, int64_t pairs, int height, int width, const Params& params,
           int threads, const char* isa) {
-  const Kernels& kernels = choose_isa<Kernels>(isa, AVFAST_TABLES(kTvl1, avx512_newton));
+  const Kernels& kernels = choose_isa(isa, AVFAST_TABLES(kTvl1));
   if (pairs == 0 || height == 0 || width == 0) return;
   const Size size{height, width};
   const int64_t area = static_cast<int64_t>(height) * width;

@@ -5,33 +5,6 @@
 #include "tvl1_pixel.h"
 
 namespace avfast::AVFAST_ISA {
-
-#ifdef AVFAST_NEWTON
-// by Newton's method from the 14 bits that the instructions give, where the divider is slow: 1 root for 18 clocks and 1
-// quotient for 16 on Intel's cores, in which they do 32 multiply-adds. The last step rounds exactly (Markstein 1990):
-// no number in [1, 4) came out wrong, of 12 first guesses each, off by up to 2^-14. The inverse rounds up before it,
-// else 2 - 2^-23 does.
-AVFAST_INLINE Vec root(Vec a) {
-  const __m512 x = _mm512_max_ps(a.raw, _mm512_set1_ps(1e-30f));
-  const __m512 y = _mm512_rsqrt14_ps(x);
-  __m512 near = _mm512_mul_ps(x, y);
-  __m512 half = _mm512_mul_ps(_mm512_set1_ps(0.5f), y);
-  const __m512 off = _mm512_fnmadd_ps(near, half, _mm512_set1_ps(0.5f));
-  near = _mm512_fmadd_ps(near, off, near);
-  half = _mm512_fmadd_ps(half, off, half);
-  return static_cast<Vec::Raw>(_mm512_fmadd_ps(_mm512_fnmadd_ps(near, near, x), half, near));
-}
-AVFAST_INLINE Vec inverse(Vec a) {
-  const __m512 x = a.raw, one = _mm512_set1_ps(1.0f);
-  __m512 y = _mm512_rcp14_ps(x);
-  y = _mm512_fmadd_round_ps(_mm512_fnmadd_ps(x, y, one), y, y, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
-  return static_cast<Vec::Raw>(_mm512_fmadd_ps(_mm512_fnmadd_ps(x, y, one), y, y));
-}
-#else
-AVFAST_INLINE Vec root(Vec a) { return sqrt(a); }
-AVFAST_INLINE Vec inverse(Vec a) { return reciprocal(a); }
-#endif
-
 namespace {
 
 using tvl1::Field;

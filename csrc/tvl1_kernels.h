@@ -63,9 +63,6 @@ struct Kernels {
 namespace avfast::avx512 {
 extern const tvl1::Kernels kTvl1;
 }
-namespace avfast::avx512_newton {
-extern const tvl1::Kernels kTvl1;
-}
 namespace avfast::avx2 {
 extern const tvl1::Kernels kTvl1;
 }

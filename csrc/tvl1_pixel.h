@@ -47,7 +47,7 @@ AVFAST_HD DataTerm<F> linearise(F warped, F warped_dx, F warped_dy, F target, F 
   const F iy = warped_dy * inside;
   const F grad = ix * ix + iy * iy;
   const F rho_c = (warped - target) * inside - ix * u1 - iy * u2;
-  return {ix, iy, rho_c, where_above(grad, F(1e-9f), F(0.0f) - inverse(grad))};
+  return {ix, iy, rho_c, where_above(grad, F(1e-9f), F(0.0f) - reciprocal(grad))};
 }
 
 // minimiser over v of limit |rho(v)| + |v - u|^2 / 2, as the multiple of (ix, iy) to add to u: the three-case threshold
@@ -92,9 +92,9 @@ struct Zach {
   // one division, the slowest instruction here.
   template <class F>
   AVFAST_HD Dual4<F> dual(Dual4<F> q, F g11, F g12, F g21, F g22) const {
-    const F norm1 = F(1.0f) + F(tau_over_theta) * root(g11 * g11 + g12 * g12);
-    const F norm2 = F(1.0f) + F(tau_over_theta) * root(g21 * g21 + g22 * g22);
-    const F both = inverse(norm1 * norm2);
+    const F norm1 = F(1.0f) + F(tau_over_theta) * sqrt(g11 * g11 + g12 * g12);
+    const F norm2 = F(1.0f) + F(tau_over_theta) * sqrt(g21 * g21 + g22 * g22);
+    const F both = reciprocal(norm1 * norm2);
     const F scale1 = norm2 * both;
     const F scale2 = norm1 * both;
     return {(q.q11 + F(tau) * g11) * scale1, (q.q12 + F(tau) * g12) * scale1, (q.q21 + F(tau) * g21) * scale2,
@@ -128,9 +128,9 @@ struct ChambollePock {
     const F y1 = q.q12 + F(0.125f) * g12;
     const F x2 = q.q21 + F(0.125f) * g21;
     const F y2 = q.q22 + F(0.125f) * g22;
-    const F norm1 = max(F(inv_tau) * root(x1 * x1 + y1 * y1), F(1.0f));
-    const F norm2 = max(F(inv_tau) * root(x2 * x2 + y2 * y2), F(1.0f));
-    const F both = inverse(norm1 * norm2);
+    const F norm1 = max(F(inv_tau) * sqrt(x1 * x1 + y1 * y1), F(1.0f));
+    const F norm2 = max(F(inv_tau) * sqrt(x2 * x2 + y2 * y2), F(1.0f));
+    const F both = reciprocal(norm1 * norm2);
     const F scale1 = norm2 * both;
     const F scale2 = norm1 * both;
     return {x1 * scale1, y1 * scale1, x2 * scale2, y2 * scale2};

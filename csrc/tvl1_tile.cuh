@@ -16,14 +16,14 @@ namespace avfast::tvl1 {
 // H200: nvcc's own do the same and branch for what lies outside, which does not occur. Below 1e-30 a root counts for
 // nothing: it is added to 1, or compared with it.
 #ifdef __CUDACC__
-__device__ __forceinline__ float root(float x) {
+__device__ __forceinline__ float sqrt(float x) {
   x = fmaxf(x, 1e-30f);
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  const float near = x * y;
-  return __fmaf_rn(__fmaf_rn(-near, near, x), 0.5f * y, near);
+  const float root = x * y;
+  return __fmaf_rn(__fmaf_rn(-root, root, x), 0.5f * y, root);
 }
-__device__ __forceinline__ float inverse(float x) {
+__device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return __fmaf_rn(__fmaf_rn(-x, y, 1.0f), y, y);
@@ -39,8 +39,8 @@ __device__ __forceinline__ float* in_block(float* place, int rank) {
   return there;
 }
 #else
-inline float root(float x) { return sqrtf(x); }
-inline float inverse(float x) { return 1.0f / x; }
+inline float sqrt(float x) { return sqrtf(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 #endif
 __device__ __forceinline__ float min(float a, float b) { return fminf(a, b); }
 __device__ __forceinline__ float max(float a, float b) { return fmaxf(a, b); }
