@@ -234,7 +234,7 @@ void launch_clusters(void (*kernel)(Parameters...), int64_t count, int64_t share
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {Cluster::kBlocks, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(count * Cluster::kBlocks));
+  config.gridDim = dim3(static_cast<unsigned>((count + Cluster::kBlocks - 1) / Cluster::kBlocks * Cluster::kBlocks));
   config.blockDim = dim3(Cluster::kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
@@ -450,6 +450,7 @@ void flow_cuda(const float* a, const float* b, float* flow, int64_t pairs, int h
     Job job = make_job(height, width, params);
     const int64_t area = job.levels[0].area();
     const int64_t count = pairs - done < kMost ? pairs - done : kMost;
+    job.pairs = count;
     job.a = a + done * area;
     job.b = b + done * area;
     job.flow = flow + done * 2 * area;

@@ -1,7 +1,7 @@
-// a small pair, solved whole in one launch, from the pyramid to the output: by one thread block where its pixels fit
-// one, about 64 x 64, and by a cluster of three blocks up to about 96 x 96, where the GPU has clusters. Three share the
-// rows of the finest level and write their outermost rows into each other's shared memory; each solves all coarser
-// levels for itself, since the others would wait.
+// small pairs, solved whole in one launch, from the pyramid to the output: one by a thread block where its pixels fit
+// one, about 64 x 64, and three by a cluster of three blocks up to about 96 x 96, where the GPU has clusters. There
+// each block solves all levels but the finest of one pair. The finest are solved pair after pair by all three, which
+// share its rows and write their outermost ones into each other's shared memory.
 #pragma once
 
 #include "tvl1_tile.cuh"
@@ -30,13 +30,12 @@ struct Job {
   float* flow;
   Level levels[kMaxLevels];  // finest first
   int count;
+  int64_t pairs;
   int warps, coarse_warps;  // of the finest level, of the others
   int iterations, median;
 };
 
-// how many blocks a pair has, and how many threads a block.
 struct OneBlock {
-  static constexpr int kBlocks = 1;
   static constexpr int kThreads = 512;
 };
 struct Cluster {
@@ -63,11 +62,11 @@ __host__ __device__ int64_t small_image(const Job& job, int level) {
   return place;
 }
 
-// image a or b of a level; the finest stays in global memory.
+// image a or b of a level; the finest, of any pair, is in global memory, the others are those of the block's own pair.
 template <class Shape>
-__device__ const float* small_level(const Job& job, const float* shared, int level, bool b) {
+__device__ const float* small_level(const Job& job, const float* shared, int level, bool b, int64_t pair) {
   const int64_t area = job.levels[level].area();
-  if (level == 0) return (b ? job.b : job.a) + static_cast<int64_t>(blockIdx.x / Shape::kBlocks) * area;
+  if (level == 0) return (b ? job.b : job.a) + pair * area;
   return shared + small_image<Shape>(job, level) + (b ? area : 0);
 }
 
@@ -79,7 +78,7 @@ __device__ __forceinline__ void make_pyramid(const Job& job, float* shared) {
     const int size = static_cast<int>(to.area());
     for (int i = static_cast<int>(threadIdx.x); i < 2 * size; i += Shape::kThreads) {
       shared[small_image<Shape>(job, level) + i] = resample(
-          small_level<Shape>(job, shared, level - 1, i >= size), {1, from.width},
+          small_level<Shape>(job, shared, level - 1, i >= size, blockIdx.x), {1, from.width},
           area_tap(i % size % to.width, from.width, to.width), area_tap(i % size / to.width, from.height, to.height));
     }
     __syncthreads();
@@ -88,9 +87,9 @@ __device__ __forceinline__ void make_pyramid(const Job& job, float* shared) {
 
 // image b of a level with its apron, for linearise_small.
 template <class Shape>
-__device__ __forceinline__ void make_apron(const Job& job, int index, float* shared) {
+__device__ __forceinline__ void make_apron(const Job& job, int index, float* shared, int64_t pair) {
   const Level& level = job.levels[index];
-  const float* b = small_level<Shape>(job, shared, index, true);
+  const float* b = small_level<Shape>(job, shared, index, true, pair);
   for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(level.apron_area()); i += Shape::kThreads) {
     shared[ExchangeOf<Shape>::kFloats + i] = b[apron_source(level, i % level.apron_width(), i / level.apron_width())];
   }
@@ -107,24 +106,22 @@ __device__ __forceinline__ Flow2<float> enlarge(const float* u1, const float* u2
   return {1.0f / ratio_x * resample(u1, strides, tx, ty), 1.0f / ratio_y * resample(u2, strides, tx, ty)};
 }
 
-// the first guess of a level whose rows this block has from `top` on, from the coarser one's flow in the exchange.
-template <class Shape, int kRows>
-__device__ __forceinline__ void enlarge_small(const Job& job, int index, int top, Strip<kRows>& s) {
-  AVFAST_SHARED(shared);
-  const ExchangeOf<Shape> e(shared);
+// the first guess of a level whose rows this block has from `top` on, from the flow of the coarser one.
+template <int kRows>
+__device__ __forceinline__ void enlarge_small(const Job& job, int index, int top, const float* u1, const float* u2,
+                                              Strides from, Strip<kRows>& s) {
   const Level& level = job.levels[index];
   const Level& coarse = job.levels[index + 1];
-  const Strides from{exchange_column(coarse.height, strip_rows<Shape>(coarse)), 1};
   const int x = static_cast<int>(threadIdx.x) % level.width;
   const int y = top + static_cast<int>(threadIdx.x) / level.width * kRows;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    if (r < s.rows()) s.u[r] = enlarge(e.drive1, e.drive2, from, coarse, level, x, y + r);
+    if (r < s.rows()) s.u[r] = enlarge(u1, u2, from, coarse, level, x, y + r);
   }
 }
 
 template <class Shape, int kRows>
-__device__ __forceinline__ void linearise_small(const Job& job, int index, int top, Strip<kRows>& s) {
+__device__ __forceinline__ void linearise_small(const Job& job, int index, int top, int64_t pair, Strip<kRows>& s) {
   AVFAST_SHARED(shared);
   const ExchangeOf<Shape> e(shared);
   const Level& level = job.levels[index];
@@ -133,7 +130,7 @@ __device__ __forceinline__ void linearise_small(const Job& job, int index, int t
   const int thread = opaque(static_cast<int>(threadIdx.x));
   const int x = thread % level.width;
   const int y = top + thread / level.width * kRows;
-  const float* a = small_level<Shape>(job, shared, index, false) + y * level.width + x;
+  const float* a = small_level<Shape>(job, shared, index, false, pair) + y * level.width + x;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (r < s.rows()) {
@@ -180,12 +177,13 @@ __device__ __forceinline__ void solve_whole_level(const Job& job, const Solver& 
   Strip<kRows> s(static_cast<int>(threadIdx.x), job.levels[index].width, job.levels[index].height,
                  exchange_column(job.levels[index].height, kRows));
   if (index + 1 < job.count) {
-    enlarge_small<Shape>(job, index, 0, s);
+    const Level& coarse = job.levels[index + 1];
+    enlarge_small(job, index, 0, e.drive1, e.drive2, {exchange_column(coarse.height, strip_rows<Shape>(coarse)), 1}, s);
     __syncthreads();
   }
   s.publish_dual(e);
   for (int warp = index == 0 ? job.warps : job.coarse_warps; warp > 0; --warp) {
-    linearise_small<Shape>(job, opaque(index), 0, s);
+    linearise_small<Shape>(job, opaque(index), 0, blockIdx.x, s);
     __syncthreads();
     iterate(s, solver, e, job.iterations);
     if (job.median > 1) {
@@ -208,12 +206,12 @@ __device__ __forceinline__ void solve_whole_level(const Job& job, const Solver& 
   __syncthreads();
 }
 
-// levels `count` - 1 .. `last`, each by one block.
+// levels `count` - 1 .. `last` of the block's own pair.
 template <class Shape, class Solver>
 __device__ __forceinline__ void solve_whole_levels(const Job& job, const Solver& solver, int last) {
   AVFAST_SHARED(shared);
   for (int index = job.count - 1; index >= last; --index) {
-    make_apron<Shape>(job, index, shared);
+    make_apron<Shape>(job, index, shared, blockIdx.x);
     const int rows = strip_rows<Shape>(job.levels[index]);
     if (rows == 1) {
       solve_whole_level<Shape, Solver, 1>(job, solver, index);
@@ -225,20 +223,24 @@ __device__ __forceinline__ void solve_whole_levels(const Job& job, const Solver&
   }
 }
 
+// the flow of the level solved last, from the exchange to two planes.
+template <class Shape>
+__device__ __forceinline__ void copy_flow(const Level& level, const float* shared, float* to) {
+  const int area = static_cast<int>(level.area());
+  const int column = exchange_column(level.height, strip_rows<Shape>(level));
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * area; i += Shape::kThreads) {
+    const int p = i % area;
+    to[i] = shared[i / area * ExchangeOf<Shape>::kFieldFloats + p % level.width * column + p / level.width];
+  }
+}
+
 template <class Solver>
 __global__ void __launch_bounds__(OneBlock::kThreads, 1)
     small_kernel(const __grid_constant__ Job job, const Solver solver) {
   AVFAST_SHARED(shared);
   make_pyramid<OneBlock>(job, shared);
   solve_whole_levels<OneBlock>(job, solver, 0);
-  const Level& level = job.levels[0];
-  const int area = static_cast<int>(level.area());
-  const int column = exchange_column(level.height, strip_rows<OneBlock>(level));
-  float* to = job.flow + static_cast<int64_t>(blockIdx.x) * 2 * area;
-  for (int i = static_cast<int>(threadIdx.x); i < 2 * area; i += OneBlock::kThreads) {
-    const int p = i % area;
-    to[i] = shared[i / area * ExchangeOf<OneBlock>::kFieldFloats + p % level.width * column + p / level.width];
-  }
+  copy_flow<OneBlock>(job.levels[0], shared, job.flow + static_cast<int64_t>(blockIdx.x) * 2 * job.levels[0].area());
 }
 
 // ---- a cluster's share of the finest level ----
@@ -277,8 +279,11 @@ struct Linked {
   }
 };
 
+// the block's rows of the finest level of a pair, whose coarser levels block `owner` of the cluster has solved: its
+// flow lies at `coarse` there.
 template <class Solver>
-__device__ __forceinline__ void solve_share(const Job& job, const Solver& solver) {
+__device__ __forceinline__ void solve_share(const Job& job, const Solver& solver, int64_t pair, float* coarse,
+                                            int owner) {
   AVFAST_SHARED(shared);
   const ExchangeOf<Cluster> e(shared);
   const Level& level = job.levels[0];
@@ -299,13 +304,14 @@ __device__ __forceinline__ void solve_share(const Job& job, const Solver& solver
     link.below_drive = in_block(e.drive1 + x * column, rank + 1);
     link.below_q12 = in_block(e.q12 + x, rank + 1);
   }
-  if (job.count > 1) enlarge_small<Cluster>(job, 0, top, s);
-  // nobody may write to a block that still has the coarser level's flow in its exchange
-  link.sync();
+  if (job.count > 1) {
+    const float* u1 = in_block(coarse, owner);
+    enlarge_small(job, 0, top, u1, u1 + job.levels[1].area(), {1, job.levels[1].width}, s);
+  }
   s.publish_dual(e);
   link.down(s.q[kStripRows - 1]);
   for (int warp = 0; warp < job.warps; ++warp) {
-    linearise_small<Cluster>(job, 0, top, s);
+    linearise_small<Cluster>(job, 0, top, pair, s);
     link.sync();
     iterate(s, solver, e, job.iterations, link);
     if (job.median > 1) {
@@ -318,7 +324,7 @@ __device__ __forceinline__ void solve_share(const Job& job, const Solver& solver
       s.publish_dual(e);
     }
   }
-  float* to = job.flow + static_cast<int64_t>(blockIdx.x / Cluster::kBlocks) * 2 * level.area();
+  float* to = job.flow + pair * 2 * level.area();
   const int64_t first = static_cast<int64_t>(top + thread / level.width * kStripRows) * level.width + x;
 #pragma unroll
   for (int r = 0; r < kStripRows; ++r) {
@@ -327,7 +333,7 @@ __device__ __forceinline__ void solve_share(const Job& job, const Solver& solver
       to[level.area() + first + static_cast<int64_t>(r) * level.width] = s.u[r].u2;
     }
   }
-  // nor may a block end while another writes to it
+  // no block may go on, or end, while another still writes to it
   link.sync();
 }
 
@@ -336,10 +342,19 @@ __global__ void __launch_bounds__(Cluster::kThreads, 1)
     cluster_kernel(const __grid_constant__ Job job, const Solver solver) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   AVFAST_SHARED(shared);
-  make_pyramid<Cluster>(job, shared);
-  solve_whole_levels<Cluster>(job, solver, 1);
-  make_apron<Cluster>(job, 0, shared);
-  solve_share(job, solver);
+  // where the images of level 1 were
+  float* coarse = shared + small_image<Cluster>(job, 1);
+  if (blockIdx.x < job.pairs) {
+    make_pyramid<Cluster>(job, shared);
+    solve_whole_levels<Cluster>(job, solver, 1);
+    if (job.count > 1) copy_flow<Cluster>(job.levels[1], shared, coarse);
+  }
+  cluster_sync();
+  const int64_t first = blockIdx.x / Cluster::kBlocks * Cluster::kBlocks;
+  for (int owner = 0; owner < Cluster::kBlocks && first + owner < job.pairs; ++owner) {
+    make_apron<Cluster>(job, 0, shared, first + owner);
+    solve_share(job, solver, first + owner, coarse, owner);
+  }
 #endif
 }
 

@@ -34,14 +34,15 @@ struct dim3 {
 namespace cuda_on_host {
 
 struct Fibre {
+  enum State { kReady, kAtBlock, kAtCluster, kDone };
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(256 << 10);
   dim3 thread;
   size_t rank = 0;  // of its block in the cluster
-  bool done = false;
+  State state = kReady;
 };
 
-// the blocks of a cluster, which run at the same time: mostly one. A barrier is one for all of them.
+// the blocks of a cluster, which run at the same time: mostly one.
 struct Blocks {
   std::vector<std::vector<float>> shared;
   std::vector<dim3> index;
@@ -54,44 +55,64 @@ struct Blocks {
 inline Blocks blocks;
 inline unsigned seed = 0;
 
-inline void enter() {
-  blocks.body();
-  blocks.running->done = true;
+// gives the processor back, until the scheduler lets all who wait likewise go on.
+inline void wait_at(Fibre::State state) {
+  blocks.running->state = state;
   swapcontext(&blocks.running->context, &blocks.scheduler);
 }
 
+inline void enter() {
+  blocks.body();
+  wait_at(Fibre::kDone);
+}
+
+// lets the fibres begin .. end - 1 go on if all of them are in that state; whether they were.
+inline bool release(size_t begin, size_t end, Fibre::State state) {
+  for (size_t i = begin; i < end; ++i) {
+    if (blocks.fibres[i].state != state) return false;
+  }
+  for (size_t i = begin; i < end; ++i) blocks.fibres[i].state = Fibre::kReady;
+  return true;
+}
+
 inline void run(const std::vector<dim3>& index, dim3 threads, int64_t shared_bytes, std::mt19937& random) {
-  const unsigned per_block = threads.x * threads.y;
+  const size_t per_block = threads.x * threads.y;
   blocks.index = index;
   blocks.shared.resize(index.size());
   for (auto& shared : blocks.shared) {
     shared.assign(static_cast<size_t>(shared_bytes / 4), std::numeric_limits<float>::quiet_NaN());
   }
   blocks.fibres.resize(per_block * index.size());
-  for (unsigned i = 0; i < blocks.fibres.size(); ++i) {
+  const size_t all = blocks.fibres.size();
+  for (size_t i = 0; i < all; ++i) {
     Fibre& f = blocks.fibres[i];
-    f.thread = dim3(i % per_block % threads.x, i % per_block / threads.x, 0);
+    const unsigned thread = static_cast<unsigned>(i % per_block);
+    f.thread = dim3(thread % threads.x, thread / threads.x, 0);
     f.rank = i / per_block;
-    f.done = false;
+    f.state = Fibre::kReady;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.data();
     f.context.uc_stack.ss_size = f.stack.size();
     makecontext(&f.context, enter, 0);
   }
-  std::vector<unsigned> order(blocks.fibres.size());
-  std::iota(order.begin(), order.end(), 0u);
+  std::vector<size_t> order(all);
+  std::iota(order.begin(), order.end(), size_t{0});
   for (;;) {
     std::shuffle(order.begin(), order.end(), random);
-    for (const unsigned i : order) {
+    for (const size_t i : order) {
+      if (blocks.fibres[i].state != Fibre::kReady) continue;
       blocks.running = &blocks.fibres[i];
       swapcontext(&blocks.scheduler, &blocks.running->context);
     }
-    const auto done = std::count_if(blocks.fibres.begin(), blocks.fibres.end(), [](const Fibre& f) { return f.done; });
-    if (done == static_cast<long>(blocks.fibres.size())) return;
-    if (done != 0) {
-      std::fprintf(stderr, "%ld of %zu threads ended, the others wait at a barrier\n", done, blocks.fibres.size());
-      std::abort();
+    bool any = release(0, all, Fibre::kAtCluster);
+    for (size_t begin = 0; begin < all; begin += per_block) {
+      any = release(begin, begin + per_block, Fibre::kAtBlock) || any;
     }
+    if (any) continue;
+    const auto done = [](const Fibre& f) { return f.state == Fibre::kDone; };
+    if (std::all_of(blocks.fibres.begin(), blocks.fibres.end(), done)) return;
+    std::fprintf(stderr, "threads wait at barriers that others do not reach\n");
+    std::abort();
   }
 }
 
@@ -100,8 +121,8 @@ inline void run(const std::vector<dim3>& index, dim3 threads, int64_t shared_byt
 #define threadIdx (cuda_on_host::blocks.running->thread)
 #define blockIdx (cuda_on_host::blocks.index[cuda_on_host::blocks.running->rank])
 
-inline void __syncthreads() { swapcontext(&cuda_on_host::blocks.running->context, &cuda_on_host::blocks.scheduler); }
-inline void cluster_sync() { __syncthreads(); }
+inline void __syncthreads() { cuda_on_host::wait_at(cuda_on_host::Fibre::kAtBlock); }
+inline void cluster_sync() { cuda_on_host::wait_at(cuda_on_host::Fibre::kAtCluster); }
 inline float* in_block(float* place, int rank) {
   auto& shared = cuda_on_host::blocks.shared;
   return shared[static_cast<size_t>(rank)].data() + (place - shared[cuda_on_host::blocks.running->rank].data());
@@ -126,13 +147,13 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int64_t shar
   }
 }
 
-// of three blocks of 384 threads
+// of three blocks of 384 threads, which have three of `count` pairs
 template <class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t count, int64_t shared_bytes, void*,
                      Arguments... arguments) {
   std::mt19937 random(cuda_on_host::seed);
   cuda_on_host::blocks.body = [&] { kernel(arguments...); };
-  for (unsigned i = 0; i < 3 * count; i += 3) {
+  for (unsigned i = 0; i < count; i += 3) {
     cuda_on_host::run({dim3(i), dim3(i + 1), dim3(i + 2)}, dim3(384), shared_bytes, random);
   }
 }
