@@ -1,8 +1,8 @@
 """TV-L1 optical flow (Zach, Pock and Bischof, DAGM 2007) of image pairs and clips.
 
-`tvl1_flow` runs the compiled engine (csrc/tvl1.cpp on the CPU, csrc/tvl1.cu on a GPU), or its definition in plain
-PyTorch (`avfast.kernels.tvl1`) where the extension was not built. All presets but `opencv` do the same work for every
-pair, whatever the content.
+`tvl1_flow` runs the compiled engine (csrc/tvl1.cpp on the CPU, csrc/tvl1.cu on a GPU, with the same bits), or its
+definition in plain PyTorch (`avfast.kernels.tvl1`) where the extension was not built. All presets but `opencv` do the
+same work for every pair, whatever the content.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def tvl1_flow(
 
     The result is float32 on a's device, in pixels, x then y, without a gradient.
 
-    preset: name in PRESETS, or a TVL1Params. "fast"; "quality", four times the work; "opencv", which equals OpenCV's default
-    (on the CPU, also for images on a GPU); "chambolle-pock" for textureless scenes such as moving digits.
+    preset: name in PRESETS, or a TVL1Params. "fast"; "quality", four times the work; "opencv", which equals OpenCV's
+    default (on the CPU, also for images on a GPU); "chambolle-pock" for textureless scenes such as moving digits.
     threads: CPU threads, over pairs or over the rows of a large one, default torch.get_num_threads(); neither they nor
     the instruction set (AVFAST_ISA=avx512|avx2|baseline asks for one) change a bit of the result.
     backend: "cpp" (the compiled engine, on the CPU) or "reference" (PyTorch, on a's device); default: AVFAST_BACKEND if

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.exc import InductorError
 
 ROWS: list[dict[str, Any]] = []
 
@@ -119,11 +120,19 @@ def contest(request: pytest.FixtureRequest, compare: Callable[..., dict[str, Any
 
         # detached: an autograd graph that lives on keeps the leaves' nodes on its stream, and no other can capture them
         expected = [t.detach() for t in both(calls["ours"])]
+        able = {}
         for name, call in calls.items():
-            for ours, theirs in zip(expected, [t.detach() for t in both(call)], strict=True):
+            try:
+                found = [t.detach() for t in both(call)]
+            except InductorError:
+                # a fault of PyTorch's compiler, as 2.11's on CUDA with the loss of several channels
+                continue
+            able[name] = call
+            for ours, theirs in zip(expected, found, strict=True):
                 error = (ours - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
                 assert error < tolerance, f"{name} differs by {error}"
-        del expected, ours, theirs
+        calls = able
+        del expected, found, ours, theirs
 
         case = f"{case} {request.param}"
         if request.param == "forward":

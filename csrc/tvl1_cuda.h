@@ -15,7 +15,7 @@ int64_t cuda_scratch(int64_t pairs, int height, int width, const Params& params)
 //
 //   scratch  cuda_scratch() floats, in use until the stream is done
 //
-// The result differs from the CPU's by rounding. Throws std::runtime_error with CUDA's message when a launch fails.
+// The result is the CPU's, bit for bit. Throws std::runtime_error with CUDA's message when a launch fails.
 void flow_cuda(const float* a, const float* b, float* flow, int64_t pairs, int height, int width, const Params& params,
                float* scratch, void* stream);
 
