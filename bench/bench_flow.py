@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import lzma
 import math
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ import pytest
 import torch
 
 from avfast.flow import PRESETS, TVL1Params, tvl1_flow
+from avfast.kernels.tvl1 import level_sizes, warps_of
 
 cv2 = pytest.importorskip("cv2")
 
@@ -195,15 +197,8 @@ def bench_iteration(compare: Callable, width: int, height: int) -> None:
 
 def full_size_iterations(width: int, height: int, params: TVL1Params) -> float:
     """Iterations of all levels, in iterations of the finest."""
-    areas, level = [], (width, height)
-    for _ in range(params.scales):
-        areas.append(math.prod(level))
-        finer = level
-        level = tuple(math.floor(n * params.scale_step + 0.5) for n in level)
-        if min(level) < 16 or any(n == f for n, f in zip(level, finer, strict=True)):
-            break
-    warps = [params.warps, *(len(areas) - 1) * [params.coarse_warps or params.warps]]
-    work = sum(w * area for w, area in zip(warps, areas, strict=True))
+    sizes = level_sizes(height, width, params)
+    work = sum(warps_of(i, len(sizes), params) * math.prod(size) for i, size in enumerate(sizes))
     return params.outer_iterations * params.iterations * work / (width * height)
 
 
@@ -230,7 +225,7 @@ def bench_cuda(compare: Callable, preset: str, width: int, height: int, batch: s
         f"cuda {preset}: {count} of {width}x{height}", lambda: tvl1_flow(*on_gpu, preset=preset), {}, rounds=9
     )
     row["pairs_per_s"] = count / row["ours_s"]
-    row |= {"cpu_pairs_per_s": 4 * rows / sorted(seconds)[1], "cpu_threads": torch.get_num_threads()}
+    row |= {"cpu_pairs_per_s": 4 * rows / statistics.median(seconds), "cpu_threads": torch.get_num_threads()}
     clock = subprocess.run(
         ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"], capture_output=True, text=True
     ).stdout.split()

@@ -228,16 +228,16 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared
   check(cudaGetLastError());
 }
 
-template <class... Parameters, class... Arguments>
+template <class Shape, class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t count, int64_t shared, void* stream,
                      Arguments... arguments) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {Cluster::kBlocks, 1, 1};
+  cluster.val.clusterDim = {Shape::kBlocks, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((count + Cluster::kBlocks - 1) / Cluster::kBlocks * Cluster::kBlocks));
-  config.blockDim = dim3(Cluster::kThreads);
+  config.gridDim = dim3(static_cast<unsigned>((count + Shape::kBlocks - 1) / Shape::kBlocks * Shape::kBlocks));
+  config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
@@ -430,7 +430,7 @@ void solve(const Job& job, const Solver& solver, int64_t pairs, float* scratch, 
     launch(small_kernel<Solver>, dim3(static_cast<unsigned>(pairs)), dim3(OneBlock::kThreads),
            shared_bytes<OneBlock>(job), stream, job, solver);
   } else if (fits_a_cluster(job)) {
-    launch_clusters(cluster_kernel<Solver>, pairs, shared_bytes<Cluster>(job), stream, job, solver);
+    launch_clusters<Cluster>(cluster_kernel<Solver>, pairs, shared_bytes<Cluster>(job), stream, job, solver);
   } else {
     solve_large(job, solver, pairs, scratch, stream);
   }

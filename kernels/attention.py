@@ -470,12 +470,7 @@ def _recall_by_sdpa(feature: Tensor, _query: Tensor | None, _key: Tensor | None,
     return torch.compiler.is_compiling() or b * h * w * value.shape[1] > 1 << 26
 
 
-_CONDENSE = registry.define(
-    "condense",
-    reference.condense,
-    triton=_TRITON,
-    sdpa=_SDPA,
-)
+_CONDENSE = registry.define("condense", reference.condense, triton=_TRITON, sdpa=_SDPA)
 _RECALL = registry.define(
     "recall",
     reference.recall,

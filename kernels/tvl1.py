@@ -49,19 +49,33 @@ def tvl1_flow_reference(a: Tensor, b: Tensor, params: TVL1Params) -> Tensor:
         # every pair stops for itself
         return torch.cat([tvl1_flow_reference(a[i : i + 1], b[i : i + 1], params) for i in range(n)])
     pyramid = [(_smooth(a, params.presmooth), _smooth(b, params.presmooth))]
-    while len(pyramid) < params.scales:
-        fine = pyramid[-1][0].shape[1:]
-        height, width = (math.floor(size * _float32(params.scale_step).item() + 0.5) for size in fine)
-        if min(height, width) < MIN_SIDE or height == fine[0] or width == fine[1]:
-            break
+    for height, width in level_sizes(a.shape[1], a.shape[2], params)[1:]:
         finer_a, finer_b = pyramid[-1]
         pyramid.append((_shrink(finer_a, height, width, params), _shrink(finer_b, height, width, params)))
     flow = a.new_zeros(n, 2, *pyramid[-1][0].shape[1:])
     for i, (level_a, level_b) in reversed(list(enumerate(pyramid))):
         height, width = level_a.shape[1:]
-        warps = (params.coarse_warps if i > 0 or len(pyramid) == 1 else 0) or params.warps
+        warps = warps_of(i, len(pyramid), params)
         flow = _solve_level(level_a, level_b, _enlarge(flow, height, width, params), warps, params)
     return flow
+
+
+def level_sizes(height: int, width: int, params: TVL1Params) -> list[tuple[int, int]]:
+    """(height, width) of every pyramid level, finest first."""
+    step = _float32(params.scale_step).item()
+    sizes = [(height, width)]
+    while len(sizes) < params.scales:
+        height, width = (math.floor(size * step + 0.5) for size in sizes[-1])
+        if min(height, width) < MIN_SIDE or height == sizes[-1][0] or width == sizes[-1][1]:
+            break
+        sizes.append((height, width))
+    return sizes
+
+
+def warps_of(level: int, levels: int, params: TVL1Params) -> int:
+    """Linearisations of level number `level` of `levels`, of which 0 is the finest."""
+    coarse = level > 0 or levels == 1
+    return params.coarse_warps if coarse and params.coarse_warps > 0 else params.warps
 
 
 def _solve_level(a: Tensor, b: Tensor, flow: Tensor, warps: int, params: TVL1Params) -> Tensor:

@@ -147,13 +147,15 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int64_t shar
   }
 }
 
-// of three blocks of 384 threads, which have three of `count` pairs
-template <class... Parameters, class... Arguments>
+// clusters of as many blocks as the pairs they take, for `count` pairs
+template <class Shape, class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t count, int64_t shared_bytes, void*,
                      Arguments... arguments) {
   std::mt19937 random(cuda_on_host::seed);
   cuda_on_host::blocks.body = [&] { kernel(arguments...); };
-  for (unsigned i = 0; i < count; i += 3) {
-    cuda_on_host::run({dim3(i), dim3(i + 1), dim3(i + 2)}, dim3(384), shared_bytes, random);
+  for (unsigned first = 0; first < count; first += Shape::kBlocks) {
+    std::vector<dim3> cluster;
+    for (unsigned i = 0; i < Shape::kBlocks; ++i) cluster.emplace_back(first + i);
+    cuda_on_host::run(cluster, dim3(Shape::kThreads), shared_bytes, random);
   }
 }
