@@ -153,6 +153,59 @@ AVFAST_INLINE Vec previous_lanes(Vec a, float first) {
   return __builtin_shuffle(a.raw, Vec(first).raw, order);
 }
 
+// ---- registers seen as quads, which are four lanes each ----
+constexpr int kQuads = kLanes / 4;
+
+// in every quad its lane kLane four times.
+template <int kLane>
+AVFAST_INLINE Vec spread_in_quads(Vec a) {
+  Vec::Int order;
+  for (int i = 0; i < kLanes; ++i) order[i] = i / 4 * 4 + kLane;
+  return __builtin_shuffle(a.raw, order);
+}
+
+// lane i of quad k of a[j] becomes lane j of quad k of a[i].
+AVFAST_INLINE void transpose_in_quads(Vec (&a)[4]) {
+  Vec::Int low, high, first, last;
+  for (int i = 0; i < kLanes; ++i) {
+    const int from = i / 4 * 4 + i % 2 * kLanes;
+    low[i] = from + i % 4 / 2;
+    high[i] = from + i % 4 / 2 + 2;
+    first[i] = i / 4 * 4 + i % 2 + i % 4 / 2 * kLanes;
+    last[i] = first[i] + 2;
+  }
+  const Vec::Raw low01 = __builtin_shuffle(a[0].raw, a[1].raw, low);
+  const Vec::Raw low23 = __builtin_shuffle(a[2].raw, a[3].raw, low);
+  const Vec::Raw high01 = __builtin_shuffle(a[0].raw, a[1].raw, high);
+  const Vec::Raw high23 = __builtin_shuffle(a[2].raw, a[3].raw, high);
+  a[0] = __builtin_shuffle(low01, low23, first);
+  a[1] = __builtin_shuffle(low01, low23, last);
+  a[2] = __builtin_shuffle(high01, high23, first);
+  a[3] = __builtin_shuffle(high01, high23, last);
+}
+
+// of kQuads rows of four quads each: quad k of out[i] is quad i of row k.
+AVFAST_INLINE void transpose_quads(const Vec (&rows)[kQuads][4 / kQuads], Vec (&out)[4]) {
+#if defined(__AVX512F__)
+  // quads of two registers: 0x44 the first two of each, 0xee the last two, 0x88 the even ones, 0xdd the odd ones
+  const __m512 a = _mm512_shuffle_f32x4(rows[0][0].raw, rows[1][0].raw, 0x44);
+  const __m512 b = _mm512_shuffle_f32x4(rows[2][0].raw, rows[3][0].raw, 0x44);
+  const __m512 c = _mm512_shuffle_f32x4(rows[0][0].raw, rows[1][0].raw, 0xee);
+  const __m512 d = _mm512_shuffle_f32x4(rows[2][0].raw, rows[3][0].raw, 0xee);
+  out[0] = static_cast<Vec::Raw>(_mm512_shuffle_f32x4(a, b, 0x88));
+  out[1] = static_cast<Vec::Raw>(_mm512_shuffle_f32x4(a, b, 0xdd));
+  out[2] = static_cast<Vec::Raw>(_mm512_shuffle_f32x4(c, d, 0x88));
+  out[3] = static_cast<Vec::Raw>(_mm512_shuffle_f32x4(c, d, 0xdd));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; ++i) {
+    out[2 * i] = static_cast<Vec::Raw>(_mm256_permute2f128_ps(rows[0][i].raw, rows[1][i].raw, 0x20));
+    out[2 * i + 1] = static_cast<Vec::Raw>(_mm256_permute2f128_ps(rows[0][i].raw, rows[1][i].raw, 0x31));
+  }
+#else
+  for (int i = 0; i < 4; ++i) out[i] = rows[0][i];
+#endif
+}
+
 // two registers as one: for long chains of operations, of which one at a time would leave the core waiting.
 struct Vec2 {
   using Scalar = float;

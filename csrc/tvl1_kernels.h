@@ -18,15 +18,19 @@ enum Field { kU1, kU2, kQ11, kQ12, kQ21, kQ22, kIx, kIy, kRhoC, kInvGrad, kBar1,
 // texels: an image beside its two derivatives and a zero, so that the three share the addresses and weights of a warp.
 constexpr int kTexelChannels = 4;
 
-// steps `begin` .. `end` - 1 of one iteration, one for every row and one more: step y does the primal step of row y and
-// the dual step of row y - 1, where there is such a row.
+// the dual step of a row is done this many rows after its primal step.
+constexpr int kDualLag = 2;
+
+// steps `begin` .. `end` - 1 of the height + kDualLag of one iteration: step y does the primal step of row y and the
+// dual step of row y - kDualLag, where there are such rows. The next iteration may do step y after this one has done
+// step y + kDualLag.
 struct Iterate {
   float* row;          // pixel 0 of field 0 of row `begin`
   int64_t row_stride;  // floats from one row to the next
   int64_t stride;      // floats from one field to the next
   int width, height;
   int begin, end;
-  float* change;  // where not null, receives the squared change of the flow per pixel of the last row
+  float* change;  // where not null, receives the squared change of the flow per pixel of the last row with a primal step
 };
 
 struct LineariseRow {

@@ -69,6 +69,25 @@ struct Dual4 {
   F q11, q12, q21, q22;
 };
 
+// the dual step in two parts, for whoever has something to do while the roots are under way: a step upwards, then the
+// division by the norms, `norm(root)` of the solver.
+template <class F>
+struct Ascended {
+  F root1, root2;  // first here and in the making: they take longest
+  Dual4<F> q;
+};
+
+// the two components share one division, the slowest instruction here.
+template <class F, class Solver>
+AVFAST_HD Dual4<F> project(const Solver& solver, const Ascended<F>& a) {
+  const F norm1 = solver.norm(a.root1);
+  const F norm2 = solver.norm(a.root2);
+  const F both = reciprocal(norm1 * norm2);
+  const F scale1 = norm2 * both;
+  const F scale2 = norm1 * both;
+  return {a.q.q11 * scale1, a.q.q12 * scale1, a.q.q21 * scale2, a.q.q22 * scale2};
+}
+
 // Zach et al. (2007): v = threshold(u), u = v + theta div p.
 struct Zach {
   float limit;           // lambda theta
@@ -88,17 +107,17 @@ struct Zach {
     return next;
   }
 
-  // Chambolle (2004): p = (p + tau/theta grad u) / (1 + tau/theta |grad u|), with q = theta p. The two components share
-  // one division, the slowest instruction here.
+  // Chambolle (2004): p = (p + tau/theta grad u) / (1 + tau/theta |grad u|), with q = theta p.
   template <class F>
-  AVFAST_HD Dual4<F> dual(Dual4<F> q, F g11, F g12, F g21, F g22) const {
-    const F norm1 = F(1.0f) + F(tau_over_theta) * sqrt(g11 * g11 + g12 * g12);
-    const F norm2 = F(1.0f) + F(tau_over_theta) * sqrt(g21 * g21 + g22 * g22);
-    const F both = reciprocal(norm1 * norm2);
-    const F scale1 = norm2 * both;
-    const F scale2 = norm1 * both;
-    return {(q.q11 + F(tau) * g11) * scale1, (q.q12 + F(tau) * g12) * scale1, (q.q21 + F(tau) * g21) * scale2,
-            (q.q22 + F(tau) * g22) * scale2};
+  AVFAST_HD Ascended<F> ascend(Dual4<F> q, F g11, F g12, F g21, F g22) const {
+    return {sqrt(g11 * g11 + g12 * g12),
+            sqrt(g21 * g21 + g22 * g22),
+            {q.q11 + F(tau) * g11, q.q12 + F(tau) * g12, q.q21 + F(tau) * g21, q.q22 + F(tau) * g22}};
+  }
+
+  template <class F>
+  AVFAST_HD F norm(F root) const {
+    return F(1.0f) + F(tau_over_theta) * root;
   }
 };
 
@@ -123,17 +142,17 @@ struct ChambollePock {
   }
 
   template <class F>
-  AVFAST_HD Dual4<F> dual(Dual4<F> q, F g11, F g12, F g21, F g22) const {
+  AVFAST_HD Ascended<F> ascend(Dual4<F> q, F g11, F g12, F g21, F g22) const {
     const F x1 = q.q11 + F(0.125f) * g11;
     const F y1 = q.q12 + F(0.125f) * g12;
     const F x2 = q.q21 + F(0.125f) * g21;
     const F y2 = q.q22 + F(0.125f) * g22;
-    const F norm1 = max(F(inv_tau) * sqrt(x1 * x1 + y1 * y1), F(1.0f));
-    const F norm2 = max(F(inv_tau) * sqrt(x2 * x2 + y2 * y2), F(1.0f));
-    const F both = reciprocal(norm1 * norm2);
-    const F scale1 = norm2 * both;
-    const F scale2 = norm1 * both;
-    return {x1 * scale1, y1 * scale1, x2 * scale2, y2 * scale2};
+    return {sqrt(x1 * x1 + y1 * y1), sqrt(x2 * x2 + y2 * y2), {x1, y1, x2, y2}};
+  }
+
+  template <class F>
+  AVFAST_HD F norm(F root) const {
+    return max(F(inv_tau) * root, F(1.0f));
   }
 };
 

@@ -211,7 +211,7 @@ __device__ __forceinline__ void iterate(Strip<kRows>& s, const Solver& solver, c
           g11 = e.drive1[s.own + s.column + r] - here.u1;
           g21 = e.drive2[s.own + s.column + r] - here.u2;
         }
-        s.q[r] = solver.dual(s.q[r], g11, under.u1 - here.u1, g21, under.u2 - here.u2);
+        s.q[r] = project(solver, solver.ascend(s.q[r], g11, under.u1 - here.u1, g21, under.u2 - here.u2));
         here = under;
       }
       s.publish_dual(e);
