@@ -153,8 +153,7 @@ def torch_op(
         given = [arguments[i] for i in tensors]
         for i in lists:
             given += arguments[i]
-        seen = not ordinary(*given) or wants_gradient(*given) or torch._C._autograd._profiler_enabled()
-        return (overload if seen else run)(*arguments, **options)
+        return (run if unwatched(*given) else overload)(*arguments, **options)
 
     return call
 
@@ -170,6 +169,11 @@ def ordinary(*tensors: Tensor) -> bool:
         if torch._C._dispatch_keys(tensor).raw_repr() not in _DENSE:
             return False
     return True
+
+
+def unwatched(*tensors: Tensor) -> bool:
+    """Whether nobody would see a torch op called with these tensors, so that what it runs can be called instead."""
+    return ordinary(*tensors) and not wants_gradient(*tensors) and not torch._C._autograd._profiler_enabled()
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -362,6 +362,9 @@ _FLOW = registry.torch_op(
 def tvl1_op(a: Tensor, b: Tensor, params: TVL1Params, threads: int, backend: str | None) -> Tensor:
     """Flow (N,2,H,W) on a's device of grey images a, b (N,H,W), float32, 0..255, as the torch op avfast::tvl1_flow:
     one node in a compiled or exported program. threads 0: torch.get_num_threads(). `avfast.tvl1_flow` checks."""
+    if registry.unwatched(a, b):
+        # all these arguments and back again take 10 us
+        return _OP(a, b, params, threads or torch.get_num_threads(), backend=backend)
     p = params
     # by name: PyTorch 2.11's compiler cannot read a frozen dataclass's __dict__
     pyramid = p.solver, p.scheme, p.tau, p.lambda_, p.theta, p.scale_step, p.scales
