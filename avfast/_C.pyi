@@ -1,6 +1,7 @@
 with_cuda: bool
 
 def cuda_devices() -> list[str]: ...
+def has_environment(name: str) -> bool: ...
 def instruction_sets() -> list[str]: ...
 
 class TVL1Params:
@@ -15,6 +16,7 @@ class TVL1Params:
         scale_step: float,
         scales: int,
         warps: int,
+        coarse_warps: int,
         outer_iterations: int,
         iterations: int,
         epsilon: float,

@@ -141,6 +141,7 @@ void warp_backward(const T* image, const T* flow, const T* grad_out, T* grad_ima
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / channels;
         const Warp<T> warp{image + i * plane, flow + 2 * b * plane, 1, height, width, 0, height, zeros};
+        std::fill_n(grad_image + i * plane, plane, T(0));
         kernels.warp_backward(warp, grad_out + i * plane, grad_image + i * plane, nullptr);
       }
     });
@@ -153,6 +154,7 @@ void warp_backward(const T* image, const T* flow, const T* grad_out, T* grad_ima
       const int y = rows == 1 ? 0 : static_cast<int>(first);
       const int stop = rows == 1 ? height : y + static_cast<int>(count);
       const Warp<T> warp{image + b * size, flow + 2 * b * plane, channels, height, width, y, stop, zeros};
+      if (grad_image != nullptr) std::fill_n(grad_image + b * size, size, T(0));
       kernels.warp_backward(warp, grad_out + b * size, grad_image == nullptr ? nullptr : grad_image + b * size,
                             grad_flow == nullptr ? nullptr : grad_flow + 2 * b * plane);
     });

@@ -20,7 +20,7 @@ void gates_backward(const T* gates, const T* cell, const T* grad_hidden, const T
 template <class T>
 void warp_forward(const T* image, const T* flow, T* out, int64_t batch, int channels, int height, int width, bool zeros,
                   int threads, const char* isa);
-// grad_image, grad_flow: shaped as image and flow, or null where not wanted; grad_image holds zeros.
+// grad_image, grad_flow: shaped as image and flow, or null where not wanted.
 template <class T>
 void warp_backward(const T* image, const T* flow, const T* grad_out, T* grad_image, T* grad_flow, int64_t batch,
                    int channels, int height, int width, bool zeros, int threads, const char* isa);

@@ -62,8 +62,10 @@ AVFAST_INLINE void iterate_row(const Iterate& r, float* first, const Solver& par
       const tvl1::DataTerm<Vec> d{row.load(tvl1::kIx), row.load(tvl1::kIy), row.load(tvl1::kRhoC),
                                   row.load(tvl1::kInvGrad)};
       // above the upper border lies a row of zeros
-      const Vec div1 = row.load(tvl1::kQ11) - row.load(tvl1::kQ11, -1) + (row.load(tvl1::kQ12) - above.load(tvl1::kQ12));
-      const Vec div2 = row.load(tvl1::kQ21) - row.load(tvl1::kQ21, -1) + (row.load(tvl1::kQ22) - above.load(tvl1::kQ22));
+      const Vec div1 =
+          row.load(tvl1::kQ11) - row.load(tvl1::kQ11, -1) + (row.load(tvl1::kQ12) - above.load(tvl1::kQ12));
+      const Vec div2 =
+          row.load(tvl1::kQ21) - row.load(tvl1::kQ21, -1) + (row.load(tvl1::kQ22) - above.load(tvl1::kQ22));
       const tvl1::Flow2<Vec> next = solver.primal(u, d, div1, div2);
       next.u1.store(row.at(tvl1::kU1));
       next.u2.store(row.at(tvl1::kU2));
@@ -187,8 +189,7 @@ void linearise_row(const LineariseRow& given) {
     for (int i = 0; i < count; i += kLanes, row.advance()) {
       const tvl1::DataTerm<Vec> d = tvl1::linearise(
           Vec::load(points.warped[0] + i), Vec::load(points.warped[1] + i), Vec::load(points.warped[2] + i),
-          Vec::load(r.target + begin + i), row.load(tvl1::kU1), row.load(tvl1::kU2),
-          Vec::load(points.inside + i));
+          Vec::load(r.target + begin + i), row.load(tvl1::kU1), row.load(tvl1::kU2), Vec::load(points.inside + i));
       d.ix.store(row.at(tvl1::kIx));
       d.iy.store(row.at(tvl1::kIy));
       d.rho_c.store(row.at(tvl1::kRhoC));

@@ -176,6 +176,18 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], a: Tensor, b: Tensor, c: T
     triton_backend.launch(kernel, _plan, tensors, numbers, (batch, channels, constants))
 
 
+def _plain_forward(image: Tensor, flow: Tensor, padding: str) -> Tensor:
+    out = torch.empty_like(image)
+    cpp_backend.run("warp_forward", (image, flow, out), *image.shape, padding == "zeros")
+    return out
+
+
+def _plain_backward(image: Tensor, flow: Tensor, grad: Tensor, padding: str) -> tuple[Tensor, Tensor]:
+    grads = torch.empty_like(image), torch.empty_like(flow)
+    cpp_backend.run("warp_backward", (image, flow, grad, *grads), *image.shape, padding == "zeros")
+    return grads
+
+
 def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
     out = _forward_fake(image, flow, padding, backend)
     if image.numel() == 0:
@@ -199,8 +211,10 @@ def _backward(
     image: Tensor, flow: Tensor, grad: Tensor, padding: str, want_image: bool, want_flow: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     compute, zeros = cpp_backend.compute_type(image, flow), padding == "zeros"
-    sums = torch.zeros(image.shape if want_image else (0,), dtype=compute, device=image.device)
     grad_flow = torch.empty(flow.shape if want_flow else (0,), dtype=compute, device=image.device)
+    # C++ zeroes each image's sums just before it adds to them
+    make = torch.empty if backend == "cpp" else torch.zeros
+    sums = make(image.shape if want_image else (0,), dtype=compute, device=image.device)
     if image.numel() == 0:
         grad_flow.zero_()
     elif backend == "cpp":
@@ -249,27 +263,37 @@ _BACKWARD = registry.torch_op(
 
 class _BackwardWarp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
+    def forward(ctx: Any, image: Tensor, flow: Tensor, padding: str, backend: str, plain: bool) -> Tensor:
         ctx.save_for_backward(image, flow)
-        ctx.padding, ctx.backend = padding, backend
-        return _FORWARD(image, flow, padding, backend)
+        ctx.padding, ctx.backend, ctx.plain = padding, backend, plain
+        return _plain_forward(image, flow, padding) if plain else _FORWARD(image, flow, padding, backend)
 
     @staticmethod
     @registry.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        wanted = ctx.needs_input_grad[:2]
-        grads = _BACKWARD(*ctx.saved_tensors, grad, ctx.padding, *wanted, ctx.backend)
-        grad_image, grad_flow = (g if want else None for g, want in zip(grads, wanted, strict=True))
-        return grad_image, grad_flow, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        image, flow = ctx.saved_tensors
+        want_image, want_flow = ctx.needs_input_grad[:2]
+        if ctx.plain and want_image and want_flow and cpp_backend.plain(grad):
+            return *_plain_backward(image, flow, grad, ctx.padding), None, None, None
+        by_image, by_flow = _BACKWARD(image, flow, grad, ctx.padding, want_image, want_flow, ctx.backend)
+        return by_image if want_image else None, by_flow if want_flow else None, None, None, None
 
 
 def _fused(backend: str, image: Tensor, flow: Tensor, padding: str) -> Tensor:
     if not registry.wants_gradient(image, flow):
         return _FORWARD(image, flow, padding, backend)
-    return _BackwardWarp.apply(image, flow, padding, backend)
+    return _BackwardWarp.apply(image, flow, padding, backend, False)
 
 
 _OP = registry.define_fused("backward_warp", reference.backward_warp, _fused)
+
+
+_PADDINGS = ("border", "zeros")
+
+
+def _flow_fits(image: Tensor, flow: Tensor) -> bool:
+    size = image.shape
+    return len(size) == 4 and flow.shape == (size[0], 2, size[2], size[3])
 
 
 def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backend: str | None = None) -> Tensor:
@@ -280,9 +304,13 @@ def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backe
     NaN at its pixel. Raises ValueError on a wrong shape, dtype or padding, or a backend that cannot run it.
     Source: paper, Eq. 4.
     """
+    if backend is None and cpp_backend.plain(image, flow) and padding in _PADDINGS and _flow_fits(image, flow):
+        if registry.wants_gradient(image, flow):
+            return _BackwardWarp.apply(image, flow, padding, "cpp", True)
+        return _plain_forward(image, flow, padding)
     checks.shape("image", image, "B C H W")
     b, _, h, w = image.shape
     checks.exactly("flow", flow, "B 2 H W", (b, 2, h, w))
     checks.same_device(image=image, flow=flow)
-    checks.choice("padding", padding, ("border", "zeros"))
+    checks.choice("padding", padding, _PADDINGS)
     return _OP(image, flow, padding, backend=backend)

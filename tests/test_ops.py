@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from avfast.kernels import backward_warp, condense, convlstm_gates, flow_loss, modulate, recall, registry
+from avfast.kernels import backward_warp, condense, convlstm_gates, cpp_backend, flow_loss, modulate, recall, registry
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -446,3 +446,36 @@ def test_calls_pass_the_dispatcher_where_somebody_watches() -> None:
     torch.testing.assert_close(batched[0], hidden)
     with torch.inference_mode():
         torch.testing.assert_close(convlstm_gates(gates.clone(), cell)[0], hidden)
+
+
+@pytest.mark.parametrize("op", ["warp", "gates"])
+def test_the_straight_way_to_cpp_gives_what_the_long_one_gives(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if registry.OPS["backward_warp"].backends["cpp"].unavailable("cpu") is not None:
+        pytest.skip("not built")
+    monkeypatch.delenv("AVFAST_BACKEND", raising=False)
+    if op == "warp":
+        call, given = backward_warp, [randn(2, 3, 7, 9).float(), 3 * randn(2, 2, 7, 9, seed=1).float()]
+    else:
+        call, given = convlstm_gates, [randn(2, 12, 4, 5).float(), randn(2, 3, 4, 5, seed=1).float()]
+    assert cpp_backend.plain(*given)
+
+    def results(tensors: list[torch.Tensor], wanted: list[int], expanded: bool, **backend: str) -> list[torch.Tensor]:
+        asking = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        outs = call(*asking, **backend)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        # the gradient of a sum is one value, expanded; of a sum of squares it lies in memory of its own
+        total = sum(o.sum() if expanded else o.square().sum() for o in outs)
+        return [*outs, *torch.autograd.grad(total, [asking[i] for i in wanted])]
+
+    for wanted in ([0, 1], [0], [1]):
+        for expanded in (False, True):
+            straight = results(given, wanted, expanded)
+            for a, b in zip(straight, results(given, wanted, expanded, backend="cpp"), strict=True):
+                assert torch.equal(a, b)
+
+    assert not cpp_backend.plain(given[0].half()) and not cpp_backend.plain(given[0].mT)
+    assert not cpp_backend.plain(given[0][:0]) and not cpp_backend.plain(torch.nn.Parameter(given[0]))
+    monkeypatch.setenv("AVFAST_BACKEND", "reference")
+    assert not cpp_backend.plain(*given)
+    with pytest.raises(ValueError, match="expected"):
+        call(given[0], given[1][:1])
