@@ -178,18 +178,14 @@ def _grey(name: str, images: Tensor | np.ndarray, clip: bool = False) -> Tensor:
         raise ValueError(f"{name} is {images.dtype}, expected uint8 or floating point in [0, 1]")
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which TV-L1 has not: pass {name}.detach()")
-    images = images.detach()
-    # a compiled program cannot look at values, on a GPU looking would wait for it: the engine takes whatever comes
-    looks = images.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and images.dtype != torch.uint8 and images.numel() > 0:
-        low, high = (float(v) for v in torch.aminmax(images))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"{name} holds values that are not finite, expected [0, 1]")
-        # what resizing overshoots is let through, grey levels 0..255 are not
-        if low < -0.5 or high > 1.5:
-            raise ValueError(f"{name} holds values from {low:g} to {high:g}, expected floating point in [0, 1]")
-    grey = images.float() if images.dtype == torch.uint8 else images.float() * 255
-    if images.dim() == 2:
+    if images.requires_grad:
+        images = images.detach()
+    if images.dtype == torch.uint8:
+        grey = images.float()
+    else:
+        _check_values(name, images)
+        grey = images.float() * 255
+    if len(shape) == 2:
         return grey
     if shape[-3] == 1:
         return grey.squeeze(-3)
@@ -197,8 +193,24 @@ def _grey(name: str, images: Tensor | np.ndarray, clip: bool = False) -> Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
+def _check_values(name: str, images: Tensor) -> None:
+    """Raise ValueError for floating-point values that are not finite or far out of [0, 1], where they can be seen."""
+    # a compiled program cannot look at values, on a GPU looking would wait for it: the engine takes whatever comes
+    if images.is_cpu and not torch.compiler.is_compiling() and images.numel() > 0:
+        low, high = (float(v) for v in torch.aminmax(images))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{name} holds values that are not finite, expected [0, 1]")
+        # what resizing overshoots is let through, grey levels 0..255 are not
+        if low < -0.5 or high > 1.5:
+            raise ValueError(f"{name} holds values from {low:g} to {high:g}, expected floating point in [0, 1]")
+
+
 def _solve(a: Tensor, b: Tensor, params: TVL1Params, threads: int | None, backend: str | None) -> Tensor:
     """Flow (..., 2, H, W) on a's device of grey images (..., H, W)."""
+    if a.dim() == 2:
+        return tvl1_op(a[None], b[None], params, threads or 0, backend)[0]
+    if a.dim() == 3:
+        return tvl1_op(a, b, params, threads or 0, backend)
     size = a.shape[-2:]
     flow = tvl1_op(a.reshape(-1, *size), b.reshape(-1, *size), params, threads or 0, backend)
     return flow.reshape(*a.shape[:-2], 2, *size)

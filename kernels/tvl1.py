@@ -292,11 +292,15 @@ def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
     engine, native = _engine(params)
     if a.is_cuda and engine.with_cuda and params.scheme == "avfast" and params.epsilon == 0:
         return _native_cuda(engine, a.contiguous(), b.contiguous(), native)
-    # held by name until the engine returns: it is given bare addresses
-    cpu_a, cpu_b = a.cpu().contiguous(), b.cpu().contiguous()
-    flow = torch.empty(len(a), 2, *a.shape[1:])
-    engine.tvl1_flow(cpu_a.data_ptr(), cpu_b.data_ptr(), flow.data_ptr(), *a.shape, native, threads)
-    return flow.to(a.device)
+    return _native_cpu(a.cpu().contiguous(), b.cpu().contiguous(), params, threads).to(a.device)
+
+
+def _native_cpu(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
+    engine, native = _engine(params)
+    pairs, height, width = a.shape
+    flow = torch.empty((pairs, 2, height, width))
+    engine.tvl1_flow(a.data_ptr(), b.data_ptr(), flow.data_ptr(), pairs, height, width, native, threads)
+    return flow
 
 
 @cache
@@ -362,9 +366,8 @@ _FLOW = registry.torch_op(
 def tvl1_op(a: Tensor, b: Tensor, params: TVL1Params, threads: int, backend: str | None) -> Tensor:
     """Flow (N,2,H,W) on a's device of grey images a, b (N,H,W), float32, 0..255, as the torch op avfast::tvl1_flow:
     one node in a compiled or exported program. threads 0: torch.get_num_threads(). `avfast.tvl1_flow` checks."""
-    if registry.unwatched(a, b):
-        # all these arguments and back again take 10 us
-        return _OP(a, b, params, threads or torch.get_num_threads(), backend=backend)
+    if backend is None and cpp_backend.plain(a, b):
+        return _native_cpu(a, b, params, threads or torch.get_num_threads())
     p = params
     # by name: PyTorch 2.11's compiler cannot read a frozen dataclass's __dict__
     pyramid = p.solver, p.scheme, p.tau, p.lambda_, p.theta, p.scale_step, p.scales
