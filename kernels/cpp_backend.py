@@ -55,20 +55,20 @@ def plain(*tensors: Tensor) -> bool:
     watches, no backend asked for. Such a call goes straight to C++: once the data of an op of 30 us have taken the
     cache, its way through all layers takes as long again, the straight one 10 us."""
     for tensor in tensors:
-        if type(tensor) is not Tensor:
+        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype is not torch.float32:
             return False
-    # before anything is asked of the tensors that a tracer would take down
+    # before tensors are asked what a tracer would take down
     if _ENGINE is None or not registry.ordinary(*tensors) or torch._C._autograd._profiler_enabled():
         return False
     for tensor in tensors:
-        if tensor.dtype is not torch.float32 or not tensor.is_cpu or not tensor.is_contiguous() or tensor.numel() == 0:
+        if not tensor.is_contiguous() or tensor.numel() == 0:
             return False
     return not _ENGINE.has_environment("AVFAST_BACKEND")
 
 
 def run(name: str, tensors: Sequence[Tensor], *numbers: float) -> None:
     """`call` for tensors that are `plain`, outputs included."""
-    getattr(_ENGINE, name)(*[t.data_ptr() for t in tensors], *numbers, False, torch.get_num_threads())
+    getattr(_ENGINE, name)(*map(Tensor.data_ptr, tensors), *numbers, False, torch.get_num_threads())
 
 
 def call(
