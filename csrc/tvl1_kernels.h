@@ -30,8 +30,7 @@ struct Iterate {
   int64_t stride;      // floats from one field to the next
   int width, height;
   int begin, end;
-  float*
-      change;  // where not null, receives the squared change of the flow per pixel of the last row with a primal step
+  float* change;  // where not null, receives the squared change of the flow per pixel of the last primal step
 };
 
 struct LineariseRow {
