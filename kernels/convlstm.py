@@ -172,6 +172,7 @@ _OP = registry.define_fused("convlstm_gates", reference.convlstm_gates, _fused)
 
 
 def _gates_fit(gates: Tensor, cell: Tensor) -> bool:
+    """What the checks ask of the shapes, without their words: two calls less on the way of a plain call."""
     size = cell.shape
     return len(size) == 4 and gates.shape == (size[0], 4 * size[1], size[2], size[3])
 

@@ -58,7 +58,7 @@ def plain(*tensors: Tensor) -> bool:
         if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype is not torch.float32:
             return False
     # before tensors are asked what a tracer would take down
-    if _ENGINE is None or not registry.ordinary(*tensors) or torch._C._autograd._profiler_enabled():
+    if _ENGINE is None or not registry.unwatched(*tensors):
         return False
     for tensor in tensors:
         if not tensor.is_contiguous() or tensor.numel() == 0:

@@ -153,7 +153,7 @@ def torch_op(
         given = [arguments[i] for i in tensors]
         for i in lists:
             given += arguments[i]
-        return (run if unwatched(*given) else overload)(*arguments, **options)
+        return (run if unwatched(*given) and not wants_gradient(*given) else overload)(*arguments, **options)
 
     return call
 
@@ -172,8 +172,8 @@ def ordinary(*tensors: Tensor) -> bool:
 
 
 def unwatched(*tensors: Tensor) -> bool:
-    """Whether nobody would see a torch op called with these tensors, so that what it runs can be called instead."""
-    return ordinary(*tensors) and not wants_gradient(*tensors) and not torch._C._autograd._profiler_enabled()
+    """Whether nobody but autograd would see a torch op called with these tensors, and what it runs will do instead."""
+    return ordinary(*tensors) and not torch._C._autograd._profiler_enabled()
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

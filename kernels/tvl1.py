@@ -292,11 +292,10 @@ def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
     engine, native = _engine(params)
     if a.is_cuda and engine.with_cuda and params.scheme == "avfast" and params.epsilon == 0:
         return _native_cuda(engine, a.contiguous(), b.contiguous(), native)
-    return _native_cpu(a.cpu().contiguous(), b.cpu().contiguous(), params, threads).to(a.device)
+    return _native_cpu(engine, a.cpu().contiguous(), b.cpu().contiguous(), native, threads).to(a.device)
 
 
-def _native_cpu(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
-    engine, native = _engine(params)
+def _native_cpu(engine: Any, a: Tensor, b: Tensor, native: Any, threads: int) -> Tensor:
     pairs, height, width = a.shape
     flow = torch.empty((pairs, 2, height, width))
     engine.tvl1_flow(a.data_ptr(), b.data_ptr(), flow.data_ptr(), pairs, height, width, native, threads)
@@ -367,7 +366,8 @@ def tvl1_op(a: Tensor, b: Tensor, params: TVL1Params, threads: int, backend: str
     """Flow (N,2,H,W) on a's device of grey images a, b (N,H,W), float32, 0..255, as the torch op avfast::tvl1_flow:
     one node in a compiled or exported program. threads 0: torch.get_num_threads(). `avfast.tvl1_flow` checks."""
     if backend is None and cpp_backend.plain(a, b):
-        return _native_cpu(a, b, params, threads or torch.get_num_threads())
+        engine, native = _engine(params)
+        return _native_cpu(engine, a, b, native, threads or torch.get_num_threads())
     p = params
     # by name: PyTorch 2.11's compiler cannot read a frozen dataclass's __dict__
     pyramid = p.solver, p.scheme, p.tau, p.lambda_, p.theta, p.scale_step, p.scales
