@@ -30,6 +30,8 @@ maps are taken as they lie, contiguous or channels-last. On an H200 forward take
 definition in bf16, 0.8 to 0.9 in fp32 up to 2048 positions, and longer beyond, with 512 tokens, or with the backward
 pass: then the definition is the choice, up to 2^26 scores.
 
+Where these kernels are not the choice PyTorch's own ops are: `torch_attention.py`.
+
 Products of fp32 are fp32 (`ieee`: no tensor cores); those of half types are TF32, whose 10 bits of mantissa hold every
 bf16 and fp16 value.
 """
@@ -42,7 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, cpp_backend, reference, registry, triton_backend
+from . import checks, cpp_backend, reference, registry, torch_attention, triton_backend
+from .torch_attention import rows_of
 from .triton_backend import jit, tl, triton
 
 
@@ -343,16 +346,11 @@ def _condense_backward_fake(
     return memory.new_empty(memory.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-def _rows(feature: Tensor) -> Tensor:
-    """(B,C,H,W) -> (B, H W, C), no copy where it lies contiguous or channels-last."""
-    return feature.flatten(2).mT
-
-
 def _recall_forward(feature: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     out = _recall_forward_fake(feature, query, key, value)
-    given = _rows(query), key, value
+    given = rows_of(query), key, value
     _, positions, c = given[0].shape
-    tensors = _rows(feature), *given, _rows(out)
+    tensors = rows_of(feature), *given, rows_of(out)
     _launch(_recall_fwd_kernel, positions, tensors, positions, key.shape[1], c, types=given)
     return out
 
@@ -363,7 +361,9 @@ def _recall_forward_fake(feature: Tensor, query: Tensor, key: Tensor, value: Ten
 
 def _recall_backward(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     outputs = by_query, by_key, by_value = _recall_backward_fake(query, key, value, grad)
-    _attention_backward((_rows(query), key, value, _rows(grad)), (_rows(by_query), by_key, by_value), causal=False)
+    _attention_backward(
+        (rows_of(query), key, value, rows_of(grad)), (rows_of(by_query), by_key, by_value), causal=False
+    )
     return outputs
 
 
@@ -427,32 +427,9 @@ def _recall_triton(feature: Tensor, query: Tensor | None, key: Tensor | None, va
     return _Recall.apply(feature, query, key, value)
 
 
-def _condense_sdpa(memory: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    q, k, v = F.linear(memory, weight, bias).chunk(3, dim=-1)
-    attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True, scale=1.0)
-    return memory + attended[:, 0]
-
-
-def _one_head(rows: Tensor) -> Tensor:
-    """(B,N,C) -> (B,1,N,C) as PyTorch's fused kernels want it: rows one behind the other, with the strides that say so
-    also where N is 1. Of other rows they say that there is no kernel (N = 1), or leave them to the definition."""
-    b, n, c = rows.shape
-    # through (B N, C): the strides of a dimension of 1 are what they were, whatever contiguous() is asked
-    return rows.reshape(b * n, c).contiguous().view(b, 1, n, c)
-
-
-def _recall_sdpa(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> Tensor:
-    if query is None or key is None or value.shape[1] == 1:
-        return reference.recall(feature, query, key, value)
-    given = _one_head(_rows(query)), _one_head(key), _one_head(value)
-    recalled = F.scaled_dot_product_attention(*given, scale=1.0)
-    return feature + recalled[:, 0].mT.reshape(feature.shape)
-
-
 _INTERPRETED = "Triton's interpreter is for tests" if triton_backend.INTERPRETED else None
 _SLOWER = "PyTorch's attention takes 0.2 to 1.05 times as long on an H200"
 _TRITON = registry.Backend(_Condense.apply, _unsupported, triton_backend.unavailable, _INTERPRETED or _SLOWER)
-_SDPA = registry.Backend(_condense_sdpa, registry.never, registry.never)
 
 
 def _recall_by_triton(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
@@ -463,17 +440,17 @@ def _recall_by_triton(feature: Tensor, query: Tensor | None, key: Tensor | None,
     return small and not registry.wants_gradient(feature, query, key, value)
 
 
-def _recall_by_sdpa(feature: Tensor, _query: Tensor | None, _key: Tensor | None, value: Tensor) -> bool:
-    # the definition takes 0.5 to 0.9 times as long on 2 cores, up to 8 million scores (of Condense as long); nothing is
-    # asked of a compiled program's sizes, which would then hold for these sizes only
-    b, _, h, w = feature.shape
-    return torch.compiler.is_compiling() or b * h * w * value.shape[1] > 1 << 26
-
-
-_CONDENSE = registry.define("condense", reference.condense, triton=_TRITON, sdpa=_SDPA)
+_CONDENSE = registry.define(
+    "condense",
+    reference.condense,
+    torch=torch_attention.CONDENSE,
+    triton=_TRITON,
+    sdpa=torch_attention.CONDENSE_SDPA,
+)
 _RECALL = registry.define(
     "recall",
     reference.recall,
+    torch=torch_attention.RECALL,
     triton=registry.Backend(
         _recall_triton,
         _recall_unsupported,
@@ -481,7 +458,7 @@ _RECALL = registry.define(
         _INTERPRETED,
         ("up to 64 tokens without a gradient, half types or up to 2048 positions", _recall_by_triton),
     ),
-    sdpa=_SDPA._replace(function=_recall_sdpa, where=("compiled, or 2^26 scores", _recall_by_sdpa)),
+    sdpa=torch_attention.RECALL_SDPA,
 )
 
 
@@ -509,6 +486,23 @@ def recall(
     feature + softmax(query key^T) value, (B,C,H,W). With M = 1 query and key have no influence and may be None. Raises
     ValueError on a wrong shape or dtype, an empty memory, or a missing query or key with M > 1. Source: paper, Eq. 2.
     """
+    if not _recall_fits(feature, query, key, value):
+        _check_recall(feature, query, key, value)
+    return _RECALL(feature, query, key, value, backend=backend)
+
+
+def _recall_fits(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
+    """Whether the checks have nothing to say of many tokens, at a quarter of their 15 us: a small map takes 100."""
+    for tensor in (feature, query, key, value):
+        if type(tensor) is not Tensor or not tensor.is_floating_point() or tensor.device != feature.device:
+            return False
+    assert query is not None and key is not None
+    size, tokens = feature.shape, value.shape
+    fits = len(size) == 4 and len(tokens) == 3 and query.shape == size and key.shape == tokens
+    return fits and tokens[1] > 1 and tokens[0] == size[0] and tokens[2] == size[1]
+
+
+def _check_recall(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> None:
     checks.shape("feature", feature, "B C H W")
     b, c, h, w = feature.shape
     checks.shape("value", value, "B M C", B=b, C=c)
@@ -522,4 +516,3 @@ def recall(
     if key is not None:
         checks.shape("key", key, "B M C", B=b, M=m, C=c)
     checks.same_device(feature=feature, query=query, key=key, value=value)
-    return _RECALL(feature, query, key, value, backend=backend)

@@ -63,7 +63,7 @@ def plain(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if not tensor.is_contiguous() or tensor.numel() == 0:
             return False
-    return not _ENGINE.has_environment("AVFAST_BACKEND")
+    return not registry.has_environment("AVFAST_BACKEND")
 
 
 def run(name: str, tensors: Sequence[Tensor], *numbers: float) -> None:

@@ -200,6 +200,10 @@ def test_equals_the_definition(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_types_err_at_most_twice_as_much_as_the_definition(name: str, backend: str, dtype: torch.dtype) -> None:
     args = arguments(name, (2, 7, 9), dtype)
+    if backend == "torch":
+        with pytest.raises(ValueError, match="half types"):
+            results(name, args, backend)
+        return
     exact = results(name, [a.detach().double().requires_grad_(a.requires_grad) for a in args], "reference")
     found, reference = (results(name, args, b) for b in (backend, "reference"))
     for ours, theirs, true in zip(found, reference, exact, strict=True):
@@ -251,8 +255,8 @@ def test_gradients_by_finite_differences(name: str, backend: str) -> None:
 @IMPLEMENTATIONS
 def test_second_derivative_is_refused(name: str, backend: str) -> None:
     """By an error: a missing term would be a wrong gradient."""
-    if backend == "sdpa" or name == "recall one":
-        pytest.skip("PyTorch's own op, which decides for itself")
+    if backend in ("sdpa", "torch") or name == "recall one":
+        pytest.skip("PyTorch's own ops, which decide for themselves")
     args = arguments(name, (1, 3, 4))
     out = CASES[name].call(*args, backend=backend)
     first = out[0] if isinstance(out, tuple) else out
@@ -517,6 +521,33 @@ def test_attention_over_several_blocks_of_everything() -> None:
             into += [out, *torch.autograd.grad(out, args, torch.linspace(1, 2, out.numel()).view_as(out).to(out))]
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="made for the CPU")
+@pytest.mark.parametrize("steps", [128, 129], ids=["all scores at once", "fused attention"])
+def test_condense_with_two_projections_in_one(steps: int) -> None:
+    args = [0.5 * normal(2, steps, 8), 0.3 * normal(24, 8, seed=1), 0.1 * normal(24, seed=2)]
+    args = [a.requires_grad_() for a in args]
+    found, expected = (results("condense", args, b) for b in ("torch", "reference"))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="made for the CPU")
+def test_what_pytorchs_own_ops_are_chosen_for() -> None:
+    """Sizes where they were measured to be faster, types that lose nothing, and no compiled program."""
+    by_torch = registry.OPS["condense"].backends["torch"]
+    given = normal(4, 8, 8), normal(24, 8), normal(24)
+    assert by_torch.chosen(*given) and not by_torch.chosen(given[0][:3], *given[1:])
+    assert not by_torch.chosen(given[0].float(), *given[1:]) and not by_torch.chosen(*(t.half() for t in given))
+    with torch.autocast("cpu"):
+        assert not by_torch.chosen(*given)
+    compiled = torch.compile(lambda *tensors: by_torch.chosen(*tensors), backend="eager", fullgraph=True)
+    assert not compiled(*given)
+    recall_by_torch = registry.OPS["recall"].backends["torch"]
+    for positions, chosen in ((1 << 11, True), (1 << 12, False)):
+        maps, memory = torch.zeros(1, 1, 1, positions), torch.zeros(1, 1 << 11, 1)
+        assert recall_by_torch.chosen(maps, maps, memory, memory) is chosen
 
 
 def test_condense_of_half_memory_with_fp32_weights() -> None:

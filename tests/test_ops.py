@@ -295,7 +295,9 @@ def test_dispatch(monkeypatch):
     op(1, backend="cpp")
     assert calls[4:] == ["cpp"]
     monkeypatch.setenv("AVFAST_BACKEND", "fast")
-    with pytest.raises(ValueError, match="AVFAST_BACKEND is 'fast', expected one of triton, cpp, sdpa, reference"):
+    with pytest.raises(
+        ValueError, match="AVFAST_BACKEND is 'fast', expected one of triton, cpp, torch, sdpa, reference"
+    ):
         op(1)
 
 

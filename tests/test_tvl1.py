@@ -351,7 +351,7 @@ IMAGE = torch.zeros(8, 8)
         ((IMAGE[None, None],), {"direction": "up"}, "direction is 'up', expected 'backward' or 'forward'"),
         ((IMAGE, IMAGE), {"preset": "slow"}, "preset is 'slow', expected 'fast', .*'chambolle-pock' or a TVL1Params"),
         ((IMAGE, IMAGE), {"threads": 0}, "threads is 0, expected a whole number of at least 1"),
-        ((IMAGE, IMAGE), {"backend": "cuda"}, "backend is 'cuda', expected one of triton, cpp, sdpa, reference"),
+        ((IMAGE, IMAGE), {"backend": "cuda"}, "backend is 'cuda', expected one of triton, cpp, torch, sdpa, reference"),
     ],
 )
 def test_bad_input_is_named(args: tuple, kwargs: dict, message: str) -> None:
