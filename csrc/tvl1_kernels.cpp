@@ -28,10 +28,10 @@ struct Cursor {
   }
 };
 
-// steps begin .. end - 1, as far as they are asked for: the primal step of a row and the dual step of the row two above,
-// in one loop. They have nothing to do with each other and so fill each other's waiting time: roots, then the primal
-// step, then the division. With the dual of the row just above, which needs what the primal makes, a core (Zen 3) takes
-// 1.15 to 1.25 times as long; one after the other 1.1; row by row, each set up anew, 1.02 to 1.06.
+// steps begin .. end - 1, as far as they are asked for: the primal step of a row and the dual step of the row two
+// above, in one loop. They have nothing to do with each other and so fill each other's waiting time: roots, then the
+// primal step, then the division. With the dual of the row just above, which needs what the primal makes, a core (Zen
+// 3) takes 1.15 to 1.25 times as long; one after the other 1.1; row by row, each set up anew, 1.02 to 1.06.
 template <class Solver, bool kPrimal, bool kDual, bool kBelow, bool kChange>
 AVFAST_INLINE void iterate_rows(const Iterate& r, int begin, int end, const Solver& parameters) {
   constexpr bool kBar = Solver::kExtrapolates;
