@@ -113,9 +113,8 @@ struct Zach {
   // Chambolle (2004): p = (p + tau/theta grad u) / (1 + tau/theta |grad u|), with q = theta/tau p.
   template <class F>
   AVFAST_HD Ascended<F> ascend(Dual4<F> q, F g11, F g12, F g21, F g22) const {
-    return {sqrt(g11 * g11 + g12 * g12),
-            sqrt(g21 * g21 + g22 * g22),
-            {q.q11 + g11, q.q12 + g12, q.q21 + g21, q.q22 + g22}};
+    return {
+        sqrt(g11 * g11 + g12 * g12), sqrt(g21 * g21 + g22 * g22), {q.q11 + g11, q.q12 + g12, q.q21 + g21, q.q22 + g22}};
   }
 
   template <class F>
