@@ -66,7 +66,8 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         requested = backend
-        if backend is None and has_environment("AVFAST_BACKEND"):
+        # a compiled program is traced through os.environ alone
+        if backend is None and (torch.compiler.is_compiling() or has_environment("AVFAST_BACKEND")):
             requested = os.environ.get("AVFAST_BACKEND")
         if requested and (chosen := self._requested(requested, backend is None)) is not None:
             reason = chosen.unsupported(*args, **kwargs)
