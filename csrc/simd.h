@@ -83,8 +83,7 @@ struct Vec {
 AVFAST_INLINE Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
 AVFAST_INLINE Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
 AVFAST_INLINE Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
-AVFAST_INLINE Vec divide(Vec a, Vec b) { return a.raw / b.raw; }
-AVFAST_INLINE Vec reciprocal(Vec a) { return divide(1.0f, a); }
+AVFAST_INLINE Vec reciprocal(Vec a) { return Vec(1.0f).raw / a.raw; }
 
 // the smaller and the larger, b where one is NaN: what the instructions do. GCC 12 makes a comparison and a blend of
 // the ternary operator, and no root at all of a loop.

@@ -364,9 +364,9 @@ class Workspace {
     const Iterate r{
         level_row(size, begin), row_stride_of(size), field_stride(size), size.width, size.height, begin, end, change};
     if (params_.solver == Solver::kZach) {
-      kernels_.zach(r, Zach::of(params_.tau, params_.lambda, params_.theta));
+      kernels_.zach(r, {params_.lambda * params_.theta, params_.tau, params_.tau / params_.theta});
     } else {
-      kernels_.chambolle_pock(r, ChambollePock::of(params_.tau, params_.lambda));
+      kernels_.chambolle_pock(r, {params_.lambda * params_.tau, 1.0f / params_.tau});
     }
   }
 

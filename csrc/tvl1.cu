@@ -459,9 +459,9 @@ void flow_cuda(const float* a, const float* b, float* flow, int64_t pairs, int h
     if (params.presmooth > 0.0f) smooth_images(job, make_gauss(params.presmooth), count, scratch, stream);
     float* rest = scratch + count * smooth_floats(job, params);
     if (params.solver == Solver::kZach) {
-      solve(job, Zach::of(params.tau, params.lambda, params.theta), count, rest, stream);
+      solve(job, Zach{params.lambda * params.theta, params.tau, params.tau / params.theta}, count, rest, stream);
     } else {
-      solve(job, ChambollePock::of(params.tau, params.lambda), count, rest, stream);
+      solve(job, ChambollePock{params.lambda * params.tau, 1.0f / params.tau}, count, rest, stream);
     }
   }
 }

@@ -1,5 +1,5 @@
 // the arithmetic of TV-L1 for one pixel, without loops and memory, written once for all engines: F is float under nvcc,
-// a register of floats (simd.h) on the CPU. F needs + - *, min, max, sqrt, divide and where_above.
+// a register of floats (simd.h) on the CPU. F needs + - *, min, max, sqrt, reciprocal and where_above.
 //
 // contraction is off (setup.py) and every operation is exactly rounded, so that all instruction sets and the GPU give
 // the same bits. Anything less is seen: 3e-7 of noise moves 11 % of the flow by more than 1e-3 px where a point may
@@ -47,7 +47,7 @@ AVFAST_HD DataTerm<F> linearise(F warped, F warped_dx, F warped_dy, F target, F 
   const F iy = warped_dy * inside;
   const F grad = ix * ix + iy * iy;
   const F rho_c = (warped - target) * inside - ix * u1 - iy * u2;
-  return {ix, iy, rho_c, where_above(grad, F(1e-9f), divide(F(-1.0f), grad))};
+  return {ix, iy, rho_c, where_above(grad, F(1e-9f), F(0.0f) - reciprocal(grad))};
 }
 
 // minimiser over v of limit |rho(v)| + |v - u|^2 / 2, as the multiple of (ix, iy) to add to u: the three-case threshold
@@ -58,9 +58,8 @@ AVFAST_HD F threshold_step(const DataTerm<F>& d, F u1, F u2, F limit) {
   return clamp(rho * d.inv_grad, F(0.0f) - limit, limit);
 }
 
-// what one iteration does to one pixel. The duals q are kept scaled, so that a step upwards adds the gradient as it is:
-// by 1 / sigma of the dual step sigma, which makes that the radius of the ball they stay in. It saves 4 of 22 products,
-// and a core (Zen 3) a twentieth of an iteration.
+// what one iteration does to one pixel. The duals are kept scaled (by theta, or by the primal step tau), so that the
+// primal step adds their divergence as it is.
 template <class F>
 struct Flow2 {
   F u1, u2;
@@ -71,7 +70,7 @@ struct Dual4 {
 };
 
 // the dual step in two parts, for whoever has something to do while the roots are under way: a step upwards, then the
-// division by the norms, `norm(root)` of the solver, as multiples of the radius.
+// division by the norms, `norm(root)` of the solver.
 template <class F>
 struct Ascended {
   F root1, root2;  // first here and in the making: they take longest
@@ -83,7 +82,7 @@ template <class F, class Solver>
 AVFAST_HD Dual4<F> project(const Solver& solver, const Ascended<F>& a) {
   const F norm1 = solver.norm(a.root1);
   const F norm2 = solver.norm(a.root2);
-  const F both = divide(F(solver.radius), norm1 * norm2);
+  const F both = reciprocal(norm1 * norm2);
   const F scale1 = norm2 * both;
   const F scale2 = norm1 * both;
   return {a.q.q11 * scale1, a.q.q12 * scale1, a.q.q21 * scale2, a.q.q22 * scale2};
@@ -91,17 +90,15 @@ AVFAST_HD Dual4<F> project(const Solver& solver, const Ascended<F>& a) {
 
 // Zach et al. (2007): v = threshold(u), u = v + theta div p.
 struct Zach {
-  float limit;  // lambda theta
-  float tau;
-  float radius;  // theta / tau
+  float limit;           // lambda theta
+  float tau;             // tau
+  float tau_over_theta;  // tau / theta
   static constexpr bool kExtrapolates = false;
-
-  static Zach of(float tau, float lambda, float theta) { return {lambda * theta, tau, theta / tau}; }
 
   template <class F>
   AVFAST_HD Flow2<F> primal(Flow2<F> u, const DataTerm<F>& d, F div1, F div2) const {
     const F step = threshold_step(d, u.u1, u.u2, F(limit));
-    return {u.u1 + step * d.ix + F(tau) * div1, u.u2 + step * d.iy + F(tau) * div2};
+    return {u.u1 + step * d.ix + div1, u.u2 + step * d.iy + div2};
   }
 
   // the field whose gradient drives the dual: the flow itself, or an extrapolated one kept beside it.
@@ -110,33 +107,31 @@ struct Zach {
     return next;
   }
 
-  // Chambolle (2004): p = (p + tau/theta grad u) / (1 + tau/theta |grad u|), with q = theta/tau p.
+  // Chambolle (2004): p = (p + tau/theta grad u) / (1 + tau/theta |grad u|), with q = theta p.
   template <class F>
   AVFAST_HD Ascended<F> ascend(Dual4<F> q, F g11, F g12, F g21, F g22) const {
-    return {
-        sqrt(g11 * g11 + g12 * g12), sqrt(g21 * g21 + g22 * g22), {q.q11 + g11, q.q12 + g12, q.q21 + g21, q.q22 + g22}};
+    return {sqrt(g11 * g11 + g12 * g12),
+            sqrt(g21 * g21 + g22 * g22),
+            {q.q11 + F(tau) * g11, q.q12 + F(tau) * g12, q.q21 + F(tau) * g21, q.q22 + F(tau) * g22}};
   }
 
   template <class F>
   AVFAST_HD F norm(F root) const {
-    return F(radius) + root;
+    return F(1.0f) + F(tau_over_theta) * root;
   }
 };
 
 // Chambolle and Pock (2011), algorithm 1, on the energy itself: u' = prox(u + tau div p), then the projected step of
-// the dual at 2 u' - u, with tau sigma = 1/8, the largest product that converges for forward differences, and
-// q = p / sigma.
+// the dual at 2 u' - u, with q = tau p and tau sigma = 1/8, the largest product that converges for forward differences.
 struct ChambollePock {
-  float limit;   // lambda tau
-  float radius;  // 1 / sigma = 8 tau
+  float limit;    // lambda tau
+  float inv_tau;  // 1 / tau
   static constexpr bool kExtrapolates = true;
-
-  static ChambollePock of(float tau, float lambda) { return {lambda * tau, 8.0f * tau}; }
 
   template <class F>
   AVFAST_HD Flow2<F> primal(Flow2<F> u, const DataTerm<F>& d, F div1, F div2) const {
-    const F w1 = u.u1 + F(0.125f) * div1;
-    const F w2 = u.u2 + F(0.125f) * div2;
+    const F w1 = u.u1 + div1;
+    const F w2 = u.u2 + div2;
     const F step = threshold_step(d, w1, w2, F(limit));
     return {w1 + step * d.ix, w2 + step * d.iy};
   }
@@ -148,16 +143,16 @@ struct ChambollePock {
 
   template <class F>
   AVFAST_HD Ascended<F> ascend(Dual4<F> q, F g11, F g12, F g21, F g22) const {
-    const F x1 = q.q11 + g11;
-    const F y1 = q.q12 + g12;
-    const F x2 = q.q21 + g21;
-    const F y2 = q.q22 + g22;
+    const F x1 = q.q11 + F(0.125f) * g11;
+    const F y1 = q.q12 + F(0.125f) * g12;
+    const F x2 = q.q21 + F(0.125f) * g21;
+    const F y2 = q.q22 + F(0.125f) * g22;
     return {sqrt(x1 * x1 + y1 * y1), sqrt(x2 * x2 + y2 * y2), {x1, y1, x2, y2}};
   }
 
   template <class F>
   AVFAST_HD F norm(F root) const {
-    return max(root, F(radius));
+    return max(F(inv_tau) * root, F(1.0f));
   }
 };
 

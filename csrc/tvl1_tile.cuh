@@ -23,13 +23,10 @@ __device__ __forceinline__ float sqrt(float x) {
   const float root = x * y;
   return __fmaf_rn(__fmaf_rn(-root, root, x), 0.5f * y, root);
 }
-__device__ __forceinline__ float divide(float a, float b) {
+__device__ __forceinline__ float reciprocal(float x) {
   float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
-  y = __fmaf_rn(__fmaf_rn(-b, y, 1.0f), y, y);
-  // an exactly rounded reciprocal makes this correction exact too (Markstein 1990)
-  const float quotient = a * y;
-  return __fmaf_rn(__fmaf_rn(-b, quotient, a), y, quotient);
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return __fmaf_rn(__fmaf_rn(-x, y, 1.0f), y, y);
 }
 // waits for all threads of a cluster; what they have written to each other's shared memory is then seen.
 __device__ __forceinline__ void cluster_sync() {
@@ -43,7 +40,7 @@ __device__ __forceinline__ float* in_block(float* place, int rank) {
 }
 #else
 inline float sqrt(float x) { return sqrtf(x); }
-inline float divide(float a, float b) { return a / b; }
+inline float reciprocal(float x) { return 1.0f / x; }
 #endif
 __device__ __forceinline__ float min(float a, float b) { return fminf(a, b); }
 __device__ __forceinline__ float max(float a, float b) { return fmaxf(a, b); }

@@ -107,28 +107,26 @@ def _solve_level(a: Tensor, b: Tensor, flow: Tensor, warps: int, params: TVL1Par
 def _zach(
     u: Tensor, dual: Tensor, grad: Tensor, rho_c: Tensor, inv_grad: Tensor, params: TVL1Params
 ) -> tuple[Tensor, Tensor]:
-    """v = threshold(u), u = v + theta div p, then Chambolle's step of the dual, kept as theta / tau p."""
-    tau, theta = _float32(params.tau), _float32(params.theta)
+    """v = threshold(u), u = v + theta div p, then Chambolle's step of the dual, kept as theta p."""
     rho = rho_c + grad[:, 0] * u[:, 0] + grad[:, 1] * u[:, 1]
-    limit = (_float32(params.lambda_) * theta).item()
-    u = u + (rho * inv_grad).clamp(-limit, limit)[:, None] * grad + tau * _divergence(dual)
+    limit = (_float32(params.lambda_) * _float32(params.theta)).item()
+    u = u + (rho * inv_grad).clamp(-limit, limit)[:, None] * grad + _divergence(dual)
     g = _gradient(u)
-    scale = _ratios(theta / tau, theta / tau + _norm(g))
-    return u, (dual + g) * scale[:, :, None]
+    scale = _reciprocals(1 + (_float32(params.tau) / _float32(params.theta)) * _norm(g))
+    return u, (dual + params.tau * g) * scale[:, :, None]
 
 
 def _chambolle_pock(
     u: Tensor, dual: Tensor, grad: Tensor, rho_c: Tensor, inv_grad: Tensor, params: TVL1Params
 ) -> tuple[Tensor, Tensor]:
-    """u' = prox(u + tau div p), then the projected step of the dual at 2 u' - u, kept as p / sigma; tau sigma = 1/8."""
-    tau = _float32(params.tau)
-    w = u + 0.125 * _divergence(dual)
+    """u' = prox(u + tau div p), then the projected step of the dual at 2 u' - u, kept as tau p; tau sigma = 1/8."""
+    w = u + _divergence(dual)
     rho = rho_c + grad[:, 0] * w[:, 0] + grad[:, 1] * w[:, 1]
-    limit = (_float32(params.lambda_) * tau).item()
+    limit = (_float32(params.lambda_) * _float32(params.tau)).item()
     new = w + (rho * inv_grad).clamp(-limit, limit)[:, None] * grad
-    q = dual + _gradient(new + (new - u))
-    radius = 8 * tau
-    return new, q * _ratios(radius, _norm(q).clamp(min=radius.item()))[:, :, None]
+    q = dual + 0.125 * _gradient(new + (new - u))
+    norm = (1 / _float32(params.tau)) * _norm(q)
+    return new, q * _reciprocals(norm.clamp(min=1))[:, :, None]
 
 
 def _float32(value: float) -> Tensor:
@@ -159,9 +157,9 @@ def _norm(g: Tensor) -> Tensor:
     return (g[:, :, 0] * g[:, :, 0] + g[:, :, 1] * g[:, :, 1]).double().sqrt().float()
 
 
-def _ratios(radius: Tensor, norm: Tensor) -> Tensor:
-    """radius / norm (N,2,H,W) by one division for both components."""
-    both = radius / (norm[:, 0] * norm[:, 1])
+def _reciprocals(norm: Tensor) -> Tensor:
+    """1 / norm (N,2,H,W) by one division for both components."""
+    both = 1 / (norm[:, 0] * norm[:, 1])
     return torch.stack([norm[:, 1] * both, norm[:, 0] * both], 1)
 
 
