@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fused.h"
@@ -142,13 +143,17 @@ PYBIND11_MODULE(_C, m) {
         });
       },
       py::call_guard<py::gil_scoped_release>());
+  // a feature: its address and its channels
+  using Features = std::vector<std::pair<uintptr_t, int64_t>>;
   m.def(
       "modulate_forward",
       [](uintptr_t context, uintptr_t gamma, uintptr_t beta, uintptr_t out, int64_t batch, int64_t channels,
-         int64_t area, int64_t out_stride, bool fp64, int threads) {
+         int64_t area, int64_t out_stride, const Features& before, bool fp64, int threads) {
         avfast::with_type(fp64, [&](auto t) {
+          std::vector<avfast::fused::Feature<decltype(t)>> features;
+          for (const auto& [address, count] : before) features.push_back({as(t, address), count});
           avfast::fused::modulate_forward(as(t, context), as(t, gamma), as(t, beta), as(t, out), batch, channels, area,
-                                          out_stride, threads, nullptr);
+                                          out_stride, features, threads, nullptr);
         });
       },
       py::call_guard<py::gil_scoped_release>());

@@ -184,13 +184,34 @@ void flow_loss(const T* prediction, const T* target, const T* frames, T* grad, T
 
 template <class T>
 void modulate_forward(const T* context, const T* gamma, const T* beta, T* out, int64_t batch, int64_t channels,
-                      int64_t area, int64_t out_stride, int threads, const char* isa) {
+                      int64_t area, int64_t out_stride, const std::vector<Feature<T>>& before, int threads,
+                      const char* isa) {
   const Kernels<T>& kernels = choose<T>(isa);
-  share(batch * channels, batch * channels * area, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      kernels.modulate_forward({context + i * area, gamma[i], beta[i], area},
-                               out + i / channels * out_stride + i % channels * area);
-    }
+  int64_t total = channels;
+  for (const Feature<T>& feature : before) total += feature.channels;
+  share(batch * total, batch * total * area, threads, [&](int64_t begin, int64_t end) {
+    for_rows(begin, end, total, [&](int64_t b, int64_t first, int64_t count) {
+      T* image = out + b * out_stride;
+      // channels first .. last - 1 of what lies from channel `base` on are this stretch's
+      int64_t base = 0;
+      const auto stretch = [&](int64_t size, const auto& body) {
+        const int64_t from = std::max<int64_t>(first - base, 0), to = std::min(first + count - base, size);
+        if (from < to) body(from, to);
+        base += size;
+      };
+      for (const Feature<T>& feature : before) {
+        stretch(feature.channels, [&](int64_t from, int64_t to) {
+          std::copy_n(feature.values + (b * feature.channels + from) * area, (to - from) * area,
+                      image + (base + from) * area);
+        });
+      }
+      stretch(channels, [&](int64_t from, int64_t to) {
+        for (int64_t c = from; c < to; ++c) {
+          const int64_t i = b * channels + c;
+          kernels.modulate_forward({context + i * area, gamma[i], beta[i], area}, image + (base + c) * area);
+        }
+      });
+    });
   });
 }
 
@@ -340,8 +361,8 @@ void scatter_tiles(const Tiles<T>& tiles, const T* products, T* map, int threads
                                  const char*);                                                                         \
   template void flow_loss<T>(const T*, const T*, const T*, T*, T*, int64_t, int, int, int, double, double, int,        \
                              const char*);                                                                             \
-  template void modulate_forward<T>(const T*, const T*, const T*, T*, int64_t, int64_t, int64_t, int64_t, int,         \
-                                    const char*);                                                                      \
+  template void modulate_forward<T>(const T*, const T*, const T*, T*, int64_t, int64_t, int64_t, int64_t,              \
+                                    const std::vector<Feature<T>>&, int, const char*);                                 \
   template void modulate_backward<T>(const T*, const T*, const T*, T*, T*, T*, int64_t, int64_t, int64_t, int64_t,     \
                                      int, const char*);                                                                \
   template void gather_tiles<T>(const Tiles<T>&, const T*, T*, int, const char*);                                      \

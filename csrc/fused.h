@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace avfast::fused {
 
@@ -32,12 +33,19 @@ template <class T>
 void flow_loss(const T* prediction, const T* target, const T* frames, T* grad, T* loss, int64_t images, int channels,
                int height, int width, double data_weight, double smooth_weight, int threads, const char* isa);
 
-// out = gamma context + beta per channel. context [batch, channels, area], gamma, beta [batch, channels]; out of the
-// same shape, one image `out_stride` values after the other.
+// gamma context + beta per channel, behind copies of the features `before`. context [batch, channels, area], gamma,
+// beta [batch, channels], each feature [batch, its channels, area]; out [batch, channels of all, area], one image
+// `out_stride` values after the other.
+template <class T>
+struct Feature {
+  const T* values;
+  int64_t channels;
+};
 template <class T>
 void modulate_forward(const T* context, const T* gamma, const T* beta, T* out, int64_t batch, int64_t channels,
-                      int64_t area, int64_t out_stride, int threads, const char* isa);
-// grad_out: strided as out above.
+                      int64_t area, int64_t out_stride, const std::vector<Feature<T>>& before, int threads,
+                      const char* isa);
+// grad_out [batch, channels, area], one image `grad_stride` values after the other.
 template <class T>
 void modulate_backward(const T* context, const T* gamma, const T* grad_out, T* grad_context, T* grad_gamma,
                        T* grad_beta, int64_t batch, int64_t channels, int64_t area, int64_t grad_stride, int threads,

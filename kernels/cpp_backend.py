@@ -66,21 +66,21 @@ def plain(*tensors: Tensor) -> bool:
     return not registry.has_environment("AVFAST_BACKEND")
 
 
-def run(name: str, tensors: Sequence[Tensor], *numbers: float) -> None:
+def run(name: str, tensors: Sequence[Tensor], *rest: Any) -> None:
     """`call` for tensors that are `plain`, outputs included."""
-    getattr(_ENGINE, name)(*map(Tensor.data_ptr, tensors), *numbers, False, torch.get_num_threads())
+    getattr(_ENGINE, name)(*map(Tensor.data_ptr, tensors), *rest, False, torch.get_num_threads())
 
 
 def call(
-    name: str, compute: torch.dtype, inputs: Sequence[Tensor], outputs: Sequence[Tensor | None], *numbers: float
+    name: str, compute: torch.dtype, inputs: Sequence[Tensor], outputs: Sequence[Tensor | None], *rest: Any
 ) -> None:
-    """Run one of the C++ functions: the addresses of the inputs, then of the outputs (None: a null pointer), then the
-    numbers. Tensors lie as the function expects; those of another type than `compute` are converted, there and back.
+    """Run one of the C++ functions: the addresses of the inputs, then of the outputs (None: a null pointer), then
+    the rest. Tensors lie as the function expects; those of another type than `compute` are converted, there and back.
     """
     given = [t if t.dtype == compute else t.to(compute) for t in inputs]
     taken = [t if t is None or t.dtype == compute else torch.empty_like(t, dtype=compute) for t in outputs]
     addresses = [0 if t is None else t.data_ptr() for t in (*given, *taken)]
-    getattr(engine(), name)(*addresses, *numbers, compute == torch.float64, torch.get_num_threads())
+    getattr(engine(), name)(*addresses, *rest, compute == torch.float64, torch.get_num_threads())
     for output, buffer in zip(outputs, taken, strict=True):
         if output is not None and buffer is not None and output is not buffer:
             output.copy_(buffer)

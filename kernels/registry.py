@@ -102,15 +102,15 @@ def define_fused(
     reference: Callable[..., Any],
     fused: Callable[..., Any],
     *,
-    cpp_opt_in: str | None = None,
+    cpp_where: tuple[str, Callable[..., bool]] | None = None,
     triton_where: tuple[str, Callable[..., bool]] | None = None,
 ) -> Op:
     """Register an op whose `fused(backend, *args)` runs in C++ on CPU tensors ("cpp") and in Triton on CUDA tensors
-    ("triton"); C++ on request only, where a reason is given, and Triton only where that suits (`Backend.where`)."""
+    ("triton"), each only where it suits (`Backend.where`)."""
     # here, not above: TV-L1 uses this file too, and importing Triton takes a while
     from . import cpp_backend, triton_backend
 
-    cpp = Backend(partial(fused, "cpp"), cpp_backend.unsupported, cpp_backend.unavailable, cpp_opt_in)
+    cpp = Backend(partial(fused, "cpp"), cpp_backend.unsupported, cpp_backend.unavailable, where=cpp_where)
     interpreted = "Triton's interpreter is for tests" if triton_backend.INTERPRETED else None
     able = triton_backend.unsupported, triton_backend.unavailable
     triton = Backend(partial(fused, "triton"), *able, interpreted, triton_where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -450,18 +451,29 @@ def test_calls_pass_the_dispatcher_where_somebody_watches() -> None:
         torch.testing.assert_close(convlstm_gates(gates.clone(), cell)[0], hidden)
 
 
-@pytest.mark.parametrize("op", ["warp", "gates"])
+def _modulate_behind(context: torch.Tensor, *others: torch.Tensor, **backend: str) -> torch.Tensor:
+    gamma, beta, *before = others
+    return modulate(context, gamma, beta, before=before, **backend)
+
+
+@pytest.mark.parametrize("op", ["warp", "gates", "modulate"])
 def test_the_straight_way_to_cpp_gives_what_the_long_one_gives(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if registry.OPS["backward_warp"].backends["cpp"].unavailable("cpu") is not None:
         pytest.skip("not built")
     monkeypatch.delenv("AVFAST_BACKEND", raising=False)
     if op == "warp":
         call, given = backward_warp, [randn(2, 3, 7, 9).float(), 3 * randn(2, 2, 7, 9, seed=1).float()]
+    elif op == "modulate":
+        # so many values that threads share them, and start amid the features
+        shapes = [(3, 7, 30, 40), (3, 7), (3, 7), (3, 2, 30, 40), (3, 5, 30, 40)]
+        call, given = _modulate_behind, [randn(*shape, seed=i).float() for i, shape in enumerate(shapes)]
     else:
         call, given = convlstm_gates, [randn(2, 12, 4, 5).float(), randn(2, 3, 4, 5, seed=1).float()]
     assert cpp_backend.plain(*given)
 
-    def results(tensors: list[torch.Tensor], wanted: list[int], expanded: bool, **backend: str) -> list[torch.Tensor]:
+    def results(
+        tensors: list[torch.Tensor], wanted: Sequence[int], expanded: bool, **backend: str
+    ) -> list[torch.Tensor]:
         asking = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
         outs = call(*asking, **backend)
         outs = outs if isinstance(outs, tuple) else (outs,)
@@ -469,7 +481,7 @@ def test_the_straight_way_to_cpp_gives_what_the_long_one_gives(op: str, monkeypa
         total = sum(o.sum() if expanded else o.square().sum() for o in outs)
         return [*outs, *torch.autograd.grad(total, [asking[i] for i in wanted])]
 
-    for wanted in ([0, 1], [0], [1]):
+    for wanted in (range(len(given)), [0], [1], [len(given) - 1]):
         for expanded in (False, True):
             straight = results(given, wanted, expanded)
             for a, b in zip(straight, results(given, wanted, expanded, backend="cpp"), strict=True):
@@ -480,4 +492,4 @@ def test_the_straight_way_to_cpp_gives_what_the_long_one_gives(op: str, monkeypa
     monkeypatch.setenv("AVFAST_BACKEND", "reference")
     assert not cpp_backend.plain(*given)
     with pytest.raises(ValueError, match="expected"):
-        call(given[0], given[1][:1])
+        call(given[0], given[1][:1], *given[2:])

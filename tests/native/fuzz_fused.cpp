@@ -125,9 +125,10 @@ const char* modulate(const char* isa) {
   const int64_t batch = pick(1, 3), channels = pick(1, 4), area = pick(1, 300), before = pick(0, 3);
   const int64_t size = batch * channels * area, stride = (before + channels) * area;
   const std::vector<T> context = ordinary<T>(size), gamma = ordinary<T>(batch * channels);
+  const std::vector<T> feature = ordinary<T>(batch * before * area);
   std::vector<T> out(batch * stride), grad_context(size), grad_gamma(gamma.size()), grad_beta(gamma.size());
-  modulate_forward(context.data(), gamma.data(), gamma.data(), out.data() + before * area, batch, channels, area,
-                   stride, pick(1, 4), isa);
+  modulate_forward(context.data(), gamma.data(), gamma.data(), out.data(), batch, channels, area, stride,
+                   {{feature.data(), before}}, pick(1, 4), isa);
   modulate_backward(context.data(), gamma.data(), out.data() + before * area, grad_context.data(), grad_gamma.data(),
                     grad_beta.data(), batch, channels, area, stride, pick(1, 4), isa);
   return all_finite(out) && all_finite(grad_context) && all_finite(grad_gamma) ? nullptr : "modulate";
