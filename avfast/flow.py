@@ -138,11 +138,11 @@ def tvl1_flow(
     if b is None:
         frames = _grey("frames", a, clip=True)
         earlier, later = frames[..., :-1, :, :], frames[..., 1:, :, :]
-        flow = frames.new_zeros(*frames.shape[:-2], 2, *frames.shape[-2:])
+        flow = frames.new_zeros(*frames.shape[:-2], 2, *frames.shape[-2:], dtype=torch.float32)
         if direction == "backward":
-            flow[..., 1:, :, :, :] = _solve(later, earlier, params, threads, backend)
+            flow[..., 1:, :, :, :] = tvl1_op(later, earlier, params, threads or 0, backend)
         else:
-            flow[..., :-1, :, :, :] = _solve(earlier, later, params, threads, backend)
+            flow[..., :-1, :, :, :] = tvl1_op(earlier, later, params, threads or 0, backend)
         return flow
 
     if direction != "backward":
@@ -150,7 +150,9 @@ def tvl1_flow(
     grey_a, grey_b = _grey("a", a), _grey("b", b)
     if tuple(a.shape) != tuple(b.shape):
         raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}, expected the same shape")
-    return _solve(grey_a, grey_b.to(grey_a.device), params, threads, backend)
+    if grey_a.dtype != grey_b.dtype:
+        grey_a, grey_b = grey_a.float(), grey_b.float()
+    return tvl1_op(grey_a, grey_b.to(grey_a.device), params, threads or 0, backend)
 
 
 def _params(preset: str | TVL1Params) -> TVL1Params:
@@ -162,7 +164,8 @@ def _params(preset: str | TVL1Params) -> TVL1Params:
 
 
 def _grey(name: str, images: Tensor | np.ndarray, clip: bool = False) -> Tensor:
-    """Images as grey levels 0..255, float32, without the channel axis: (..., H, W)."""
+    """Images as grey levels 0..255 without the channel axis, (..., H, W): uint8 where they are grey already, else
+    float32."""
     if isinstance(images, np.ndarray):
         # a tensor over a read-only or reversed array is not possible, over a copy it is
         images = torch.from_numpy(np.array(images) if not images.flags.writeable else np.ascontiguousarray(images))
@@ -180,16 +183,15 @@ def _grey(name: str, images: Tensor | np.ndarray, clip: bool = False) -> Tensor:
         raise ValueError(f"{name} requires a gradient, which TV-L1 has not: pass {name}.detach()")
     if images.requires_grad:
         images = images.detach()
-    if images.dtype == torch.uint8:
-        grey = images.float()
-    else:
+    grey = images
+    if images.dtype != torch.uint8:
         _check_values(name, images)
         grey = images.float() * 255
     if len(shape) == 2:
         return grey
     if shape[-3] == 1:
         return grey.squeeze(-3)
-    red, green, blue = grey.unbind(-3)
+    red, green, blue = grey.float().unbind(-3)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
@@ -203,17 +205,6 @@ def _check_values(name: str, images: Tensor) -> None:
         # what resizing overshoots is let through, grey levels 0..255 are not
         if low < -0.5 or high > 1.5:
             raise ValueError(f"{name} holds values from {low:g} to {high:g}, expected floating point in [0, 1]")
-
-
-def _solve(a: Tensor, b: Tensor, params: TVL1Params, threads: int | None, backend: str | None) -> Tensor:
-    """Flow (..., 2, H, W) on a's device of grey images (..., H, W)."""
-    if a.dim() == 2:
-        return tvl1_op(a[None], b[None], params, threads or 0, backend)[0]
-    if a.dim() == 3:
-        return tvl1_op(a, b, params, threads or 0, backend)
-    size = a.shape[-2:]
-    flow = tvl1_op(a.reshape(-1, *size), b.reshape(-1, *size), params, threads or 0, backend)
-    return flow.reshape(*a.shape[:-2], 2, *size)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -41,6 +41,7 @@ T* as(T, uintptr_t address) {
 }  // namespace avfast
 
 PYBIND11_MODULE(_C, m) {
+  using avfast::as;
   using avfast::tvl1::Params;
   m.doc() = "Native parts of avfast. Private: use avfast.flow and avfast.kernels.";
   m.attr("with_cuda") = avfast::kWithCuda;
@@ -83,16 +84,19 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "tvl1_flow",
       [](uintptr_t a, uintptr_t b, uintptr_t flow, int64_t pairs, int height, int width, const Params& params,
-         int threads) {
-        avfast::tvl1::flow(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b),
-                           reinterpret_cast<float*>(flow), pairs, height, width, params, threads, nullptr);
+         int threads, bool bytes) {
+        const auto run = [&](auto grey) {
+          avfast::tvl1::flow(as(grey, a), as(grey, b), as(float{}, flow), pairs, height, width, params, threads,
+                             nullptr);
+        };
+        bytes ? run(uint8_t{}) : run(float{});
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("a"), py::arg("b"), py::arg("flow"), py::arg("pairs"),
-      py::arg("height"), py::arg("width"), py::arg("params"), py::arg("threads"),
-      "Addresses of float32 a, b [pairs, height, width] (0..255) -> writes float32 flow [pairs, 2, height, width].");
+      py::arg("height"), py::arg("width"), py::arg("params"), py::arg("threads"), py::arg("bytes") = false,
+      "Addresses of float32 or (bytes) uint8 a, b [pairs, height, width] (0..255) -> writes float32 flow [pairs, 2, "
+      "height, width].");
 
   // the fused ops: fused.h says what each address holds
-  using avfast::as;
   m.def(
       "gates_forward",
       [](uintptr_t gates, uintptr_t cell, uintptr_t hidden, uintptr_t new_cell, int64_t rows, int64_t area, bool fp64,

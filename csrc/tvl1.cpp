@@ -126,7 +126,8 @@ class Workspace {
   }
 
   // a, b [height, width] -> flow [2, height, width]
-  void solve(const float* a, const float* b, float* flow, Member me) {
+  template <class Grey>
+  void solve(const Grey* a, const Grey* b, float* flow, Member me) {
     me.team.barrier();
     fill_pyramid(a, a_, me);
     fill_pyramid(b, b_, me);
@@ -184,7 +185,8 @@ class Workspace {
 
   // ---- images ----
 
-  void fill_pyramid(const float* image, std::vector<Buffer>& pyramid, Member me) {
+  template <class Grey>
+  void fill_pyramid(const Grey* image, std::vector<Buffer>& pyramid, Member me) {
     const Size size = levels_[0].size;
     if (kernel_.empty()) {
       for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
@@ -218,13 +220,20 @@ class Workspace {
     }
   }
 
+  static const float* as_floats(const float* row, int, float*) { return row; }
+  static const float* as_floats(const uint8_t* row, int width, float* scratch) {
+    std::copy_n(row, width, scratch);
+    return scratch;
+  }
+
   // separable Gaussian, borders repeated.
-  void smooth(const float* image, float* out, Member me) {
+  template <class Grey>
+  void smooth(const Grey* image, float* out, Member me) {
     const Size size = levels_[0].size;
     const int radius = static_cast<int>(kernel_.size()) / 2;
     float* along = smoothed_[0].get();
     for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
-      const float* from = image + static_cast<int64_t>(y) * size.width;
+      const float* from = as_floats(image + static_cast<int64_t>(y) * size.width, size.width, me.scratch);
       float* to = along + y * size.stride();
       const auto at_border = [&](int x) {
         float sum = 0.0f;
@@ -472,7 +481,8 @@ class Workspace {
 
 }  // namespace
 
-void flow(const float* a, const float* b, float* flow, int64_t pairs, int height, int width, const Params& params,
+template <class Grey>
+void flow(const Grey* a, const Grey* b, float* flow, int64_t pairs, int height, int width, const Params& params,
           int threads, const char* isa) {
   const Kernels& kernels = choose_isa(isa, AVFAST_TABLES(kTvl1));
   if (pairs == 0 || height == 0 || width == 0) return;
@@ -518,5 +528,8 @@ void flow(const float* a, const float* b, float* flow, int64_t pairs, int height
     solve(whole + team, workspace, {*teams[team], rank % members, scratch[rank].get()});
   });
 }
+
+template void flow(const float*, const float*, float*, int64_t, int, int, const Params&, int, const char*);
+template void flow(const uint8_t*, const uint8_t*, float*, int64_t, int, int, const Params&, int, const char*);
 
 }  // namespace avfast::tvl1

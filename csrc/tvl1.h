@@ -40,7 +40,7 @@ struct Params {
 
 // Flow from every image of `a` to its partner in `b`: a(p) ~ b(p + flow(p)).
 //
-//   a, b  [pairs, height, width]     grey levels 0..255, finite; only read
+//   a, b  [pairs, height, width]     grey levels 0..255, float or uint8_t, finite; only read
 //   flow  [pairs, 2, height, width]  pixels, x then y; may not overlap a or b
 //   isa   one of avfast::instruction_sets() (isa.h), or null for AVFAST_ISA's, the best where that is not set
 //
@@ -48,7 +48,8 @@ struct Params {
 // there are fewer pairs than threads (not with epsilon > 0). The result is the same bit for bit for any number of
 // threads, any split of the batch and any instruction set. Throws std::bad_alloc before any work is begun, and
 // std::invalid_argument for an `isa` that cannot run here.
-void flow(const float* a, const float* b, float* flow, int64_t pairs, int height, int width, const Params& params,
+template <class Grey>
+void flow(const Grey* a, const Grey* b, float* flow, int64_t pairs, int height, int width, const Params& params,
           int threads, const char* isa);
 
 }  // namespace avfast::tvl1

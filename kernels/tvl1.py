@@ -291,14 +291,16 @@ def _linear_taps(size: int, new: int, ratio: float, device: torch.device) -> lis
 def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
     engine, native = _engine(params)
     if a.is_cuda and engine.with_cuda and params.scheme == "avfast" and params.epsilon == 0:
-        return _native_cuda(engine, a.contiguous(), b.contiguous(), native)
+        return _native_cuda(engine, a.float().contiguous(), b.float().contiguous(), native)
     return _native_cpu(engine, a.cpu().contiguous(), b.cpu().contiguous(), native, threads).to(a.device)
 
 
 def _native_cpu(engine: Any, a: Tensor, b: Tensor, native: Any, threads: int) -> Tensor:
-    pairs, height, width = a.shape
-    flow = torch.empty((pairs, 2, height, width))
-    engine.tvl1_flow(a.data_ptr(), b.data_ptr(), flow.data_ptr(), pairs, height, width, native, threads)
+    """(...,H,W) -> (...,2,H,W)"""
+    *batch, height, width = a.shape
+    flow = a.new_empty((*batch, 2, height, width), dtype=torch.float32)
+    addresses = a.data_ptr(), b.data_ptr(), flow.data_ptr()
+    engine.tvl1_flow(*addresses, math.prod(batch), height, width, native, threads, a.dtype is torch.uint8)
     return flow
 
 
@@ -312,11 +314,11 @@ def _engine(params: TVL1Params) -> tuple[Any, Any]:
 
 
 def _native_cuda(engine: Any, a: Tensor, b: Tensor, native: Any) -> Tensor:
-    flow = torch.empty(len(a), 2, *a.shape[1:], device=a.device)
+    flow = a.new_empty(len(a), 2, *a.shape[1:])
     one = engine.tvl1_cuda_scratch(1, *a.shape[1:], native)
     # pairs that fit a thread block need no scratch memory; of others as many at a time as 1 GiB holds
     chunk = max(1, _SCRATCH_FLOATS // one) if one else max(1, len(a))
-    scratch = torch.empty(one * min(chunk, len(a)), device=a.device)
+    scratch = a.new_empty(one * min(chunk, len(a)))
     with torch.cuda.device(a.device):
         stream = torch.cuda.current_stream().cuda_stream
         for first in range(0, len(a), chunk):
@@ -333,7 +335,7 @@ def _not_built(*_arguments: object) -> str | None:
 
 def _reference(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
     # PyTorch has its own number of threads
-    return tvl1_flow_reference(a, b, params)
+    return tvl1_flow_reference(a.float(), b.float(), params)
 
 
 # the compiled engine works where the images are; scheme opencv and early stopping are the CPU's alone
@@ -350,7 +352,7 @@ def _params(*fields: object) -> TVL1Params:
 
 
 def _fake(a: Tensor, b: Tensor, *fields: object, threads: int, backend: str | None) -> Tensor:
-    return a.new_empty(a.shape[0], 2, a.shape[1], a.shape[2])
+    return a.new_empty(a.shape[0], 2, a.shape[1], a.shape[2], dtype=torch.float32)
 
 
 _FLOW = registry.torch_op(
@@ -363,13 +365,18 @@ _FLOW = registry.torch_op(
 
 
 def tvl1_op(a: Tensor, b: Tensor, params: TVL1Params, threads: int, backend: str | None) -> Tensor:
-    """Flow (N,2,H,W) on a's device of grey images a, b (N,H,W), float32, 0..255, as the torch op avfast::tvl1_flow:
-    one node in a compiled or exported program. threads 0: torch.get_num_threads(). `avfast.tvl1_flow` checks."""
-    if backend is None and cpp_backend.plain(a, b):
+    """Flow (...,2,H,W) on a's device of grey images a, b (...,H,W), both uint8 or both float32 in 0..255, as the torch
+    op avfast::tvl1_flow: one node in a compiled or exported program. threads 0: torch.get_num_threads().
+    `avfast.tvl1_flow` checks."""
+    if backend is None and cpp_backend.plain(a, b, dtype=a.dtype):
         engine, native = _engine(params)
         return _native_cpu(engine, a, b, native, threads or torch.get_num_threads())
     p = params
     # by name: PyTorch 2.11's compiler cannot read a frozen dataclass's __dict__
     pyramid = p.solver, p.scheme, p.tau, p.lambda_, p.theta, p.scale_step, p.scales
     level = p.warps, p.coarse_warps, p.outer_iterations, p.iterations, p.epsilon, p.median, p.presmooth
-    return _FLOW(a, b, *pyramid, *level, threads=threads, backend=backend)
+    *batch, height, width = a.shape
+    if len(batch) != 1:
+        a, b = a.reshape(-1, height, width), b.reshape(-1, height, width)
+    flow = _FLOW(a, b, *pyramid, *level, threads=threads, backend=backend)
+    return flow if len(batch) == 1 else flow.reshape(*batch, 2, height, width)
