@@ -53,6 +53,13 @@ class Backend(NamedTuple):
         return able and (self.where is None or self.where[1](*args, **kwargs))
 
 
+def _mistake(message: str) -> ValueError:
+    """An InputError: a command prints it as one line."""
+    from avfast.config import InputError
+
+    return InputError(message)
+
+
 def never(*_args: Any, **_kwargs: Any) -> None:
     return None
 
@@ -73,7 +80,7 @@ class Op:
             reason = chosen.unsupported(*args, **kwargs)
             if reason is not None:
                 source = "AVFAST_BACKEND" if backend is None else "backend"
-                raise ValueError(f"{source} is {requested!r}, which cannot run this {self.name}: {reason}")
+                raise _mistake(f"{source} is {requested!r}, which cannot run this {self.name}: {reason}")
             return chosen.function(*args, **kwargs)
         for candidate in self.backends.values():
             if candidate.chosen(*args, **kwargs):
@@ -84,9 +91,9 @@ class Op:
         """The backend of that name; None where the environment asks for one that other ops have and this has not."""
         if name not in NAMES:
             source = "AVFAST_BACKEND" if by_environment else "backend"
-            raise ValueError(f"{source} is {name!r}, expected one of {', '.join(NAMES)}")
+            raise _mistake(f"{source} is {name!r}, expected one of {', '.join(NAMES)}")
         if not by_environment and name not in self.backends:
-            raise ValueError(f"backend is {name!r}: {self.name} has only {', '.join(self.backends)}")
+            raise _mistake(f"backend is {name!r}: {self.name} has only {', '.join(self.backends)}")
         return self.backends.get(name)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from avfast.config import InputError
 from avfast.kernels import backward_warp, condense, convlstm_gates, cpp_backend, flow_loss, modulate, recall, registry
 
 
@@ -297,7 +298,7 @@ def test_dispatch(monkeypatch):
     assert calls[4:] == ["cpp"]
     monkeypatch.setenv("AVFAST_BACKEND", "fast")
     with pytest.raises(
-        ValueError, match="AVFAST_BACKEND is 'fast', expected one of triton, cpp, torch, sdpa, reference"
+        InputError, match="AVFAST_BACKEND is 'fast', expected one of triton, cpp, torch, sdpa, reference"
     ):
         op(1)
 

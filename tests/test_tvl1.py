@@ -217,7 +217,11 @@ def test_is_one_node_of_compiled_and_exported_programs() -> None:
             return 2 * tvl1_flow(a, b)
 
     expected = 2 * tvl1_flow(a, b)
-    assert torch.equal(torch.compile(Flow(), backend="aot_eager", fullgraph=True)(a, b), expected)
+    compiled = torch.compile(Flow(), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(a, b), expected)
+    grey = [(255 * x).round().to(torch.uint8) for x in (a, b)]
+    assert torch.equal(compiled(*grey), 2 * tvl1_flow(*grey))
+    assert torch.equal(compiled(*(x[0, 0] for x in grey)), 2 * tvl1_flow(*grey)[0])
     program = torch.export.export(Flow(), (a, b))
     assert torch.equal(program.module()(a, b), expected)
     assert sum("tvl1_flow" in str(node.target) for node in program.graph.nodes) == 1
@@ -303,12 +307,24 @@ def test_kinds_of_input() -> None:
         (a[None], b[None]),
         (a / 255, b / 255),
         ((a / 255).numpy(), b / 255),
+        (a, b / 255),
         (a.T.contiguous().T, b.T.contiguous().T),
         (np.flip(np.flip(a.numpy(), 1).copy(), 1), b),
     ]:
         assert torch.equal(tvl1_flow(kind_a, kind_b), expected)
     assert torch.equal(tvl1_flow(a[None, None], b[None, None]), expected[None])
     assert torch.equal(tvl1_flow(a[None, None, None], b[None, None, None]), expected[None, None])
+    clips = torch.stack([a, b, a])[None, :, None].expand(2, 3, 1, 20, 24)
+    for direction in ("backward", "forward"):
+        for clip in (clips, clips[0]):
+            found = tvl1_flow(clip, direction=direction)
+            assert found.dtype == torch.float32
+            assert torch.equal(found, tvl1_flow(clip / 255, direction=direction))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(tvl1_flow(a, b), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         # bfloat16 keeps 8 bits, of 255 grey levels half of one is lost
         torch.testing.assert_close(tvl1_flow((a / 255).to(dtype), (b / 255).to(dtype)), expected, atol=0.1, rtol=0)
