@@ -91,19 +91,23 @@ def _condense_by_torch(memory: Tensor, _weight: Tensor, _bias: Tensor) -> bool:
     return b * t >= 4 * c
 
 
-def _recall_by_torch(feature: Tensor, _query: Tensor | None, _key: Tensor | None, value: Tensor) -> bool:
-    # on 2 cores PyTorch's fused attention takes 1 to 1.6 times as long up to 4 million scores, 0.6 to 0.8 times from 8
-    # million on
-    if torch.compiler.is_compiling():
-        return False
+def _many_scores(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
+    """Whether the fused attention is the faster one. On 2 cores it takes 1 to 1.6 times as long up to 4 million scores
+    and 0.6 to 0.8 times from 8 million on; with a gradient 1.1 to 1.3 times up to 5 million, 0.7 to 1.1 from 8."""
     b, _, h, w = feature.shape
-    return b * h * w * value.shape[1] <= 1 << 22
+    scores = b * h * w * value.shape[1]
+    if not feature.is_cpu or scores <= 1 << 22:
+        return scores > 1 << 26
+    return scores > 1 << 23 or not registry.wants_gradient(*(t for t in (feature, query, key, value) if t is not None))
 
 
-def _recall_by_sdpa(feature: Tensor, _query: Tensor | None, _key: Tensor | None, value: Tensor) -> bool:
-    # nothing is asked of a compiled program's sizes, which would then hold for these sizes only
-    b, _, h, w = feature.shape
-    return torch.compiler.is_compiling() or b * h * w * value.shape[1] > 1 << (22 if feature.is_cpu else 26)
+# nothing is asked of a compiled program's sizes, which would then hold for these sizes only
+def _recall_by_torch(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and not _many_scores(feature, query, key, value)
+
+
+def _recall_by_sdpa(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
+    return torch.compiler.is_compiling() or _many_scores(feature, query, key, value)
 
 
 CONDENSE = registry.Backend(
@@ -117,11 +121,11 @@ RECALL = registry.Backend(
     _recall_torch,
     _torch_unsupported,
     _torch_unavailable,
-    where=("not compiled, up to 2^22 scores", _recall_by_torch),
+    where=("not compiled, up to 2^22 scores, 2^23 with a gradient", _recall_by_torch),
 )
 RECALL_SDPA = registry.Backend(
     _recall_sdpa,
     registry.never,
     registry.never,
-    where=("compiled, or 2^22 scores on the CPU, 2^26 on a GPU", _recall_by_sdpa),
+    where=("compiled, or more than 2^22 scores on the CPU, 2^23 with a gradient, 2^26 on a GPU", _recall_by_sdpa),
 )
