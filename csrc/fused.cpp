@@ -192,7 +192,7 @@ void modulate_forward(const T* context, const T* gamma, const T* beta, T* out, i
   share(batch * total, batch * total * area, threads, [&](int64_t begin, int64_t end) {
     for_rows(begin, end, total, [&](int64_t b, int64_t first, int64_t count) {
       T* image = out + b * out_stride;
-      // channels first .. last - 1 of what lies from channel `base` on are this stretch's
+      // body(from, to) for those of the next `size` channels, which lie from channel `base` on, that are this stretch's
       int64_t base = 0;
       const auto stretch = [&](int64_t size, const auto& body) {
         const int64_t from = std::max<int64_t>(first - base, 0), to = std::min(first + count - base, size);

@@ -33,14 +33,15 @@ template <class T>
 void flow_loss(const T* prediction, const T* target, const T* frames, T* grad, T* loss, int64_t images, int channels,
                int height, int width, double data_weight, double smooth_weight, int threads, const char* isa);
 
-// gamma context + beta per channel, behind copies of the features `before`. context [batch, channels, area], gamma,
-// beta [batch, channels], each feature [batch, its channels, area]; out [batch, channels of all, area], one image
-// `out_stride` values after the other.
+// a feature map [batch, channels, area].
 template <class T>
 struct Feature {
   const T* values;
   int64_t channels;
 };
+
+// gamma context + beta per channel, behind copies of the features `before`. context [batch, channels, area], gamma,
+// beta [batch, channels]; out [batch, channels of all, area], one image `out_stride` values after the other.
 template <class T>
 void modulate_forward(const T* context, const T* gamma, const T* beta, T* out, int64_t batch, int64_t channels,
                       int64_t area, int64_t out_stride, const std::vector<Feature<T>>& before, int threads,

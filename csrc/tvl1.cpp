@@ -220,6 +220,7 @@ class Workspace {
     }
   }
 
+  // a row as floats, in scratch where it is not.
   static const float* as_floats(const float* row, int, float*) { return row; }
   static const float* as_floats(const uint8_t* row, int width, float* scratch) {
     std::copy_n(row, width, scratch);
