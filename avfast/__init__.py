@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from avfast.config import InputError, ModelConfig, TrainConfig
     from avfast.env import environment
-    from avfast.flow import tvl1_flow
+    from avfast.errors import InputError
     from avfast.kernels import (
         backward_warp,
         condense,
@@ -25,14 +24,17 @@ if TYPE_CHECKING:
         strided_conv,
         strided_conv_transpose,
     )
-    from avfast.model import AVModel
+    from avfast.models.avmodel import AVModel
+    from avfast.models.settings import ModelConfig
+    from avfast.opticalflow.tvl1 import tvl1_flow
     from avfast.patching import patch
+    from avfast.training.config import TrainConfig
 
 _HOME = {
-    "AVModel": "avfast.model",
-    "InputError": "avfast.config",
-    "ModelConfig": "avfast.config",
-    "TrainConfig": "avfast.config",
+    "AVModel": "avfast.models.avmodel",
+    "InputError": "avfast.errors",
+    "ModelConfig": "avfast.models.settings",
+    "TrainConfig": "avfast.training.config",
     "backward_warp": "avfast.kernels",
     "condense": "avfast.kernels",
     "convlstm_gates": "avfast.kernels",
@@ -43,7 +45,7 @@ _HOME = {
     "recall": "avfast.kernels",
     "strided_conv": "avfast.kernels",
     "strided_conv_transpose": "avfast.kernels",
-    "tvl1_flow": "avfast.flow",
+    "tvl1_flow": "avfast.opticalflow.tvl1",
 }
 
 __all__ = [

@@ -1,6 +1,6 @@
 """`python -m avfast SUBCOMMAND` is `avfast SUBCOMMAND`."""
 
-from avfast.cli import main
+from avfast.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -24,22 +24,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avfast import plots
-from avfast.config import InputError, TrainConfig, choose_device, parse
+from avfast.cli.parser import parse
 from avfast.env import commit
-from avfast.files import new_folder, replacing
-from avfast.hearing import Hearing, check_hearing, describe, heard, other_clip
+from avfast.errors import InputError
+from avfast.files.atomic import new_folder, replacing
 from avfast.kernels import backward_warp
-from avfast.metrics import MetricResult, ProtocolName, VideoMetrics, get_protocol
-from avfast.progress import Progress
+from avfast.machine.device import choose_device
 from avfast.report import refresh_report
-from avfast.tables import TableInfo, Tables, default_frames, format_tables
+from avfast.scoring.counterfactuals import Hearing, check_hearing, describe, heard, other_clip
+from avfast.scoring.metrics import MetricResult, ProtocolName, VideoMetrics, get_protocol
+from avfast.scoring.tables import TableInfo, Tables, default_frames, format_tables
+from avfast.training.config import TrainConfig
+from avfast.ui import plots
+from avfast.ui.progress import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from avfast.data.store import Batch
-    from avfast.model import AVModel
+    from avfast.models.avmodel import AVModel
 
 
 class Prediction(NamedTuple):
@@ -220,10 +223,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
-    from avfast.data.dataset import load_split
+    from avfast.data.prepared import load_split
     from avfast.data.store import training_mean_image
-    from avfast.model import AVModel
-    from avfast.runs import run_folder
+    from avfast.models.avmodel import AVModel
+    from avfast.training.runs import run_folder
 
     checkpoints, runs = _open_runs(config.checkpoint)
     run = next(iter(runs.values()))
@@ -309,7 +312,7 @@ def _data_name(run: TrainConfig) -> str:
 
 def _open_runs(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, TrainConfig]]:
     """Checkpoints, and the configs of their runs, by the name of their row; all share data and lengths."""
-    from avfast.runs import load_run_config, resolve_checkpoint, run_folder
+    from avfast.training.runs import load_run_config, resolve_checkpoint, run_folder
 
     checkpoints = [resolve_checkpoint(path) for path in paths]
     runs = [load_run_config(checkpoint) for checkpoint in checkpoints]
@@ -454,6 +457,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli import run_command
+    from avfast.cli.main import run_command
 
     run_command(main)

@@ -1,6 +1,6 @@
 """Write a trained model for deployment: `python -m avfast.export RUN --out model/`.
 
-The folder holds one file per graph of `avfast.graphs`: ONNX (run by `avfast.runtime`), torch.export programs, or
+The folder holds one file per graph of `avfast.deploy.graphs`: ONNX (run by `avfast.runtime`), torch.export programs, or
 AOTInductor packages, all of PyTorch's own ops alone. Every file says what it is: config, precision, versions, hash of
 the weights, and the meaning of each input and output. Before the folder gets its name a whole rollout is run through it
 and compared with PyTorch; where they differ too much nothing is left behind.
@@ -28,15 +28,17 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from avfast import __version__, runtime
-from avfast.config import InputError, TrainConfig, parse
-from avfast.data.dataset import built_split
-from avfast.files import hidden_folder
-from avfast.flow import PRESETS
-from avfast.graphs import Graph, Port, make_graphs, trace
-from avfast.model import AVModel
-from avfast.progress import Progress
-from avfast.runs import load_run_config, resolve_checkpoint
-from avfast.usage import Usage, usage_of
+from avfast.cli.parser import parse
+from avfast.data.prepared import built_split
+from avfast.data.usage import Usage, usage_of
+from avfast.deploy.graphs import Graph, Port, make_graphs, trace
+from avfast.errors import InputError
+from avfast.files.atomic import hidden_folder
+from avfast.models.avmodel import AVModel
+from avfast.opticalflow.tvl1 import PRESETS
+from avfast.training.config import TrainConfig
+from avfast.training.runs import load_run_config, resolve_checkpoint
+from avfast.ui.progress import Progress
 
 Format = Literal["onnx", "pt2", "aoti"]
 OPSET = 18
@@ -345,6 +347,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli import run_command
+    from avfast.cli.main import run_command
 
     run_command(main)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avfast.kernels import backward_warp, condense, convlstm_gates, modulate, recall
-from avfast.kernels.minimal import Geometry, RepeatedConv, unsupported
+from avfast.kernels.winograd.tiles import Geometry, RepeatedConv, unsupported
 
 # where minimal filtering pays: from 64 pixels in the batch on, over 20 steps of 4 layers of 128 channels, it was 1.35
 # to 2.1 times as fast with gradients and 1.01 to 1.9 times without, on 2 cores with AVX2; below that it may lose

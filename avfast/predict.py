@@ -31,28 +31,31 @@ import torch
 import tyro
 from torch import Tensor
 
-from avfast import __version__, plots, runtime
-from avfast.audio import spectrogram
-from avfast.cli import print_failures
-from avfast.config import InputError, choose_device, parse
+from avfast import __version__, runtime
+from avfast.cli.main import print_failures
+from avfast.cli.parser import parse
 from avfast.data.clips import film_rate, planes, sound_windows
 from avfast.data.store import Batch
+from avfast.data.usage import Usage, usage_of
 from avfast.env import commit
+from avfast.errors import InputError
 from avfast.evaluate import Prediction, Predictor, copy_last_flow, repeat_last, score
-from avfast.files import hidden_folder, publish
-from avfast.flow import tvl1_flow
-from avfast.hearing import Hearing, check_hearing, describe, heard, other_clip
-from avfast.inputs import Item, find_items, settle_failures
-from avfast.metrics import MetricResult, ProtocolName, get_protocol
-from avfast.model import AVModel, Rollout
-from avfast.pipeline import ahead
-from avfast.progress import Progress
+from avfast.files.atomic import hidden_folder, publish
+from avfast.machine.device import choose_device
+from avfast.media.inputs import Item, find_items, settle_failures
+from avfast.media.prefetch import ahead
+from avfast.media.sound import Samples, SoundTrack, read_sound
+from avfast.media.spectrogram import spectrogram
+from avfast.media.video import read_video, video_writer
+from avfast.models.avmodel import AVModel, Rollout
+from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.report import refresh_report
-from avfast.runs import load_run_config, resolve_checkpoint
-from avfast.sound import Samples, SoundTrack, read_sound
-from avfast.tables import finite
-from avfast.usage import Usage, usage_of
-from avfast.video import read_video, video_writer
+from avfast.scoring.counterfactuals import Hearing, check_hearing, describe, heard, other_clip
+from avfast.scoring.metrics import MetricResult, ProtocolName, get_protocol
+from avfast.scoring.tables import finite
+from avfast.training.runs import load_run_config, resolve_checkpoint
+from avfast.ui import plots
+from avfast.ui.progress import Progress
 
 MARKER = "prediction.json"
 # of the sound in the films, whatever the model hears
@@ -309,6 +312,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli import run_command
+    from avfast.cli.main import run_command
 
     run_command(main)

@@ -37,21 +37,23 @@ import torch
 import tyro
 
 from avfast import __version__
-from avfast.cli import EXIT_SOME_FAILED
-from avfast.config import InputError, choose_device, parse
+from avfast.cli.main import EXIT_SOME_FAILED
+from avfast.cli.parser import parse
 from avfast.data import sound2sight
 from avfast.data.clips import ClipSettings, film_rate, iter_clips
-from avfast.data.dataset import DATASET_VERSION, file_digest, read_dataset_index, verify_dataset
 from avfast.data.digits import SPLITS, Split
+from avfast.data.prepared import DATASET_VERSION, file_digest, read_dataset_index, verify_dataset
 from avfast.data.store import DATASET_FORMAT, ClipStore, write_store
-from avfast.files import npy_appender, replacing
-from avfast.flow import PRESETS as FLOW_PRESETS
-from avfast.flow import tvl1_flow
-from avfast.flowplace import Place, locked, sweep
-from avfast.inputs import Item, find_items
-from avfast.plots import ContactRow, save_contact_sheet
-from avfast.progress import Progress
-from avfast.video import probe_video
+from avfast.errors import InputError
+from avfast.files.atomic import npy_appender, replacing
+from avfast.files.result_folder import Place, locked, sweep
+from avfast.machine.device import choose_device
+from avfast.media.inputs import Item, find_items
+from avfast.media.video import probe_video
+from avfast.opticalflow.tvl1 import PRESETS as FLOW_PRESETS
+from avfast.opticalflow.tvl1 import tvl1_flow
+from avfast.ui.plots import ContactRow, save_contact_sheet
+from avfast.ui.progress import Progress
 
 SETTINGS, INDEX, SOURCE, SHEET = "prepare.json", "index.json", "source.json", "contact.png"
 # clips held at a time: 50 MB with their flow at 64x64 and 45 frames
@@ -78,7 +80,7 @@ class PrepareConfig:
     flow: Literal["store", "online"] = "store"
     """Keep the flow in the data set, as float16, or have it computed with every batch: a fast GPU, or a short disk."""
     flow_preset: str = "chambolle-pock"
-    """TV-L1's parameters, see avfast.flow.PRESETS."""
+    """TV-L1's parameters, see avfast.opticalflow.tvl1.PRESETS."""
     val_share: float = 0.1
     """Share of the videos for the validation split; one at least where there are two videos."""
     test_share: float = 0.1
@@ -545,6 +547,6 @@ PRESETS: dict[str, PrepareConfig] = {
 
 
 if __name__ == "__main__":
-    from avfast.cli import run_command
+    from avfast.cli.main import run_command
 
     run_command(main)

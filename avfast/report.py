@@ -20,9 +20,10 @@ from typing import Annotated
 import tyro
 
 from avfast import __version__
-from avfast.config import InputError, parse
-from avfast.files import replacing
-from avfast.runs import Run
+from avfast.cli.parser import parse
+from avfast.errors import InputError
+from avfast.files.atomic import replacing
+from avfast.training.runs import Run
 
 REPORT = "report.html"
 # a page's worth: films and strips have 0.1 to 1 MB each
@@ -170,7 +171,7 @@ def _figure(path: Path, caption: str) -> Iterator[str]:
 
 
 def _markdown(text: str) -> Iterator[str]:
-    """The Markdown that `avfast.tables` writes, tables and paragraphs, as HTML."""
+    """The Markdown that `avfast.scoring.tables` writes, tables and paragraphs, as HTML."""
     for block in text.strip().split("\n\n"):
         lines = block.split("\n")
         if not block.startswith("|"):
@@ -212,6 +213,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli import run_command
+    from avfast.cli.main import run_command
 
     run_command(main)

@@ -6,7 +6,7 @@
     rollout = predictor.predict(frames, sound)  # frames (B,K,C,H,W), sound of T frames -> frames K+1..T
 
 `Predictor.stream()` does the same piece by piece: push frames and sound as they arrive, get the next frame at any time.
-The folder is what `python -m avfast.export RUN --out model/` writes. Shape legend: avfast.graphs.
+The folder is what `python -m avfast.export RUN --out model/` writes. Shape legend: avfast.deploy.graphs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from avfast import signals
-from avfast.audio import SpectrogramConfig
-from avfast.config import InputError
+from avfast.deploy import numpy_inputs as signals
+from avfast.errors import InputError
+from avfast.media.spectrogram import SpectrogramConfig
 
 if TYPE_CHECKING:
-    from avfast.usage import Usage
+    from avfast.data.usage import Usage
 
 FORMAT = 1
 """Version of an exported folder. Raised whenever one written before could no longer be run."""
@@ -35,7 +35,7 @@ METADATA = "avfast"
 GRAPHS = ("audio", "context", "observe", "step")
 """The graphs that the runner uses, where a model has them; `rollout` is for other hosts."""
 FEATURES = 128
-"""As in avfast.networks, which needs PyTorch."""
+"""As in avfast.models.networks, which needs PyTorch."""
 _MEMORY: dict[str, tuple[str, ...]] = {"v": (), "mme": ("condensed",), "v+recall": ("key", "value")}
 """What a step recalls from, by variant of motion."""
 
@@ -121,7 +121,7 @@ class Predictor:
         """How films are read for it and how many frames it is given. Raises InputError where the export does not say,
         being that of a checkpoint without its run folder."""
         # here: it needs av, which the runner itself does not
-        from avfast.usage import Usage
+        from avfast.data.usage import Usage
 
         if self.about["usage"] is None:
             raise InputError(f"{self.source} does not say how films are read for it: export it from its run folder")

@@ -29,16 +29,20 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 
-from avfast import losses, plots
-from avfast.config import PRESETS, InputError, TrainConfig, choose_device, parse
-from avfast.data.dataset import load_split
+from avfast.cli.parser import parse
+from avfast.data.prepared import load_split
 from avfast.data.store import Batch
-from avfast.metrics import VideoMetrics
-from avfast.model import AVModel, Rollout, load_weights, read_pretrained
-from avfast.networks import batch_norms
-from avfast.progress import Progress
+from avfast.errors import InputError
+from avfast.machine.device import choose_device
+from avfast.models import losses
+from avfast.models.avmodel import AVModel, Rollout, load_weights, read_pretrained
+from avfast.models.networks import batch_norms
 from avfast.report import write_report
-from avfast.runs import Run, find_run, load_run_config, resolve_checkpoint
+from avfast.scoring.metrics import VideoMetrics
+from avfast.training.config import PRESETS, TrainConfig
+from avfast.training.runs import Run, find_run, load_run_config, resolve_checkpoint
+from avfast.ui import plots
+from avfast.ui.progress import Progress
 
 
 class DataOrder:
@@ -473,6 +477,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli import run_command
+    from avfast.cli.main import run_command
 
     run_command(main)

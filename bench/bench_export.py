@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from avfast.config import ModelConfig
-from avfast.model import AVModel
+from avfast.models.avmodel import AVModel
+from avfast.models.settings import ModelConfig
 
 pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
+from avfast.deploy.graphs import make_graphs  # noqa: E402
 from avfast.export import ExportConfig, export_model  # noqa: E402
-from avfast.graphs import make_graphs  # noqa: E402
 from avfast.runtime import Predictor  # noqa: E402
 
 WIDTH = 16

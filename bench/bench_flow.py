@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 import torch
 
-from avfast.flow import PRESETS, TVL1Params, tvl1_flow
 from avfast.kernels.tvl1 import level_sizes, warps_of
+from avfast.opticalflow.tvl1 import PRESETS, TVL1Params, tvl1_flow
 
 cv2 = pytest.importorskip("cv2")
 

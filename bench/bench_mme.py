@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avfast.config import ModelConfig
 from avfast.kernels import reference
-from avfast.losses import motion_loss
-from avfast.model import MME, Motion
+from avfast.models.avmodel import MME, Motion
+from avfast.models.losses import motion_loss
+from avfast.models.settings import ModelConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

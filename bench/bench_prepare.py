@@ -21,8 +21,8 @@ for package in ("av", "tyro"):
 cv2 = pytest.importorskip("cv2")
 
 from avfast import prepare as program  # noqa: E402
-from avfast.audio import spectrogram  # noqa: E402
 from avfast.data.clips import ClipSettings, iter_clips  # noqa: E402
+from avfast.media.spectrogram import spectrogram  # noqa: E402
 from avfast.prepare import PrepareConfig, prepare  # noqa: E402
 
 CLIPS = Path(__file__).parents[2] / "shared" / "data" / "clips"

@@ -16,8 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from avfast.flow import PRESETS, tvl1_flow
-from avfast.flowio import read_flo
+from avfast.opticalflow.flow_files import read_flo
+from avfast.opticalflow.tvl1 import PRESETS, tvl1_flow
 
 
 def errors(flow: np.ndarray, truth: np.ndarray) -> tuple[float, float]:

@@ -20,10 +20,10 @@ import numpy as np
 from fastapi import FastAPI, HTTPException, Request, UploadFile
 from fastapi.responses import Response
 
-from avfast.config import InputError
+from avfast.errors import InputError
+from avfast.media.sound import read_sound
+from avfast.media.video import video_writer
 from avfast.runtime import Predictor
-from avfast.sound import read_sound
-from avfast.video import video_writer
 
 RATE = 44_100
 MAX_BYTES = 20_000_000

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from .convlstm import convlstm_gates
     from .loss import flow_loss
     from .modulate import modulate
-    from .strided import strided_conv, strided_conv_transpose
     from .tvl1 import tvl1_flow_reference
     from .warp import backward_warp
+    from .winograd.strided import strided_conv, strided_conv_transpose
 
 # function -> the file it is in, loaded on first use: TV-L1 alone needs no Triton, which takes a while to import
 _HOME = {
@@ -25,8 +25,8 @@ _HOME = {
     "flow_loss": "loss",
     "modulate": "modulate",
     "recall": "attention",
-    "strided_conv": "strided",
-    "strided_conv_transpose": "strided",
+    "strided_conv": "winograd.strided",
+    "strided_conv_transpose": "winograd.strided",
     "tvl1_flow_reference": "tvl1",
 }
 

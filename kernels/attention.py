@@ -44,9 +44,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, cpp_backend, reference, registry, torch_attention, triton_backend
+from . import checks, native, reference, registry, torch_attention, triton_utils
 from .torch_attention import rows_of
-from .triton_backend import jit, tl, triton
+from .triton_utils import jit, tl, triton
 
 
 @jit
@@ -262,11 +262,11 @@ _LARGEST_ROW = 512
 
 
 def _unsupported(first: Tensor, *others: Tensor | None) -> str | None:
-    missing = triton_backend.unsupported(first)
+    missing = triton_utils.unsupported(first)
     if missing is not None:
         return missing
     channels = first.shape[-1 if first.dim() == 3 else 1]
-    compute = cpp_backend.compute_type(first, *(t for t in others if t is not None))
+    compute = native.compute_type(first, *(t for t in others if t is not None))
     if channels * compute.itemsize > _LARGEST_ROW:
         return f"it has {channels} channels, the kernels take {_LARGEST_ROW // compute.itemsize} of {compute}"
     return None
@@ -274,7 +274,7 @@ def _unsupported(first: Tensor, *others: Tensor | None) -> str | None:
 
 def _recall_unsupported(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> str | None:
     # one token is an addition, of any size
-    return triton_backend.unsupported(feature) if value.shape[1] == 1 else _unsupported(feature, query, key, value)
+    return triton_utils.unsupported(feature) if value.shape[1] == 1 else _unsupported(feature, query, key, value)
 
 
 def _launch(
@@ -283,10 +283,10 @@ def _launch(
     """Run a kernel over blocks of `size` rows or tokens in every matrix of the batch. Matrices (batch, row, column)
     bring their strides; the last of `sizes` are the columns; the first of `types` decides the precision of products."""
     half = types[0].dtype.itemsize == 2
-    compute = triton_backend.TYPES[cpp_backend.compute_type(*types)]
+    compute = triton_utils.TYPES[native.compute_type(*types)]
     numbers = *(t.stride() for t in tensors if t.dim() == 3), *sizes
     facts = tensors[0].shape[0], size, half, compute, tuple(constants.items())
-    triton_backend.launch(kernel, _plan, tensors, numbers, facts)
+    triton_utils.launch(kernel, _plan, tensors, numbers, facts)
 
 
 def _plan(*given: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -305,7 +305,7 @@ def _attention_backward(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...],
     gradients of the first three, all (batch, rows or tokens, C)."""
     query, key = inputs[:2]
     (b, rows, c), tokens = query.shape, key.shape[1]
-    level, slope = query.new_empty((2, b, rows), dtype=cpp_backend.compute_type(*inputs))
+    level, slope = query.new_empty((2, b, rows), dtype=native.compute_type(*inputs))
     by_query, *by_tokens = outputs
     # without `maxnreg` ptxas spills 8 bytes of the queries' kernel for bf16 on sm_90, at 168 registers
     for kernel, size, tensors, options in (
@@ -427,9 +427,9 @@ def _recall_triton(feature: Tensor, query: Tensor | None, key: Tensor | None, va
     return _Recall.apply(feature, query, key, value)
 
 
-_INTERPRETED = "Triton's interpreter is for tests" if triton_backend.INTERPRETED else None
+_INTERPRETED = "Triton's interpreter is for tests" if triton_utils.INTERPRETED else None
 _SLOWER = "PyTorch's attention takes 0.2 to 1.05 times as long on an H200"
-_TRITON = registry.Backend(_Condense.apply, _unsupported, triton_backend.unavailable, _INTERPRETED or _SLOWER)
+_TRITON = registry.Backend(_Condense.apply, _unsupported, triton_utils.unavailable, _INTERPRETED or _SLOWER)
 
 
 def _recall_by_triton(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
@@ -454,7 +454,7 @@ _RECALL = registry.define(
     triton=registry.Backend(
         _recall_triton,
         _recall_unsupported,
-        triton_backend.unavailable,
+        triton_utils.unavailable,
         _INTERPRETED,
         ("up to 64 tokens without a gradient, half types or up to 2048 positions", _recall_by_triton),
     ),

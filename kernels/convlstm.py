@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, cpp_backend, reference, registry, triton_backend
-from .triton_backend import jit, tl
+from . import checks, native, reference, registry, triton_utils
+from .triton_utils import jit, tl
 
 
 @jit
@@ -82,29 +82,29 @@ def _launch(kernel: Any, cpp: str, inputs: tuple[Tensor, ...], outputs: tuple[Te
     total = rows * area
     if total == 0:
         return
-    compute = cpp_backend.compute_type(*inputs[:2])
+    compute = native.compute_type(*inputs[:2])
     if backend == "cpp":
-        cpp_backend.call(cpp, compute, inputs, outputs, rows, area)
+        native.call(cpp, compute, inputs, outputs, rows, area)
         return
-    triton_backend.launch(kernel, _plan, (*inputs, *outputs), (total, area), (triton_backend.TYPES[compute],))
+    triton_utils.launch(kernel, _plan, (*inputs, *outputs), (total, area), (triton_utils.TYPES[compute],))
 
 
 def _plan(total: int, area: int, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
-    block = triton_backend.block(total, 256)
-    constants = {"BLOCK": block, "OFFSET": triton_backend.offsets(4 * total + block), "COMPUTE": compute}
-    return triton_backend.grid(total, block), constants
+    block = triton_utils.block(total, 256)
+    constants = {"BLOCK": block, "OFFSET": triton_utils.offsets(4 * total + block), "COMPUTE": compute}
+    return triton_utils.grid(total, block), constants
 
 
 def _plain_forward(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     outputs = torch.empty_like(cell), torch.empty_like(cell)
-    cpp_backend.run("gates_forward", (gates, cell, *outputs), len(cell), cell.numel() // len(cell))
+    native.run("gates_forward", (gates, cell, *outputs), len(cell), cell.numel() // len(cell))
     return outputs
 
 
 def _plain_backward(gates: Tensor, cell: Tensor, grad_hidden: Tensor, grad_new_cell: Tensor) -> tuple[Tensor, Tensor]:
     grads = torch.empty_like(gates), torch.empty_like(cell)
     tensors = gates, cell, grad_hidden, grad_new_cell, *grads
-    cpp_backend.run("gates_backward", tensors, len(cell), cell.numel() // len(cell))
+    native.run("gates_backward", tensors, len(cell), cell.numel() // len(cell))
     return grads
 
 
@@ -157,7 +157,7 @@ class _ConvLSTMGates(torch.autograd.Function):
     @registry.once_differentiable
     def backward(ctx: Any, grad_hidden: Tensor, grad_new_cell: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gates, cell = ctx.saved_tensors
-        if ctx.plain and cpp_backend.plain(grad_hidden, grad_new_cell):
+        if ctx.plain and native.plain(grad_hidden, grad_new_cell):
             return *_plain_backward(gates, cell, grad_hidden, grad_new_cell), None, None
         return *_BACKWARD(gates, cell, grad_hidden, grad_new_cell, ctx.backend), None, None
 
@@ -184,7 +184,7 @@ def convlstm_gates(gates: Tensor, cell: Tensor, *, backend: str | None = None) -
     (hidden in the gates' dtype, new cell in the cell's dtype), both (B,C,H,W). Raises ValueError on a wrong shape or
     dtype. Source: Shi et al. 2015, without peepholes; paper, Eq. 3.
     """
-    if backend is None and cpp_backend.plain(gates, cell) and _gates_fit(gates, cell):
+    if backend is None and native.plain(gates, cell) and _gates_fit(gates, cell):
         if registry.wants_gradient(gates, cell):
             return _ConvLSTMGates.apply(gates, cell, "cpp", True)
         return _plain_forward(gates, cell)

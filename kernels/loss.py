@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, cpp_backend, reference, registry, triton_backend
-from .triton_backend import jit, tile, tl
+from . import checks, native, reference, registry, triton_utils
+from .triton_utils import jit, tile, tl
 
 
 @jit
@@ -89,8 +89,8 @@ _PIXELS = 256
 
 
 def _plan(h: int, w: int, images: int, c: int, want_grad: bool, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
-    grid, shape = triton_backend.tiles(images, h, w, _PIXELS)
-    offset = triton_backend.offsets(h * w)
+    grid, shape = triton_utils.tiles(images, h, w, _PIXELS)
+    offset = triton_utils.offsets(h * w)
     fixed = {"C": c, "WANT_GRAD": want_grad, "OFFSET": offset, "COMPUTE": compute, "num_warps": _PIXELS // 32}
     return grid, {**shape, **fixed}
 
@@ -99,7 +99,7 @@ def _run(
     prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float, want_grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     b, steps, c, h, w = frames.shape
-    compute = cpp_backend.compute_type(prediction, target, frames)
+    compute = native.compute_type(prediction, target, frames)
     inputs = [t.contiguous() for t in (prediction, target, frames)]
     grad = torch.empty(prediction.shape if want_grad else (0,), dtype=prediction.dtype, device=prediction.device)
     if prediction.numel() == 0:
@@ -110,13 +110,13 @@ def _run(
     if backend == "cpp":
         loss = torch.empty((), dtype=compute)
         outputs = (grad if want_grad else None, loss)
-        cpp_backend.call("flow_loss", compute, inputs, outputs, b * steps, c, h, w, *weights)
+        native.call("flow_loss", compute, inputs, outputs, b * steps, c, h, w, *weights)
     else:
-        facts = b * steps, c, want_grad, triton_backend.TYPES[compute]
-        grid, _ = triton_backend.tiles(b * steps, h, w, _PIXELS)
+        facts = b * steps, c, want_grad, triton_utils.TYPES[compute]
+        grid, _ = triton_utils.tiles(b * steps, h, w, _PIXELS)
         partial = torch.empty(math.prod(grid), dtype=compute, device=prediction.device)
         tensors = *inputs, grad, partial
-        triton_backend.launch(_flow_loss_kernel, _plan, tensors, (h, w), facts, weights)
+        triton_utils.launch(_flow_loss_kernel, _plan, tensors, (h, w), facts, weights)
         loss = partial.sum()
     return loss.to(prediction.dtype), grad
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, cpp_backend, reference, registry, triton_backend
-from .triton_backend import jit, tl, triton
+from . import checks, native, reference, registry, triton_utils
+from .triton_utils import jit, tl, triton
 
 
 @jit
@@ -77,7 +77,7 @@ def _plain_forward(before: Sequence[Tensor], context: Tensor, gamma: Tensor, bet
     total = sum(sizes, c)
     out = context.new_empty((b, total, h, w))
     features = list(zip(map(Tensor.data_ptr, before), sizes, strict=True))
-    cpp_backend.run("modulate_forward", (context, gamma, beta, out), b, c, h * w, total * h * w, features)
+    native.run("modulate_forward", (context, gamma, beta, out), b, c, h * w, total * h * w, features)
     return out
 
 
@@ -85,7 +85,7 @@ def _plain_backward(context: Tensor, gamma: Tensor, grad: Tensor) -> tuple[Tenso
     """`grad`: of the context's channels, out of a gradient that is contiguous."""
     b, c, h, w = context.shape
     grads = torch.empty_like(context), torch.empty_like(gamma), torch.empty_like(gamma)
-    cpp_backend.run("modulate_backward", (context, gamma, grad, *grads), b, c, h * w, grad.stride(0))
+    native.run("modulate_backward", (context, gamma, grad, *grads), b, c, h * w, grad.stride(0))
     return grads
 
 
@@ -100,11 +100,11 @@ def _forward(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Ten
         at.copy_(part)
     if context.numel() == 0:
         return out
-    compute = cpp_backend.compute_type(context, gamma, beta)
+    compute = native.compute_type(context, gamma, beta)
     inputs = [t.contiguous() for t in (context, gamma, beta)]
     # in another type the place is filled from a dense buffer
     stride = out.stride(0) if out.dtype == compute else c * h * w
-    cpp_backend.call("modulate_forward", compute, inputs, [place], b, c, h * w, stride, [])
+    native.call("modulate_forward", compute, inputs, [place], b, c, h * w, stride, [])
     return out
 
 
@@ -122,19 +122,19 @@ def _forward_triton(before: Sequence[Tensor], context: Tensor, gamma: Tensor, be
     one, two = (*copied, context, context)[:2]
     tensors = one, two, context, gamma.contiguous(), beta.contiguous(), out
     strides = *one.stride()[:2], *two.stride()[:2], *context.stride()[:2], out.stride(0)
-    facts = b, triton_backend.TYPES[cpp_backend.compute_type(context, gamma, beta)]
+    facts = b, triton_utils.TYPES[native.compute_type(context, gamma, beta)]
     numbers = *strides, first, second, ends[-1], c, area
-    triton_backend.launch(_modulate_fwd_kernel, _forward_plan, tensors, numbers, facts)
+    triton_utils.launch(_modulate_fwd_kernel, _forward_plan, tensors, numbers, facts)
 
 
 def _forward_plan(*given: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
     *_, second, _place, c, area, b, compute = given
-    block = triton_backend.block(area, min(_BLOCK, max(64, triton.next_power_of_2(area))))
-    across, many = triton.cdiv(area, block), b > triton_backend.MOST
+    block = triton_utils.block(area, min(_BLOCK, max(64, triton.next_power_of_2(area))))
+    across, many = triton.cdiv(area, block), b > triton_utils.MOST
     return (b, second + c, across) if many else (across, second + c, b), {
         "IMAGES": 0 if many else 2,
         "BLOCK": block,
-        "OFFSET": triton_backend.offsets(area + block),
+        "OFFSET": triton_utils.offsets(area + block),
         "COMPUTE": compute,
         "num_warps": min(4, max(1, block // 256)),
     }
@@ -159,16 +159,16 @@ def _backward(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tup
     outputs = _backward_fake(context, gamma, grad, backend)
     if context.numel() == 0:
         return outputs[0], outputs[1].zero_(), outputs[2].zero_()
-    compute = cpp_backend.compute_type(context, gamma)
+    compute = native.compute_type(context, gamma)
     if grad.stride()[1:] != (h * w, w, 1):
         grad = grad.contiguous()
     inputs = [t.contiguous() for t in (context, gamma)]
     if backend == "cpp":
         grad = grad.to(compute)
-        cpp_backend.call("modulate_backward", compute, [*inputs, grad], outputs, b, c, h * w, grad.stride(0))
+        native.call("modulate_backward", compute, [*inputs, grad], outputs, b, c, h * w, grad.stride(0))
     else:
-        tensors, facts = (*inputs, grad, *outputs), (b, triton_backend.TYPES[compute])
-        triton_backend.launch(_modulate_bwd_kernel, _backward_plan, tensors, (c, h * w, grad.stride(0)), facts)
+        tensors, facts = (*inputs, grad, *outputs), (b, triton_utils.TYPES[compute])
+        triton_utils.launch(_modulate_bwd_kernel, _backward_plan, tensors, (c, h * w, grad.stride(0)), facts)
     return outputs
 
 
@@ -176,7 +176,7 @@ def _backward_plan(c: int, area: int, _stride: int, b: int, compute: Any) -> tup
     # a channel is one program's: a large one takes more threads. 32 instead of 16 warps on an H200: 0.85 of the time at
     # 1080 x 1920, 1.02 at 256 x 256
     warps = 4 if area <= 1 << 14 else 16 if area <= 1 << 18 else 32
-    block = triton_backend.block(area, min(256 * warps, 4096))
+    block = triton_utils.block(area, min(256 * warps, 4096))
     blocks = triton.cdiv(area, block)
     return (b * c,), {"BLOCKS": blocks, "BLOCK": block, "COMPUTE": compute, "num_warps": warps}
 
@@ -214,7 +214,7 @@ class _Modulate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         context, gamma = ctx.saved_tensors
         *parts, own = grad.split([*(channels for channels, _ in ctx.types), context.shape[1]], dim=1)
-        if ctx.plain and cpp_backend.plain(grad):
+        if ctx.plain and native.plain(grad):
             return None, None, *_plain_backward(context, gamma, own), *parts
         grads = _BACKWARD(context, gamma, own, ctx.backend)
         return None, None, *grads, *(part.to(dtype) for part, (_, dtype) in zip(parts, ctx.types, strict=True))
@@ -271,11 +271,7 @@ def modulate(
     `before`: features (B,Ci,H,W) that the result is concatenated behind, in order, without a pass of its own. Raises
     ValueError on a wrong shape or dtype. Source: paper, Eq. 7.
     """
-    if (
-        backend is None
-        and cpp_backend.plain(context, gamma, beta, *before)
-        and _modulate_fits(context, gamma, beta, before)
-    ):
+    if backend is None and native.plain(context, gamma, beta, *before) and _modulate_fits(context, gamma, beta, before):
         if registry.wants_gradient(context, gamma, beta, *before):
             return _Modulate.apply("cpp", True, context, gamma, beta, *before)
         return _plain_forward(before, context, gamma, beta)

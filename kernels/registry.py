@@ -55,7 +55,7 @@ class Backend(NamedTuple):
 
 def _mistake(message: str) -> ValueError:
     """An InputError: a command prints it as one line."""
-    from avfast.config import InputError
+    from avfast.errors import InputError
 
     return InputError(message)
 
@@ -115,11 +115,11 @@ def define_fused(
     """Register an op whose `fused(backend, *args)` runs in C++ on CPU tensors ("cpp") and in Triton on CUDA tensors
     ("triton"), each only where it suits (`Backend.where`)."""
     # here, not above: TV-L1 uses this file too, and importing Triton takes a while
-    from . import cpp_backend, triton_backend
+    from . import native, triton_utils
 
-    cpp = Backend(partial(fused, "cpp"), cpp_backend.unsupported, cpp_backend.unavailable, where=cpp_where)
-    interpreted = "Triton's interpreter is for tests" if triton_backend.INTERPRETED else None
-    able = triton_backend.unsupported, triton_backend.unavailable
+    cpp = Backend(partial(fused, "cpp"), native.unsupported, native.unavailable, where=cpp_where)
+    interpreted = "Triton's interpreter is for tests" if triton_utils.INTERPRETED else None
+    able = triton_utils.unsupported, triton_utils.unavailable
     triton = Backend(partial(fused, "triton"), *able, interpreted, triton_where)
     return define(name, reference, cpp=cpp, triton=triton)
 

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpp_backend, registry
+from . import native, registry
 
 if TYPE_CHECKING:
-    from avfast.flow import TVL1Params
+    from avfast.opticalflow.tvl1 import TVL1Params
 
 MIN_SIDE = 16
 _SCRATCH_FLOATS = 2**28
@@ -289,33 +289,33 @@ def _linear_taps(size: int, new: int, ratio: float, device: torch.device) -> lis
 
 
 def _native(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
-    engine, native = _engine(params)
+    engine, own = _engine(params)
     if a.is_cuda and engine.with_cuda and params.scheme == "avfast" and params.epsilon == 0:
-        return _native_cuda(engine, a.float().contiguous(), b.float().contiguous(), native)
-    return _native_cpu(engine, a.cpu().contiguous(), b.cpu().contiguous(), native, threads).to(a.device)
+        return _native_cuda(engine, a.float().contiguous(), b.float().contiguous(), own)
+    return _native_cpu(engine, a.cpu().contiguous(), b.cpu().contiguous(), own, threads).to(a.device)
 
 
-def _native_cpu(engine: Any, a: Tensor, b: Tensor, native: Any, threads: int) -> Tensor:
+def _native_cpu(engine: Any, a: Tensor, b: Tensor, own: Any, threads: int) -> Tensor:
     """(...,H,W) -> (...,2,H,W)"""
     *batch, height, width = a.shape
     flow = a.new_empty((*batch, 2, height, width), dtype=torch.float32)
     addresses = a.data_ptr(), b.data_ptr(), flow.data_ptr()
-    engine.tvl1_flow(*addresses, math.prod(batch), height, width, native, threads, a.dtype is torch.uint8)
+    engine.tvl1_flow(*addresses, math.prod(batch), height, width, own, threads, a.dtype is torch.uint8)
     return flow
 
 
 @cache
 def _engine(params: TVL1Params) -> tuple[Any, Any]:
     """The extension module, and the parameters as its own type: 10 us to make."""
-    engine = cpp_backend.engine()
+    engine = native.engine()
     fields = dict(vars(params))
     chambolle_pock, opencv = fields.pop("solver") == "chambolle-pock", fields.pop("scheme") == "opencv"
     return engine, engine.TVL1Params(chambolle_pock=chambolle_pock, opencv=opencv, **fields)
 
 
-def _native_cuda(engine: Any, a: Tensor, b: Tensor, native: Any) -> Tensor:
+def _native_cuda(engine: Any, a: Tensor, b: Tensor, own: Any) -> Tensor:
     flow = a.new_empty(len(a), 2, *a.shape[1:])
-    one = engine.tvl1_cuda_scratch(1, *a.shape[1:], native)
+    one = engine.tvl1_cuda_scratch(1, *a.shape[1:], own)
     # pairs that fit a thread block need no scratch memory; of others as many at a time as 1 GiB holds
     chunk = max(1, _SCRATCH_FLOATS // one) if one else max(1, len(a))
     scratch = a.new_empty(one * min(chunk, len(a)))
@@ -325,12 +325,12 @@ def _native_cuda(engine: Any, a: Tensor, b: Tensor, native: Any) -> Tensor:
             part = slice(first, first + chunk)
             addresses = (x[part].data_ptr() for x in (a, b, flow))
             count = len(a[part])
-            engine.tvl1_flow_cuda(*addresses, count, *a.shape[1:], native, scratch.data_ptr(), stream)
+            engine.tvl1_flow_cuda(*addresses, count, *a.shape[1:], own, scratch.data_ptr(), stream)
     return flow
 
 
 def _not_built(*_arguments: object) -> str | None:
-    return cpp_backend.NOT_BUILT
+    return native.NOT_BUILT
 
 
 def _reference(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
@@ -348,7 +348,7 @@ def _run(a: Tensor, b: Tensor, *fields: object, threads: int, backend: str | Non
 
 @cache
 def _params(*fields: object) -> TVL1Params:
-    return import_module("avfast.flow").TVL1Params(*fields)
+    return import_module("avfast.opticalflow.tvl1").TVL1Params(*fields)
 
 
 def _fake(a: Tensor, b: Tensor, *fields: object, threads: int, backend: str | None) -> Tensor:
@@ -368,9 +368,9 @@ def tvl1_op(a: Tensor, b: Tensor, params: TVL1Params, threads: int, backend: str
     """Flow (...,2,H,W) on a's device of grey images a, b (...,H,W), both uint8 or both float32 in 0..255, as the torch
     op avfast::tvl1_flow: one node in a compiled or exported program. threads 0: torch.get_num_threads().
     `avfast.tvl1_flow` checks."""
-    if backend is None and cpp_backend.plain(a, b, dtype=a.dtype):
-        engine, native = _engine(params)
-        return _native_cpu(engine, a, b, native, threads or torch.get_num_threads())
+    if backend is None and native.plain(a, b, dtype=a.dtype):
+        engine, own = _engine(params)
+        return _native_cpu(engine, a, b, own, threads or torch.get_num_threads())
     p = params
     # by name: PyTorch 2.11's compiler cannot read a frozen dataclass's __dict__
     pyramid = p.solver, p.scheme, p.tau, p.lambda_, p.theta, p.scale_step, p.scales

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, cpp_backend, reference, registry, triton_backend
-from .triton_backend import jit, tile, tl
+from . import checks, native, reference, registry, triton_utils
+from .triton_utils import jit, tile, tl
 
 
 @jit
@@ -155,8 +155,8 @@ _PIXELS = 256
 def _plan(*given: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Of the strides of three tensors, height and width, then batch, channels, and constants by name."""
     *strides, h, w, b, c, constants = given
-    grid, shape = triton_backend.tiles(b, h, w, _PIXELS)
-    reach = [triton_backend.extent((h, w), strides[i : i + 2]) for i in (2, 6, 10)]
+    grid, shape = triton_utils.tiles(b, h, w, _PIXELS)
+    reach = [triton_utils.extent((h, w), strides[i : i + 2]) for i in (2, 6, 10)]
     # channels whose loads are under way together: three spill the registers of the sums in fixed point
     at_once = 1 if ("FIXED", True) in constants else next(n for n in (4, 3, 2, 1) if c % n == 0)
     return grid, {
@@ -164,7 +164,7 @@ def _plan(*given: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
         **shape,
         "C": c,
         "AT_ONCE": at_once,
-        "OFFSET": triton_backend.offsets(h * w, *reach),
+        "OFFSET": triton_utils.offsets(h * w, *reach),
         "num_warps": _PIXELS // 32,
     }
 
@@ -173,18 +173,18 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], a: Tensor, b: Tensor, c: T
     """Run a kernel over all pixels of a (B,C,H,W), which takes the strides of a, b and c."""
     batch, channels, h, w = a.shape
     numbers = *a.stride(), *b.stride(), *c.stride(), h, w
-    triton_backend.launch(kernel, _plan, tensors, numbers, (batch, channels, constants))
+    triton_utils.launch(kernel, _plan, tensors, numbers, (batch, channels, constants))
 
 
 def _plain_forward(image: Tensor, flow: Tensor, padding: str) -> Tensor:
     out = torch.empty_like(image)
-    cpp_backend.run("warp_forward", (image, flow, out), *image.shape, padding == "zeros")
+    native.run("warp_forward", (image, flow, out), *image.shape, padding == "zeros")
     return out
 
 
 def _plain_backward(image: Tensor, flow: Tensor, grad: Tensor, padding: str) -> tuple[Tensor, Tensor]:
     grads = torch.empty_like(image), torch.empty_like(flow)
-    cpp_backend.run("warp_backward", (image, flow, grad, *grads), *image.shape, padding == "zeros")
+    native.run("warp_backward", (image, flow, grad, *grads), *image.shape, padding == "zeros")
     return grads
 
 
@@ -192,14 +192,14 @@ def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
     out = _forward_fake(image, flow, padding, backend)
     if image.numel() == 0:
         return out
-    compute, zeros = cpp_backend.compute_type(image, flow), padding == "zeros"
+    compute, zeros = native.compute_type(image, flow), padding == "zeros"
     if backend == "cpp":
         plain = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
         inputs = (image.contiguous(), flow.contiguous())
-        cpp_backend.call("warp_forward", compute, inputs, (plain,), *image.shape, zeros)
+        native.call("warp_forward", compute, inputs, (plain,), *image.shape, zeros)
         return out if plain is out else out.copy_(plain)
     tensors = image, flow, out
-    _launch(_warp_fwd_kernel, tensors, *tensors, ("ZEROS", zeros), ("COMPUTE", triton_backend.TYPES[compute]))
+    _launch(_warp_fwd_kernel, tensors, *tensors, ("ZEROS", zeros), ("COMPUTE", triton_utils.TYPES[compute]))
     return out
 
 
@@ -210,7 +210,7 @@ def _forward_fake(image: Tensor, flow: Tensor, padding: str, backend: str) -> Te
 def _backward(
     image: Tensor, flow: Tensor, grad: Tensor, padding: str, want_image: bool, want_flow: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    compute, zeros = cpp_backend.compute_type(image, flow), padding == "zeros"
+    compute, zeros = native.compute_type(image, flow), padding == "zeros"
     grad_flow = torch.empty(flow.shape if want_flow else (0,), dtype=compute, device=image.device)
     # C++ zeroes each image's sums just before it adds to them
     make = torch.empty if backend == "cpp" else torch.zeros
@@ -220,7 +220,7 @@ def _backward(
     elif backend == "cpp":
         inputs = [t.contiguous() for t in (image, flow, grad)]
         outputs = (sums if want_image else None, grad_flow if want_flow else None)
-        cpp_backend.call("warp_backward", compute, inputs, outputs, *image.shape, zeros)
+        native.call("warp_backward", compute, inputs, outputs, *image.shape, zeros)
     else:
         fixed = want_image and torch.are_deterministic_algorithms_enabled()
         scale = sums
@@ -233,7 +233,7 @@ def _backward(
         tensors = image, flow, grad, sums, grad_flow, scale
         _launch(
             _warp_bwd_kernel, tensors, image, flow, grad, ("ZEROS", zeros), ("WANT_IMAGE", want_image),
-            ("WANT_FLOW", want_flow), ("FIXED", fixed), ("COMPUTE", triton_backend.TYPES[compute]),
+            ("WANT_FLOW", want_flow), ("FIXED", fixed), ("COMPUTE", triton_utils.TYPES[compute]),
         )  # fmt: skip
         if fixed:
             # peak - peak: nothing, or NaN where a gradient was not finite, which integers cannot hold
@@ -273,7 +273,7 @@ class _BackwardWarp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         image, flow = ctx.saved_tensors
         want_image, want_flow = ctx.needs_input_grad[:2]
-        if ctx.plain and want_image and want_flow and cpp_backend.plain(grad):
+        if ctx.plain and want_image and want_flow and native.plain(grad):
             return *_plain_backward(image, flow, grad, ctx.padding), None, None, None
         by_image, by_flow = _BACKWARD(image, flow, grad, ctx.padding, want_image, want_flow, ctx.backend)
         return by_image if want_image else None, by_flow if want_flow else None, None, None, None
@@ -305,7 +305,7 @@ def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backe
     NaN at its pixel. Raises ValueError on a wrong shape, dtype or padding, or a backend that cannot run it.
     Source: paper, Eq. 4.
     """
-    if backend is None and cpp_backend.plain(image, flow) and padding in _PADDINGS and _flow_fits(image, flow):
+    if backend is None and native.plain(image, flow) and padding in _PADDINGS and _flow_fits(image, flow):
         if registry.wants_gradient(image, flow):
             return _BackwardWarp.apply(image, flow, padding, "cpp", True)
         return _plain_forward(image, flow, padding)

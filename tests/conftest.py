@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if TYPE_CHECKING:
-    from avfast.model import AVModel
+    from avfast.models.avmodel import AVModel
 
 
 def _make_film(
@@ -69,9 +69,9 @@ def random_model() -> Callable[..., AVModel]:
     right, and a refinement that is not zero."""
 
     # here: a machine that tests the kernels alone has no safetensors
-    from avfast.config import ModelConfig
-    from avfast.model import AVModel
-    from avfast.networks import BatchNorm
+    from avfast.models.avmodel import AVModel
+    from avfast.models.networks import BatchNorm
+    from avfast.models.settings import ModelConfig
 
     def make(**config: Any) -> AVModel:
         torch.manual_seed(0)
@@ -90,9 +90,9 @@ def random_model() -> Callable[..., AVModel]:
 @pytest.fixture(scope="session")
 def exported(random_model: Callable[..., AVModel], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AVModel]:
     """The whole model as ONNX, without rollout, and the model it is of. It takes most of a minute: once for all."""
-    from avfast.config import TrainConfig
+    from avfast.data.usage import usage_of
     from avfast.export import ExportConfig, export_model
-    from avfast.usage import usage_of
+    from avfast.training.config import TrainConfig
 
     folder, model = tmp_path_factory.mktemp("exported"), random_model()
     run = TrainConfig(data_cache=str(folder / "no data"))

@@ -20,10 +20,14 @@ from torch import Tensor
 
 from avfast import __version__
 from avfast import evaluate as program
-from avfast.config import InputError, MMNISTConfig, ModelConfig, TrainConfig, to_dict
+from avfast.data.mmnist import MMNISTConfig
+from avfast.errors import InputError
 from avfast.evaluate import EvaluateConfig, Prediction, evaluate, reference_predictors, score
-from avfast.metrics import MetricResult
-from avfast.tables import TableInfo, default_frames, format_tables
+from avfast.files.settings import to_dict
+from avfast.models.settings import ModelConfig
+from avfast.scoring.metrics import MetricResult
+from avfast.scoring.tables import TableInfo, default_frames, format_tables
+from avfast.training.config import TrainConfig
 
 K, P, H, W = 2, 3, 16, 20
 
@@ -332,7 +336,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two untrained runs (MME alone, MME + CAR) on a tiny data set, and one on another data set."""
     import yaml
 
-    from avfast.model import AVModel
+    from avfast.models.avmodel import AVModel
 
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
@@ -379,8 +383,8 @@ def test_scoring_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_scoring_with_other_sound(runs: Path) -> None:
     """Each row against a loop over single clips, with the sound exchanged here."""
     from avfast.data.store import load_mmnist
-    from avfast.metrics import VideoMetrics
-    from avfast.model import AVModel
+    from avfast.models.avmodel import AVModel
+    from avfast.scoring.metrics import VideoMetrics
 
     kinds = ("silent", "own", "shuffled", "shifted")
     config = EvaluateConfig(checkpoint=(str(runs / "full"),), samples=1, audio=kinds, shift=2, clips=4, batch_size=3)

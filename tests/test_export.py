@@ -12,12 +12,15 @@ import torch
 import yaml
 
 from avfast import export as export_module
-from avfast.config import InputError, MMNISTConfig, TrainConfig, to_dict
-from avfast.data.dataset import built_split, load_split
-from avfast.graphs import border_warp, fold_batch_norms, make_graphs
+from avfast.data.mmnist import MMNISTConfig
+from avfast.data.prepared import built_split, load_split
+from avfast.deploy.graphs import border_warp, fold_batch_norms, make_graphs
+from avfast.errors import InputError
+from avfast.files.settings import to_dict
 from avfast.kernels import reference
-from avfast.model import AVModel
-from avfast.networks import BatchNorm
+from avfast.models.avmodel import AVModel
+from avfast.models.networks import BatchNorm
+from avfast.training.config import TrainConfig
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

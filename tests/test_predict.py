@@ -19,16 +19,20 @@ import yaml
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from avfast import plots
-from avfast.audio import SpectrogramConfig, spectrogram
-from avfast.config import ClipsConfig, InputError, ModelConfig, TrainConfig, to_dict
 from avfast.data.clips import ClipSettings, read_clip
-from avfast.flow import tvl1_flow
-from avfast.model import AVModel, Rollout
+from avfast.data.prepared import ClipsConfig
+from avfast.errors import InputError
+from avfast.files.settings import to_dict
+from avfast.media.spectrogram import SpectrogramConfig, spectrogram
+from avfast.media.video import read_video
+from avfast.models.avmodel import AVModel, Rollout
+from avfast.models.settings import ModelConfig
+from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.predict import PredictConfig, main, predict
 from avfast.prepare import PrepareConfig
-from avfast.runs import load_run_config, resolve_checkpoint
-from avfast.video import read_video
+from avfast.training.config import TrainConfig
+from avfast.training.runs import load_run_config, resolve_checkpoint
+from avfast.ui import plots
 
 K, P, FPS, RATE = 3, 5, 10, 4400
 FILES = {

@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 import torch
 
-from avfast import cli
 from avfast import prepare as program
-from avfast.audio import spectrogram
-from avfast.config import InputError, parse
+from avfast.cli import main as cli
+from avfast.cli.parser import parse
 from avfast.data.clips import ClipSettings, read_clip
-from avfast.data.dataset import open_split, verify_dataset
-from avfast.flow import tvl1_flow
+from avfast.data.prepared import open_split, verify_dataset
+from avfast.errors import InputError
+from avfast.media.spectrogram import spectrogram
+from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.prepare import PrepareConfig, prepare, split_sources
 
 FRAMES = 8

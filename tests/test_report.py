@@ -15,11 +15,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from avfast.config import InputError, TrainConfig, to_dict
-from avfast.metrics import MetricResult
+from avfast.errors import InputError
+from avfast.files.settings import to_dict
+from avfast.media.video import video_writer
 from avfast.report import ReportConfig, main, refresh_report, report, write_report
-from avfast.tables import TableInfo, format_tables
-from avfast.video import video_writer
+from avfast.scoring.metrics import MetricResult
+from avfast.scoring.tables import TableInfo, format_tables
+from avfast.training.config import TrainConfig
 
 VOID = {"meta", "img"}
 # what may stand in a document without a word from anywhere else

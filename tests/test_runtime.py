@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from avfast import audio, signals
-from avfast.audio import SpectrogramConfig
-from avfast.config import InputError
-from avfast.flow import PRESETS, tvl1_flow
-from avfast.model import AVModel
+from avfast.deploy import numpy_inputs as signals
+from avfast.errors import InputError
+from avfast.media import spectrogram as audio
+from avfast.media.spectrogram import SpectrogramConfig
+from avfast.models.avmodel import AVModel
+from avfast.opticalflow.tvl1 import PRESETS, tvl1_flow
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -23,10 +23,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from avfast.audio import SpectrogramConfig
-from avfast.config import InputError
-from avfast.sound import Samples, SoundTrack
-from avfast.video import Pixels, probe_video, read_video
+from avfast.errors import InputError
+from avfast.media.sound import Samples, SoundTrack
+from avfast.media.spectrogram import SpectrogramConfig
+from avfast.media.video import Pixels, probe_video, read_video
 
 # encoders cut the sound a little short of the last frame: this many seconds without it are silence, more are an error
 _SOUND_SLACK = 0.1

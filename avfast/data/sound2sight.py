@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from avfast.config import InputError
 from avfast.data.clips import ClipSettings, planes
-from avfast.video import Pixels, read_video
+from avfast.errors import InputError
+from avfast.media.video import Pixels, read_video
 
 _PICKLES = {"gif": "stft_wav_pickle", "mp4": "stft_pickle"}
 

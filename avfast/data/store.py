@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avfast.audio import SpectrogramConfig, spectrogram
-from avfast.config import InputError, MMNISTConfig
 from avfast.data.digits import Split
-from avfast.data.mmnist import MovingMNIST, mmnist_spectrogram
-from avfast.files import npy_appender
-from avfast.flow import PRESETS, tvl1_flow
-from avfast.pipeline import ahead
+from avfast.data.mmnist import MMNISTConfig, MovingMNIST, mmnist_spectrogram
+from avfast.errors import InputError
+from avfast.files.atomic import npy_appender
+from avfast.media.prefetch import ahead
+from avfast.media.spectrogram import SpectrogramConfig, spectrogram
+from avfast.opticalflow.tvl1 import PRESETS, tvl1_flow
 
 FORMAT = "avfast-clips"
 FORMAT_VERSION = 1

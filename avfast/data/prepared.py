@@ -1,0 +1,136 @@
+"""The data set of a run: a split of what avfast generates, or of what `avfast prepare` has made of somebody's videos.
+
+D/
+    prepare.json                 the settings, written first
+    index.json                   what came out: splits, sources, hashes, bad files; there when all is finished
+    train/ val/ test/            a clip store each (avfast.data.store)
+    contact.png                  some clips to look at
+    sources/<name>/              while it is made: the clips of one video
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from avfast.data.digits import SPLITS, Split
+from avfast.data.store import DATASET_FORMAT, ClipStore, built_mmnist, load_mmnist, read_index
+from avfast.errors import InputError
+from avfast.ui.progress import Progress
+
+if TYPE_CHECKING:
+    from avfast.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class ClipsConfig:
+    """A data set that `avfast prepare` has made."""
+
+    data: str | None = None
+    """Its folder (with --dataset clips)."""
+
+
+DATASET_VERSION = 1
+"""Raised whenever a data set prepared before could no longer be read."""
+
+
+def read_dataset_index(folder: str | Path) -> dict[str, Any]:
+    """The index of a finished data set. Raises InputError, one line, for a folder that holds none, or one that is not
+    finished, damaged, or of another version."""
+    folder = Path(folder)
+    if not (folder / "index.json").exists() and (folder / "prepare.json").exists():
+        raise InputError(f"{folder}: this data set is not finished yet: run avfast prepare again")
+    index = read_index(folder, DATASET_FORMAT, DATASET_VERSION)
+    missing = {"parameters", "splits", "sources", "quarantine"} - index.keys()
+    if missing:
+        raise InputError(f"{folder}: index.json is damaged, {', '.join(sorted(missing))} are missing")
+    return index
+
+
+def open_split(folder: str | Path, split: Split) -> ClipStore:
+    """One split of a prepared data set. Raises InputError as `read_dataset_index` does, and for an empty split."""
+    folder = Path(folder)
+    index = read_dataset_index(folder)
+    if not index["splits"][split]["clips"]:
+        raise InputError(f"{folder}: its {split} split is empty, too few videos could be used")
+    return ClipStore.open(folder / split)
+
+
+def verify_dataset(folder: str | Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """What is wrong with a prepared data set, a line each: files that are missing, of another size or content than the
+    index says, or whose arrays do not fit. Raises InputError as `read_dataset_index` does."""
+    folder = Path(folder)
+    index = read_dataset_index(folder)
+    wrong = []
+    files = [(s, name, said) for s in SPLITS for name, said in index["splits"][s]["files"].items()]
+    for done, (split, name, said) in enumerate(files, start=1):
+        path = folder / split / name
+        try:
+            size = path.stat().st_size
+            if size != said["bytes"]:
+                wrong.append(f"{path}: {size} bytes, expected {said['bytes']}")
+            elif file_digest(path) != said["sha256"]:
+                wrong.append(f"{path}: its content has changed (SHA-256)")
+        except OSError as error:
+            wrong.append(f"{path}: {error.strerror}")
+        if progress is not None:
+            progress(done, len(files))
+    for split in SPLITS:
+        said = index["splits"][split]
+        counted = sum(source["clips"] for source in index["sources"] if source["split"] == split)
+        if counted != said["clips"]:
+            wrong.append(f"{folder}: the {split} split has {said['clips']} clips, its sources {counted}")
+        try:
+            found = len(open_split(folder, split)) if said["clips"] else 0
+        except InputError as error:
+            wrong.append(str(error))
+            continue
+        if found != said["clips"]:
+            wrong.append(f"{folder / split}: {found} clips, expected {said['clips']}")
+    return wrong
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_split(run: TrainConfig, split: Split, *, quiet: bool = False) -> ClipStore:
+    """One split of a run's data set: opened, or generated into the cache with progress shown.
+
+    Raises InputError as `open_split` and `load_mmnist` do, and for prepared clips that do not fit the run.
+    """
+    if run.dataset == "clips":
+        assert run.clips.data is not None
+        store = open_split(run.clips.data, split)
+        _refuse_misfit(run, store)
+        return store
+    with Progress(f"data set, {split}", quiet=quiet) as progress:
+        return load_mmnist(run.data, split, run.data_cache, flow_preset=run.flow_preset, progress=progress.update)
+
+
+def built_split(run: TrainConfig, split: Split) -> ClipStore | None:
+    """One split of a run's data set where it is there already, else None. Raises InputError as `load_split` does."""
+    if run.dataset == "clips":
+        return load_split(run, split)
+    return built_mmnist(run.data, split, run.data_cache, flow_preset=run.flow_preset)
+
+
+def _refuse_misfit(run: TrainConfig, store: ClipStore) -> None:
+    for flag, wanted, found in (
+        ("image-channels", run.model.image_channels, store.frames.shape[2]),
+        ("audio-shape", run.model.audio_shape, store.audio_shape),
+        ("flow-preset", run.flow_preset, store.parameters["flow"]["preset"]),
+    ):
+        if wanted != found:
+            raise InputError(f"{flag} is {wanted}, but the clips in {store.folder} have {found}")
+    longest = run.context_frames + max(run.pred_frames, run.eval_frames)
+    if longest > store.clip_frames:
+        raise InputError(
+            f"context-frames + pred-frames or eval-frames is {longest}, more than the {store.clip_frames} frames of "
+            f"the clips in {store.folder}"
+        )

@@ -1,0 +1,143 @@
+"""Flow in files: .flo, .npy in float16, 8-bit JPEG and PNG, and colours to look at.
+
+Flow is (2,H,W) or (N,2,H,W) in pixels, x then y. N pairs give `flow.npy`, (N,2,H,W) float16, or numbered files, from 1:
+`flow_00001.flo`, `flow_x_00001.jpg` and `flow_y_00001.jpg` (or .png), `flow_hsv_00001.png`; or `flow_hsv.mp4`.
+"""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from avfast.errors import InputError
+from avfast.files.atomic import npy_appender, replacing
+from avfast.media.video import Pixels, video_writer
+from avfast.ui.plots import flow_to_rgb
+
+Format = Literal["npy", "flo", "jpg", "png", "hsv-png", "hsv-mp4"]
+Write = Callable[[np.ndarray, Sequence[float]], None]
+
+# a float, 202021.25, whose bytes read PIEH
+_FLO_MAGIC = b"PIEH"
+
+
+def read_flo(path: str | Path) -> np.ndarray:
+    """Flow (2,H,W) float32 from a Middlebury .flo file, plain or .xz; where it is unknown it holds more than 1e9.
+
+    Raises InputError for another kind of file or a truncated one. Source: Baker et al., IJCV 2011.
+    """
+    path = Path(path)
+    try:
+        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    except (lzma.LZMAError, EOFError) as error:
+        raise InputError(f"{path}: cannot be decompressed: {error}") from None
+    if data[:4] != _FLO_MAGIC or len(data) < 12:
+        raise InputError(f"{path}: not a .flo file")
+    width, height = np.frombuffer(data, "<i4", 2, 4).tolist()
+    if width < 1 or height < 1 or len(data) < 12 + 8 * width * height:
+        raise InputError(f"{path}: {len(data)} bytes, too few for a .flo file of {width}x{height} pixels")
+    flow = np.frombuffer(data, "<f4", 2 * width * height, 12).reshape(height, width, 2)
+    return flow.transpose(2, 0, 1).astype(np.float32)
+
+
+def write_flo(path: str | Path, flow: np.ndarray) -> None:
+    """Write flow (2,H,W) as a .flo file. Raises ValueError for another shape."""
+    if flow.ndim != 3 or flow.shape[0] != 2:
+        raise ValueError(f"flow has shape {flow.shape}, expected (2, H, W)")
+    header = _FLO_MAGIC + np.array(flow.shape[:0:-1], "<i4").tobytes()
+    with replacing(path) as temporary:
+        temporary.write_bytes(header + flow.transpose(1, 2, 0).astype("<f4").tobytes())
+
+
+def flow_to_bytes(flow: np.ndarray, bound: float) -> Pixels:
+    """Flow of any shape as 8 bits: clipped to [-bound, bound] pixels, then linearly to 0..255, rounded."""
+    return np.rint((np.clip(flow, -bound, bound) + bound) * (255 / (2 * bound))).astype(np.uint8)
+
+
+def bytes_to_flow(levels: np.ndarray, bound: float) -> np.ndarray:
+    """What `flow_to_bytes` stored, float32: level * 2 * bound / 255 - bound, within bound / 255 pixels of the original.
+
+    No level stands for exactly 0: no motion is stored as 127 or 128 and comes back as -+ bound / 255.
+    """
+    return (levels.astype(np.float64) * (2 * bound / 255) - bound).astype(np.float32)
+
+
+@contextmanager
+def flow_writer(folder: Path, formats: Sequence[Format], bound: float, fps: float) -> Iterator[Write]:
+    """Write the flow of one film into an existing folder, in several formats at once.
+
+    The block gets a function `write(flow, times)` and calls it with the next pairs, (N,2,H,W) float32 and N times in
+    seconds, all of one H and W; nothing but the last call is held. bound: pixels, for 8 bits and for full colour. fps:
+    of hsv-mp4, see `video_writer`.
+    """
+    with ExitStack() as stack:
+
+        def opened(name: Format) -> Write:
+            match name:
+                case "npy":
+                    return stack.enter_context(_npy_writer(folder / "flow.npy"))
+                case "hsv-mp4":
+                    return stack.enter_context(_film_writer(folder / "flow_hsv.mp4", bound, fps))
+                case "flo":
+                    return _each(lambda number, flow: write_flo(folder / f"flow_{number}.flo", flow))
+                case "hsv-png":
+                    return _each(lambda number, flow: _write_colours(folder / f"flow_hsv_{number}.png", flow, bound))
+                case "jpg" | "png":
+                    return _each(lambda number, flow: _write_levels(folder, f"{number}.{name}", flow, bound))
+
+        functions = [opened(name) for name in formats]
+
+        def write(flow: np.ndarray, times: Sequence[float]) -> None:
+            for function in functions:
+                function(flow, times)
+
+        yield write
+
+
+@contextmanager
+def _npy_writer(path: Path) -> Iterator[Write]:
+    with npy_appender(path) as append:
+        yield lambda flow, _times: append(flow.astype("<f2"))
+
+
+@contextmanager
+def _film_writer(path: Path, bound: float, fps: float) -> Iterator[Write]:
+    with video_writer(path, fps) as show:
+
+        def write(flow: np.ndarray, times: Sequence[float]) -> None:
+            for pair, time in zip(flow, times, strict=True):
+                show(flow_to_rgb(pair, bound), time)
+
+        yield write
+
+
+def _each(write_one: Callable[[str, np.ndarray], None]) -> Write:
+    count = 0
+
+    def write(flow: np.ndarray, _times: Sequence[float]) -> None:
+        nonlocal count
+        for pair in flow:
+            count += 1
+            write_one(f"{count:05d}", pair)
+
+    return write
+
+
+def _write_levels(folder: Path, ending: str, flow: np.ndarray, bound: float) -> None:
+    for axis, levels in zip("xy", flow_to_bytes(flow, bound), strict=True):
+        _write_picture(folder / f"flow_{axis}_{ending}", levels)
+
+
+def _write_colours(path: Path, flow: np.ndarray, bound: float) -> None:
+    _write_picture(path, flow_to_rgb(flow, bound)[..., ::-1])
+
+
+def _write_picture(path: Path, pixels: Pixels) -> None:
+    # cv2.imwrite says nothing of a full disk
+    path.write_bytes(cv2.imencode(path.suffix, pixels)[1].tobytes())

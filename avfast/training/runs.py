@@ -1,0 +1,228 @@
+"""Run folders and checkpoints: where a training run lives, how it is written without ever losing what is there, and how
+it is found again.
+
+    runs/<dataset>-<name>[-N]/
+        config.yaml env.json command.txt        what was asked, where
+        data.json                               every parameter of the training data
+        metrics.jsonl results.csv               every logged step; every evaluation
+        curves.png samples/                     loss curves; strips and GIFs of validation clips
+        checkpoints/step_00000500/              config.json + model.safetensors (loadable by from_pretrained),
+                                                training_state.pt, metrics.json
+        checkpoints/last, best, best-mme        links to the newest, the best of the final stage, the best of stage mme
+
+A checkpoint is written into a hidden folder and renamed, then its link is replaced atomically, then older ones are
+renamed to hidden folders and deleted. So whenever a run is killed, every link leads to a whole checkpoint, the old one
+or the new one, and every visible checkpoint is whole; what is left hidden is deleted at the next save. Where a step's
+checkpoint is there already (after a resume) the new one is written beside it, with -2, -3 ... appended: were the old
+one moved away first, its link would lead nowhere until the new one is in its place.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from avfast.errors import InputError
+from avfast.files.atomic import new_folder, numbered, read_records, replacing
+from avfast.files.settings import load_config, to_dict
+from avfast.models.avmodel import AVModel
+from avfast.training.config import TrainConfig
+
+STAGES = ("mme", "car")
+"""The stages in the order in which a run trains them."""
+
+
+class Run:
+    """One run folder, written by the main process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> Run:
+        """Make a new run folder; one that exists is never touched: -2, -3 ... is appended."""
+        import yaml
+
+        try:
+            run = cls(new_folder(_base_folder(config)))
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"output-dir is {config.output_dir}, which is not a folder") from None
+        run.checkpoints.mkdir()
+        (run.folder / "samples").mkdir()
+        run.write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+        return run
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file under a temporary name, then rename."""
+        with replacing(self.folder / name) as temporary:
+            temporary.write_bytes(content)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every record of metrics.jsonl, none where it is not written yet. Raises InputError for a damaged line."""
+        path = self.folder / "metrics.jsonl"
+        return read_records(path) if path.exists() else []
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop the records after a step of a stage: a resumed run writes them again."""
+        # a stage's first evaluation has the step at which the stage before it ended
+        last = (STAGES.index(stage), step)
+        kept = [r for r in self.records() if (STAGES.index(r["stage"]), r["step"]) <= last]
+        self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept).encode())
+        self.write_results()
+
+    def summary(self) -> list[str]:
+        """A line per stage: the validation loss before its first step and the lowest since."""
+        losses: dict[str, list[float]] = {}
+        for record in self.records():
+            if "val_loss" in record:
+                losses.setdefault(record["stage"], []).append(record["val_loss"])
+        return [f"stage {s}: validation loss {v[0]:.4g} untrained, {min(v):.4g} at best" for s, v in losses.items()]
+
+    def write_results(self) -> None:
+        """Write results.csv, one row per evaluation, from metrics.jsonl."""
+        rows = [r for r in self.records() if "val_loss" in r]
+        names = list(dict.fromkeys(name for r in rows for name in r))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write("results.csv", text.getvalue().encode())
+
+    def save(
+        self,
+        link: str,
+        step: int,
+        model: AVModel,
+        metrics: dict[str, Any],
+        state: dict[str, Any] | None = None,
+        keep: int = 1,
+    ) -> Path:
+        """Write a checkpoint, point `link` at it and return its folder.
+
+        Of that link's other checkpoints the newest `keep` - 1 of earlier steps stay. Those of this step or later ones
+        were written by a run that was killed and went on from an earlier step: they are removed.
+
+        Raises InputError naming the folder when it cannot be written; what was there stays.
+        """
+        prefix = "step" if link == "last" else link
+        name = f"{prefix}_{step:08d}"
+        final = next(path for path in numbered(self.checkpoints / name) if not path.exists())
+        temporary = self.checkpoints / f".{name}.tmp"
+        try:
+            self._remove_hidden()
+            model.save_pretrained(temporary)
+            if state is not None:
+                # through memory: torch.save reports a full disk as an internal error without a file name
+                buffer = io.BytesIO()
+                torch.save(state, buffer)
+                (temporary / "training_state.pt").write_bytes(buffer.getbuffer())
+            (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+            os.rename(temporary, final)
+            pointer = self.checkpoints / f".{link}.tmp"
+            pointer.symlink_to(final.name)
+            os.replace(pointer, self.checkpoints / link)
+        except OSError as error:
+            with suppress(OSError):
+                self._remove_hidden()
+            raise InputError(f"the checkpoint {final} cannot be written: {error.strerror or error}") from None
+        others = sorted((p for p in self.checkpoints.glob(f"{prefix}_[0-9]*") if p != final), reverse=True)
+        earlier = [path for path in others if path.name < name]
+        for old in others:
+            if old not in earlier[: keep - 1]:
+                # hidden first: a kill while a folder is deleted leaves a part of it
+                os.rename(old, self.checkpoints / f".{old.name}.old")
+        self._remove_hidden()
+        return final
+
+    def _remove_hidden(self) -> None:
+        """Remove what is unfinished, or half deleted, in the checkpoints folder."""
+        for path in self.checkpoints.glob(".*"):
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The training state of the last checkpoint with its folder under "folder", or None where there is none."""
+        last = self.checkpoints / "last"
+        if not last.exists():
+            return None
+        try:
+            state = torch.load(last / "training_state.pt", weights_only=True, map_location="cpu")
+        except Exception as error:
+            raise InputError(f"{last / 'training_state.pt'} cannot be read: {error}") from None
+        return {**state, "folder": last.resolve()}
+
+
+def _base_folder(config: TrainConfig) -> Path:
+    return Path(config.output_dir) / f"{config.dataset}-{config.name}"
+
+
+def find_run(config: TrainConfig) -> Run | None:
+    """The run that --resume names: with `auto` the newest of this name that has a checkpoint, or None."""
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        folder = Path(config.resume)
+        if not (folder / "config.yaml").is_file():
+            raise InputError(f"resume is {config.resume}, which is not a run folder (no config.yaml)")
+        if not (folder / "checkpoints" / "last").exists():
+            raise InputError(f"resume is {config.resume}, which has no checkpoint to resume from")
+        return Run(folder)
+    base = _base_folder(config)
+    numbered = [p for p in base.parent.glob(f"{base.name}-*") if p.name[len(base.name) + 1 :].isdigit()]
+    runs = [p for p in (base, *numbered) if (p / "checkpoints" / "last").exists()]
+    return Run(max(runs, key=lambda p: (p / "checkpoints" / "last").stat().st_mtime_ns)) if runs else None
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that a path means: a checkpoint itself, RUN/best or RUN/last in short for that in
+    RUN/checkpoints, or of a run folder the best, else the last.
+
+    Raises InputError when there is none.
+    """
+    path = Path(path)
+    for checkpoint in (path, path.parent / "checkpoints" / path.name):
+        if (checkpoint / "model.safetensors").is_file():
+            return checkpoint
+    for name in ("best", "best-mme", "last"):
+        if (path / "checkpoints" / name / "model.safetensors").is_file():
+            return path / "checkpoints" / name
+    raise InputError(f"{path} is neither a checkpoint (no model.safetensors) nor a run folder with one")
+
+
+def run_folder(checkpoint: str | Path) -> Path:
+    """The run folder that a checkpoint lies in; the folder above it where it lies in none."""
+    parent = Path(checkpoint).absolute().parent
+    return parent.parent if parent.name == "checkpoints" else parent
+
+
+def load_run_config(checkpoint: str | Path) -> TrainConfig:
+    """The training config of the run that a checkpoint lies in. Raises InputError when there is none."""
+    for folder in Path(checkpoint).absolute().parents:
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml", TrainConfig())
+    raise InputError(f"{checkpoint} lies in no run folder: no config.yaml above it")
+
+
+def read_data_parameters(checkpoint: str | Path) -> dict[str, Any]:
+    """Every parameter of the data that the run of a checkpoint was trained on. Raises InputError without data.json."""
+    path = run_folder(checkpoint) / "data.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read, which tells what the run was trained on: {error}") from None

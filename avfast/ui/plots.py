@@ -1,0 +1,403 @@
+"""Pictures: flow colours, strips and GIFs of true and predicted clips, loss and metric curves.
+
+Clips are tensors or arrays on the CPU: frames (T,C,H,W) in [0,1] with C = 1 or 3, flow (T,2,H,W) in pixels; predictions
+(P,...) are the last P of the T frames, of which the true clip may have the first ones only. Given frames are framed
+white, predicted ones red, true future ones grey. Every file is written under a temporary name, then renamed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from avfast.errors import InputError
+from avfast.files.atomic import read_records, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from avfast.scoring.metrics import MetricResult
+
+GIVEN, FUTURE, PREDICTED = (255, 255, 255), (110, 110, 110), (230, 40, 40)
+BACKGROUND, TEXT = (24, 24, 24), (230, 230, 230)
+BORDER, GAP, TEXT_SIZE = 2, 4, 14
+HEADER, LEGEND, LEGEND_WIDTH = TEXT_SIZE + 2 * GAP, 64, 320
+READABLE, FILM = 96, 240
+"""In strips and GIFs, and in films, frames are enlarged by a whole factor until their longer side has at least this
+many pixels."""
+
+# the wheel of Baker et al.: hues between six corner colours, more of them where the eye tells more apart
+WHEEL_ENDS = np.cumsum([0, 15, 6, 4, 11, 13, 6])
+WHEEL_COLOURS = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]], dtype=float)
+
+Pixels = NDArray[np.uint8]
+_NEAREST = Image.Resampling.NEAREST
+
+
+def flow_to_rgb(flow: ArrayLike, max_flow: float | None = None) -> Pixels:
+    """Colour-code a flow: (...,2,H,W) in pixels, x then y -> uint8 (...,H,W,3). Hue is direction, saturation magnitude.
+
+    A vector to the right is red, down yellow, left sky blue, up violet; white is no motion. A vector of `max_flow`
+    pixels is fully saturated, a longer one is darkened by a quarter; by default that is the largest magnitude in the
+    whole array, one scale for all of its frames. A vector that is not finite is black. ValueError: another shape,
+    max_flow <= 0. Source: Baker et al., "A Database and Evaluation Methodology for Optical Flow", IJCV 2011, its wheel
+    taken as a continuous circle.
+    """
+    flow = np.asarray(flow, dtype=np.float64)
+    if flow.ndim < 3 or flow.shape[-3] != 2:
+        raise ValueError(f"flow has shape {flow.shape}, expected (..., 2, H, W)")
+    if max_flow is not None and not max_flow > 0:
+        raise ValueError(f"max_flow is {max_flow}, expected more than 0 pixels")
+    finite = np.isfinite(flow).all(axis=-3)
+    x, y = (np.where(finite, flow[..., axis, :, :], 0.0) for axis in (0, 1))
+    magnitude = np.hypot(x, y)
+    radius = (magnitude / (max_flow or magnitude.max(initial=0.0) or 1.0))[..., None]
+    position = np.arctan2(y, x) / (2 * math.pi) % 1.0 * WHEEL_ENDS[-1]
+    hue = np.stack([np.interp(position, WHEEL_ENDS, channel) for channel in WHEEL_COLOURS.T], axis=-1)
+    colour = np.where(radius <= 1, 1 - radius * (1 - hue), 0.75 * hue)
+    return np.where(finite[..., None], np.rint(255 * colour), 0).astype(np.uint8)
+
+
+def colour_wheel(diameter: int) -> Pixels:
+    """The legend of `flow_to_rgb`, (diameter,diameter,3): each pixel's colour is that of the vector from the centre to
+    it, full at the rim. Outside lies `BACKGROUND`."""
+    axis = (np.arange(diameter) + 0.5) * 2 / diameter - 1
+    vectors = np.stack(np.meshgrid(axis, axis))
+    inside = np.hypot(*vectors) <= 1
+    return np.where(inside[..., None], flow_to_rgb(vectors, 1.0), BACKGROUND).astype(np.uint8)
+
+
+def save_strip(
+    path: str | Path,
+    true: ArrayLike,
+    predicted: ArrayLike,
+    true_flow: ArrayLike | None = None,
+    predicted_flow: ArrayLike | None = None,
+    audio: ArrayLike | None = None,
+    *,
+    context_frames: int,
+    frames: Collection[int] | None = None,
+    first_frame: int = 1,
+) -> None:
+    """One clip as labelled rows over time: true, predicted, true flow, predicted flow, sound; a column per frame.
+
+    true (T',C,H,W), predicted (P,C,H,W), true_flow (T',2,H,W), predicted_flow (P,2,H,W), audio (T,1,F,S) magnitudes,
+    T = context_frames + P; where the true clip ends earlier, T' < T, its cells stay empty. Frames are numbered from 1
+    and `frames` chooses some of them; `first_frame` is the number printed over the first. Small frames are enlarged
+    with nearest neighbour. The flow rows share one scale, the largest true magnitude (the predicted one, without true
+    flow), and the colour wheel stands below them with it. The sound has low frequencies at the bottom and 60 dB from
+    black to the loudest value. ValueError: shapes that do not fit, a frame number outside 1..T.
+    """
+    images, guesses = _pair(true, predicted, context_frames)
+    total = context_frames + len(guesses)
+    rows: list[tuple[str, Pixels]] = [("true", images), ("predicted", guesses)]
+    flows = {"true flow": (true_flow, len(images)), "predicted flow": (predicted_flow, len(guesses))}
+    scale = next((_max_flow(flow) for flow, _ in flows.values() if flow is not None), None)
+    for label, (flow, count) in flows.items():
+        if flow is not None:
+            _expect(label.replace(" ", "_"), flow, (count, 2, *images.shape[1:3]))
+            rows.append((label, flow_to_rgb(flow, scale)))
+    if audio is not None:
+        _expect("audio", audio, (total, 1, *np.shape(audio)[2:]))
+        rows.append(("sound", _spectrogram_images(audio)))
+    numbers = range(1, total + 1) if frames is None else sorted(set(frames))
+    if not numbers or numbers[0] < 1 or numbers[-1] > total:
+        raise ValueError(f"frames is {list(numbers)}, expected numbers from 1 to {total}")
+
+    factor = _enlargement(images, READABLE)
+    height, width = (factor * s + 2 * BORDER for s in images.shape[1:3])
+    font = ImageFont.load_default(TEXT_SIZE)
+    margin = math.ceil(max(font.getlength(label) for label, _ in rows)) + 3 * GAP
+    bottom = HEADER + len(rows) * (height + GAP)
+    # a strip of few frames still has room for its legend
+    canvas_width = max(margin + len(numbers) * (width + GAP), LEGEND_WIDTH if scale else 0)
+    canvas = Image.new("RGB", (canvas_width, bottom + (LEGEND if scale else 0)), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    for column, number in enumerate(numbers):
+        left = margin + column * (width + GAP)
+        draw.text((left + width // 2, HEADER // 2), str(number + first_frame - 1), fill=TEXT, font=font, anchor="mm")
+        for row, (label, pictures) in enumerate(rows):
+            index = number - 1 - (context_frames if label.startswith("predicted") else 0)
+            if not 0 <= index < len(pictures):
+                continue
+            picture = Image.fromarray(pictures[index]).resize((width - 2 * BORDER, height - 2 * BORDER), _NEAREST)
+            true_colour = GIVEN if number <= context_frames else FUTURE
+            colour = PREDICTED if label.startswith("predicted") else true_colour
+            canvas.paste(_framed(picture, colour), (left, HEADER + row * (height + GAP)))
+    for row, (label, _) in enumerate(rows):
+        draw.text((GAP, HEADER + row * (height + GAP) + height // 2), label, fill=TEXT, font=font, anchor="lm")
+    if scale:
+        _draw_legend(canvas, bottom, scale)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
+
+
+def save_gif(
+    path: str | Path, true: ArrayLike, predicted: ArrayLike, *, context_frames: int, frames_per_second: float = 10.0
+) -> None:
+    """True clip on the left, given then predicted frames on the right, over time; several clips one below the other.
+
+    true (T',C,H,W) or (N,T',C,H,W), predicted (P,C,H,W) or (N,P,C,H,W), context_frames <= T' <= context_frames + P.
+    Small frames are enlarged with nearest neighbour. ValueError: shapes that do not fit.
+    """
+    true, predicted = np.asarray(true), np.asarray(predicted)
+    if true.ndim == 4:
+        true, predicted = true[None], predicted[None]
+    if true.ndim != 5 or len(true) != len(predicted) or not len(true):
+        raise ValueError(f"true has shape {true.shape}, predicted {predicted.shape}, expected N clips each")
+    pairs = [_pair(*clips, context_frames) for clips in zip(true, predicted, strict=True)]
+    pictures = list(_side_by_side(pairs, context_frames, READABLE))
+    # in whole hundredths of a second, as GIF counts them, but right in the mean
+    ends = [round(100 * (i + 1) / frames_per_second) for i in range(len(pictures))]
+    durations = [10 * (end - begin) for begin, end in zip([0, *ends], ends, strict=False)]
+    with replacing(path) as temporary:
+        pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def film_frames(true: ArrayLike, predicted: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
+    """The pictures of `save_gif` for one clip, larger, one after the other: (height,width,3) for a film. Raises
+    ValueError as it does."""
+    pairs = [_pair(true, predicted, context_frames)]
+    return map(np.asarray, _side_by_side(pairs, context_frames, FILM))
+
+
+def flow_film_frames(true_flow: ArrayLike, predicted_flow: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
+    """The same for flow, true_flow (T',2,H,W) and predicted_flow (P,2,H,W), in colours with their wheel below.
+
+    Full colour is the largest true magnitude, as in `save_strip`.
+    """
+    scale = _max_flow(true_flow)
+    true, predicted = (flow_to_rgb(flow, scale) for flow in (true_flow, predicted_flow))
+    _expect_lengths(true, predicted, context_frames)
+    return map(np.asarray, _side_by_side([(true, predicted)], context_frames, FILM, scale))
+
+
+class ContactRow(NamedTuple):
+    """One clip of a contact sheet."""
+
+    label: str
+    frames: ArrayLike
+    """(T,C,H,W) in [0,1]."""
+    audio: ArrayLike
+    """(T,1,F,S) in [0,1], magnitudes."""
+    flow: ArrayLike
+    """(T,2,H,W) in pixels."""
+
+
+def save_contact_sheet(path: str | Path, rows: Sequence[ContactRow], columns: int = 8) -> None:
+    """Clips one below another, each as evenly spaced frames with the sound and the flow that belong to them.
+
+    The sound is the frame's spectrogram, drawn as in `save_strip`. Colours of the flow are full at the clip's largest
+    vector. ValueError: no row, shapes that do not fit.
+    """
+    if not rows:
+        raise ValueError("rows is empty, expected at least one clip")
+    font = ImageFont.load_default(TEXT_SIZE)
+    header = TEXT_SIZE + 2 * GAP
+    blocks = []
+    for row in rows:
+        images, audio, flow = _images("frames", row.frames), np.asarray(row.audio), np.asarray(row.flow)
+        expected = ((len(images), 1, *audio.shape[2:]), (len(images), 2, *images.shape[1:3]))
+        if (audio.shape, flow.shape) != expected:
+            raise ValueError(f"audio and flow have shapes {audio.shape} and {flow.shape}, expected {expected}")
+        factor = _enlargement(images, READABLE)
+        height, width = (factor * side for side in images.shape[1:3])
+        sound = _spectrogram_images(audio)
+        chosen = sorted({round(i) for i in np.linspace(0, len(images) - 1, columns)})
+        block = Image.new(
+            "RGB", (GAP + columns * (width + GAP), header + 2 * height + height // 2 + 2 * GAP), BACKGROUND
+        )
+        ImageDraw.Draw(block).text((GAP, header // 2), row.label, fill=TEXT, font=font, anchor="lm")
+        for column, t in enumerate(chosen):
+            left, top = GAP + column * (width + GAP), header
+            for pixels, high in (
+                (images[t], height),
+                (sound[t], height // 2),
+                (flow_to_rgb(flow[t], _max_flow(flow)), height),
+            ):
+                block.paste(Image.fromarray(pixels).resize((width, high), _NEAREST), (left, top))
+                top += high + GAP // 2
+        blocks.append(block)
+    canvas = Image.new("RGB", (max(b.width for b in blocks), sum(b.height + GAP for b in blocks)), BACKGROUND)
+    top = 0
+    for block in blocks:
+        canvas.paste(block, (0, top))
+        top += block.height + GAP
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
+
+
+def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
+    """Draw a run's losses from its metrics.jsonl, one panel per stage: "loss" and every key that ends with "_loss".
+
+    Records are objects with "stage", "step" and some of those keys. A last line cut short by a kill is left out.
+    InputError: another line that is not a JSON object, no loss at all.
+    """
+    stages: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for record in read_records(metrics_jsonl):
+        for key, value in record.items():
+            if key == "loss" or key.endswith("_loss"):
+                stages.setdefault(record["stage"], {}).setdefault(key, []).append((record["step"], value))
+    if not stages:
+        raise InputError(f"{metrics_jsonl} holds no record with a loss")
+    figure = _figure(len(stages))
+    for axes, (stage, curves) in zip(figure.axes, stages.items(), strict=True):
+        for key, points in curves.items():
+            steps, values = zip(*points, strict=True)
+            # few points are seldom visible as a line
+            axes.plot(steps, values, label=key, marker="." if len(points) < 50 else None, linewidth=1.2)
+        if all(value > 0 for points in curves.values() for _, value in points):
+            axes.set_yscale("log")
+        axes.set(title=f"stage {stage}", xlabel="step", ylabel="loss")
+        axes.legend()
+    _save_figure(figure, path)
+
+
+def save_metric_curves(
+    path: str | Path, results: Mapping[str, MetricResult], *, context_frames: int = 0, references: Collection[str] = ()
+) -> None:
+    """Draw SSIM and PSNR, and AEPE where some predictor has flow, over the frame number; `references` are dashed.
+
+    results: scores per predictor, of clips of the same length. ValueError: no results.
+    """
+    if not results:
+        raise ValueError("results is empty, expected at least one predictor")
+    panels: list[tuple[str, dict[str, list[float]]]] = [
+        ("SSIM", {name: r.ssim for name, r in results.items()}),
+        ("PSNR, dB", {name: r.psnr for name, r in results.items()}),
+        ("AEPE, px", {name: r.aepe for name, r in results.items() if r.aepe is not None}),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    figure = _figure(len(panels))
+    colours = {name: f"C{i % 10}" for i, name in enumerate(results)}
+    for axes, (title, curves) in zip(figure.axes, panels, strict=True):
+        for name, values in curves.items():
+            style: dict[str, Any] = {"linewidth": 1, "linestyle": "--"} if name in references else {"linewidth": 2}
+            numbers = range(context_frames + 1, context_frames + len(values) + 1)
+            axes.plot(numbers, values, color=colours[name], label=name, marker=".", **style)
+        axes.set(title=title, xlabel="frame")
+        axes.locator_params(axis="x", integer=True)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    _save_figure(figure, path)
+
+
+def _images(name: str, frames: ArrayLike) -> Pixels:
+    """(T,C,H,W) in [0,1] -> uint8 (T,H,W,3); what is not finite is black."""
+    frames = np.asarray(frames, dtype=np.float64)
+    if frames.ndim != 4 or frames.shape[1] not in (1, 3) or 0 in frames.shape:
+        raise ValueError(f"{name} has shape {frames.shape}, expected (T, 1 or 3, H, W)")
+    pixels = np.rint(255 * np.nan_to_num(frames).clip(0, 1)).astype(np.uint8)
+    return np.repeat(pixels, 3 // frames.shape[1], axis=1).transpose(0, 2, 3, 1)
+
+
+def _pair(true: ArrayLike, predicted: ArrayLike, context_frames: int) -> tuple[Pixels, Pixels]:
+    images, guesses = _images("true", true), _images("predicted", predicted)
+    _expect_lengths(images, guesses, context_frames)
+    return images, guesses
+
+
+def _expect_lengths(true: Pixels, predicted: Pixels, context_frames: int) -> None:
+    total = context_frames + len(predicted)
+    if predicted.shape[1:] != true.shape[1:] or not context_frames <= len(true) <= total:
+        raise ValueError(
+            f"true has {len(true)} frames of {true.shape[1:3]}, predicted {len(predicted)} of {predicted.shape[1:3]}, "
+            f"expected one size and {context_frames} to {total} true frames: context_frames is {context_frames}"
+        )
+
+
+def _expect(name: str, array: ArrayLike, shape: tuple[int, ...]) -> None:
+    if np.shape(array) != shape:
+        raise ValueError(f"{name} has shape {np.shape(array)}, expected {shape}")
+
+
+def _spectrogram_images(audio: ArrayLike) -> Pixels:
+    """Magnitudes (T,1,F,S) -> uint8 (T,F,S,3), the lowest frequency in the last row, brightness in dB."""
+    from matplotlib import colormaps
+
+    magnitude = np.asarray(audio, dtype=np.float64)[:, 0, ::-1]
+    # silence is as far below the loudest value as can be shown
+    decibels = 20 * np.log10(np.maximum(magnitude / (magnitude.max() or 1.0), 1e-3))
+    return (255 * colormaps["magma"](1 + decibels / 60)[..., :3]).astype(np.uint8)
+
+
+def _max_flow(flow: ArrayLike) -> float:
+    x, y = np.moveaxis(np.nan_to_num(np.asarray(flow, dtype=np.float64), posinf=0, neginf=0), -3, 0)
+    return float(np.hypot(x, y).max(initial=0.0)) or 1.0
+
+
+def _enlargement(images: Pixels, least: int) -> int:
+    return max(1, math.ceil(least / max(images.shape[1:3])))
+
+
+def _enlarged(pixels: Pixels, factor: int) -> Image.Image:
+    h, w = pixels.shape[:2]
+    return Image.fromarray(np.ascontiguousarray(pixels)).resize((factor * w, factor * h), _NEAREST)
+
+
+def _framed(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    framed = Image.new("RGB", (image.width + 2 * BORDER, image.height + 2 * BORDER), colour)
+    framed.paste(image, (BORDER, BORDER))
+    return framed
+
+
+def _side_by_side(
+    pairs: list[tuple[Pixels, Pixels]], context_frames: int, least: int, flow_scale: float | None = None
+) -> Iterator[Image.Image]:
+    """For every frame one picture: a row per pair, true on the left, given or predicted on the right."""
+    true, predicted = pairs[0]
+    factor = _enlargement(true, least)
+    height, width = (factor * s + 2 * BORDER for s in true.shape[1:3])
+    bottom = HEADER + len(pairs) * (height + GAP)
+    size = (2 * width + 3 * GAP, bottom)
+    if flow_scale is not None:
+        size = (max(size[0], LEGEND_WIDTH), bottom + LEGEND)
+    font = ImageFont.load_default(TEXT_SIZE)
+    for t in range(context_frames + len(predicted)):
+        given = t < context_frames
+        canvas = Image.new("RGB", size, BACKGROUND)
+        draw = ImageDraw.Draw(canvas)
+        for column, title in enumerate((f"true {t + 1}", "given" if given else "predicted")):
+            draw.text((GAP + column * (width + GAP) + width // 2, HEADER // 2), title, TEXT, font, anchor="mm")
+        for row, (truth, guess) in enumerate(pairs):
+            top = HEADER + row * (height + GAP)
+            if t < len(truth):
+                canvas.paste(_framed(_enlarged(truth[t], factor), GIVEN if given else FUTURE), (GAP, top))
+            else:
+                middle = (GAP + width // 2, top + height // 2)
+                draw.text(middle, "no frame:\nthe film\nhas ended", FUTURE, font, anchor="mm", align="center")
+            shown = truth[t] if given else guess[t - context_frames]
+            canvas.paste(_framed(_enlarged(shown, factor), GIVEN if given else PREDICTED), (width + 2 * GAP, top))
+        if flow_scale is not None:
+            _draw_legend(canvas, bottom, flow_scale)
+        yield canvas
+
+
+def _draw_legend(canvas: Image.Image, top: int, scale: float) -> None:
+    """The colour wheel and what it means, in the lower left corner."""
+    diameter = LEGEND - 2 * GAP
+    canvas.paste(Image.fromarray(colour_wheel(diameter)), (GAP, top + GAP))
+    text = f"flow: the hue points to where a pixel\ncomes from, full colour {scale:.2g} px"
+    middle = (3 * GAP + diameter, top + LEGEND // 2)
+    ImageDraw.Draw(canvas).text(middle, text, TEXT, ImageFont.load_default(TEXT_SIZE), anchor="lm")
+
+
+def _figure(panels: int) -> Figure:
+    # without pyplot: no global state, and Agg whatever the display
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * panels, 4.2), dpi=110, layout="constrained")
+    for axes in np.atleast_1d(figure.subplots(1, panels)):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _save_figure(figure: Figure, path: str | Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,611 @@
+"""What every fused op promises, op by op and backend by backend, against its definition in `kernels/reference.py`.
+
+The oracle of the definitions themselves is test_ops.py. What an op gets from torch.empty is filled with NaN here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from avfast.kernels import (
+    backward_warp,
+    condense,
+    convlstm_gates,
+    flow_loss,
+    modulate,
+    recall,
+    registry,
+    strided_conv,
+    strided_conv_transpose,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Case(NamedTuple):
+    """An op, and the arguments that `make(batch, height, width)` draws for it as fp64 tensors on the CPU."""
+
+    call: Callable[..., Any]
+    make: Callable[[int, int, int], list[Tensor]]
+    differentiable: tuple[bool, ...]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def off_kinks(flow: Tensor) -> Tensor:
+    """Coordinates 0.05 px away from integers, where the interpolation has a kink."""
+    return flow.floor() + 0.05 + 0.9 * (flow - flow.floor())
+
+
+def apart(flow: Tensor) -> Tensor:
+    """Neighbours differ, by 0.2 at least, so that no absolute difference has its kink there."""
+    y, x = (torch.arange(n, dtype=flow.dtype) for n in flow.shape[-2:])
+    return 0.1 * flow.clamp(-1, 1) + (0.4 * (x % 2) + 0.8 * (y[:, None] % 2))
+
+
+WARP = [lambda b, h, w: [normal(b, 3, h, w), off_kinks(2 * normal(b, 2, h, w, seed=1))], (True, True)]
+CASES = {
+    "backward_warp border": Case(lambda *a, **k: backward_warp(*a, padding="border", **k), *WARP),
+    "backward_warp zeros": Case(lambda *a, **k: backward_warp(*a, padding="zeros", **k), *WARP),
+    "convlstm_gates": Case(
+        convlstm_gates, lambda b, h, w: [2 * normal(b, 12, h, w), normal(b, 3, h, w, seed=1)], (True, True)
+    ),
+    "flow_loss": Case(
+        lambda *a, **k: flow_loss(*a, smooth_weight=0.3, **k),
+        lambda b, h, w: [
+            apart(normal(b, 2, 2, h, w)),
+            normal(b, 2, 2, h, w, seed=1),
+            normal(b, 2, 3, h, w, seed=2).sigmoid(),
+        ],
+        (True, False, False),
+    ),
+    "modulate": Case(
+        modulate, lambda b, h, w: [normal(b, 3, h, w), normal(b, 3, seed=1), normal(b, 3, seed=2)], (True, True, True)
+    ),
+    "modulate behind others": Case(
+        lambda x, y, *a, **k: modulate(*a, before=(x, y), **k),
+        lambda b, h, w: [
+            *(normal(b, c, h, w, seed=c) for c in (2, 1, 3)),
+            normal(b, 3, seed=4),
+            normal(b, 3, seed=5),
+        ],
+        (True,) * 5,
+    ),
+    "modulate behind three": Case(
+        lambda x, y, z, *a, **k: modulate(*a, before=(x, y, z), **k),
+        lambda b, h, w: [
+            *(normal(b, c, h, w, seed=c) for c in (2, 1, 4, 3)),
+            normal(b, 3, seed=5),
+            normal(b, 3, seed=6),
+        ],
+        (True,) * 6,
+    ),
+    "modulate behind one": Case(
+        lambda x, *a, **k: modulate(*a, before=(x,), **k),
+        lambda b, h, w: [*(normal(b, c, h, w, seed=c) for c in (2, 3)), normal(b, 3, seed=4), normal(b, 3, seed=5)],
+        (True,) * 4,
+    ),
+    "condense": Case(
+        condense,
+        lambda b, h, w: [0.5 * normal(b, h, 8), 0.3 * normal(24, 8, seed=1), 0.1 * normal(24, seed=2)],
+        (True, True, True),
+    ),
+    "recall one": Case(
+        lambda feature, value, **k: recall(feature, None, None, value, **k),
+        lambda b, h, w: [normal(b, 4, h, w), normal(b, 1, 4, seed=1)],
+        (True, True),
+    ),
+    "recall many": Case(
+        recall,
+        lambda b, h, w: [
+            *(normal(b, 4, h, w, seed=i) for i in range(2)),
+            *(normal(b, 5, 4, seed=i) for i in range(2, 4)),
+        ],
+        (True,) * 4,
+    ),
+    "strided_conv": Case(
+        strided_conv,
+        lambda b, h, w: [normal(b, 3, h + 1, w + 1), 0.3 * normal(5, 3, 4, 4, seed=1)],
+        (True, True),
+    ),
+    "strided_conv transposed": Case(
+        strided_conv_transpose,
+        lambda b, h, w: [normal(b, 3, h, w), 0.3 * normal(3, 5, 4, 4, seed=1)],
+        (True, True),
+    ),
+}
+
+
+def implementations() -> list[Any]:
+    """(case, backend) for every backend but the reference that runs on this machine's device."""
+    found = []
+    for name in CASES:
+        op = registry.OPS[name.split()[0]]
+        for backend, how in op.backends.items():
+            if backend != "reference" and how.unavailable(DEVICE) is None:
+                found.append(pytest.param(name, backend, id=f"{name.replace(' ', '-')}-{backend}"))
+    return found
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize(("name", "backend"), implementations())
+SIZES = [(7, 9), (1, 1), (1, 63), (65, 1), (16, 17)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.empty and its kin return NaN."""
+
+    def fill(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            out = function(*args, **kwargs)
+            return out.fill_(math.nan) if out.is_floating_point() and not out.is_meta else out
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", fill(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
+    yield
+
+
+def arguments(name: str, size: tuple[int, int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    case = CASES[name]
+    tensors = [t.to(DEVICE, dtype) for t in case.make(*size)]
+    return [t.requires_grad_(wanted) for t, wanted in zip(tensors, case.differentiable, strict=True)]
+
+
+def results(name: str, args: list[Tensor], backend: str, *, expanded: bool = False) -> list[Tensor]:
+    """Outputs, then the gradients of a weighted sum of them, or with `expanded` of their plain sum, whose incoming
+    gradient has stride 0."""
+    out = CASES[name].call(*args, backend=backend)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    total = sum(
+        (
+            o.double().sum()
+            if expanded
+            else (o.double() * torch.linspace(1, 2, o.numel(), device=DEVICE).view(o.shape)).sum()
+        )
+        for o in outs
+    )
+    assert isinstance(total, Tensor)
+    return [o.detach() for o in outs] + list(torch.autograd.grad(total, [a for a in args if a.requires_grad]))
+
+
+def assert_equal_to_reference(name: str, args: list[Tensor], backend: str, tolerance: float, **kwargs: Any) -> None:
+    found, expected = (results(name, args, b, **kwargs) for b in (backend, "reference"))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        scale = max(1.0, theirs.abs().max().item())
+        assert (ours - theirs).abs().max().item() <= tolerance * scale
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+def test_equals_the_definition(
+    name: str, backend: str, size: tuple[int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    assert_equal_to_reference(name, arguments(name, (2, *size), dtype), backend, tolerance)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_types_err_at_most_twice_as_much_as_the_definition(name: str, backend: str, dtype: torch.dtype) -> None:
+    args = arguments(name, (2, 7, 9), dtype)
+    if backend == "torch":
+        with pytest.raises(ValueError, match="half types"):
+            results(name, args, backend)
+        return
+    exact = results(name, [a.detach().double().requires_grad_(a.requires_grad) for a in args], "reference")
+    found, reference = (results(name, args, b) for b in (backend, "reference"))
+    for ours, theirs, true in zip(found, reference, exact, strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        floor = torch.finfo(dtype).eps * true.abs().max().item()
+        assert (ours - true).abs().max().item() <= 2 * (theirs - true).abs().max().item() + floor
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "window", "expanded gradient"])
+def test_layouts(name: str, backend: str, layout: str) -> None:
+    args = arguments(name, (2, 7, 9), torch.float32)
+    for i, a in enumerate(args):
+        with torch.no_grad():
+            if layout == "channels_last" and a.dim() == 4:
+                a = a.contiguous(memory_format=torch.channels_last)
+            elif layout == "transposed" and a.dim() > 1:
+                a = a.mT.contiguous().mT
+            elif layout == "window":
+                # a read beside the window would show
+                buffer = torch.full([n + 2 for n in a.shape], math.nan, device=DEVICE)
+                window = buffer[tuple(slice(1, -1) for _ in a.shape)]
+                a = window.copy_(a)
+        args[i] = a.detach().requires_grad_(args[i].requires_grad)
+    before = [a.detach().clone() for a in args]
+    assert_equal_to_reference(name, args, backend, 1e-5, expanded=layout == "expanded gradient")
+    assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
+
+
+@IMPLEMENTATIONS
+def test_empty_batch(name: str, backend: str) -> None:
+    args = arguments(name, (2, 4, 5), torch.float32)
+    batch = len(args[0])
+    args = [(a[:0] if len(a) == batch else a).detach().requires_grad_(a.requires_grad) for a in args]
+    found, expected = (results(name, args, b) for b in (backend, "reference"))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@IMPLEMENTATIONS
+def test_gradients_by_finite_differences(name: str, backend: str) -> None:
+    args = arguments(name, (2, 3, 4))
+    # one random direction each under the interpreter, where a call takes 50 ms
+    fast = backend == "triton" and DEVICE == "cpu"
+    assert torch.autograd.gradcheck(lambda *a: CASES[name].call(*a, backend=backend), args, fast_mode=fast)
+
+
+@IMPLEMENTATIONS
+def test_second_derivative_is_refused(name: str, backend: str) -> None:
+    """By an error: a missing term would be a wrong gradient."""
+    if backend in ("sdpa", "torch") or name == "recall one":
+        pytest.skip("PyTorch's own ops, which decide for themselves")
+    args = arguments(name, (1, 3, 4))
+    out = CASES[name].call(*args, backend=backend)
+    first = out[0] if isinstance(out, tuple) else out
+    (grad,) = torch.autograd.grad(first.square().sum(), args[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="no GPU")
+@IMPLEMENTATIONS
+def test_in_a_cuda_graph(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, captured once and replayed on other values."""
+    monkeypatch.undo()
+    static = arguments(name, (2, 16, 17), torch.float32)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        results(name, static, backend)  # compiles, outside the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(name, static, backend)
+    fresh = [0.5 * a.detach() for a in static]
+    with torch.no_grad():
+        for a, value in zip(static, fresh, strict=True):
+            a.copy_(value)
+    graph.replay()
+    found = [t.clone() for t in captured]
+    expected = results(name, static, backend)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def native(name: str) -> str:
+    """The backend that is a torch op of ours on this device."""
+    return "cpp" if DEVICE == "cpu" and "cpp" in registry.OPS[name.split()[0]].backends else "triton"
+
+
+# recall over one token is one addition, for which there is no op; strided convolutions are PyTorch's in programs
+TRITON = registry.OPS["condense"].backends["triton"].unavailable(DEVICE) is None
+REGISTERED = [
+    name
+    for name in CASES
+    if name != "recall one" and not name.startswith("strided_conv") and (TRITON or native(name) == "cpp")
+]
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_compiled_without_graph_breaks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # NaN-filled fakes are no fakes
+    torch.compiler.reset()  # all cases compile the same code, which PyTorch does eight times
+    args = arguments(name, (2, 5, 6), torch.float32)
+
+    def call(*args: Tensor) -> Any:
+        return CASES[name].call(*args, backend=native(name))
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    wanted = [a for a in args if a.requires_grad]
+    for function in (call, compiled):
+        out = function(*args)
+        outs = out if isinstance(out, tuple) else (out,)
+        grads = torch.autograd.grad(sum(o.square().sum() for o in outs), wanted)
+        if function is call:
+            expected = (*outs, *grads)
+    assert all(torch.equal(a, b) for a, b in zip((*outs, *grads), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", [n for n in REGISTERED if n != "flow_loss"])
+def test_exported_as_one_node_that_decomposes_into_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+
+    class Module(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Any:
+            return CASES[name].call(*args, backend=native(name))
+
+    args = tuple(a.detach() for a in arguments(name, (2, 5, 6), torch.float32))
+    with torch.no_grad():
+        program = torch.export.export(Module(), args)
+        ours = {n.target for n in program.graph.nodes if "avfast" in str(n.target)}
+        assert len(ours) == 1
+        plain = program.run_decompositions(registry.DECOMPOSITIONS)
+        assert not [n for n in plain.graph.nodes if "avfast" in str(n.target)]
+        for found, expected in (
+            (program, CASES[name].call(*args, backend=native(name))),
+            (plain, CASES[name].call(*args, backend="reference")),
+        ):
+            torch.testing.assert_close(found.module()(*args), expected, rtol=1e-5, atol=1e-5)
+
+
+def samples() -> list[tuple[Any, tuple[Any, ...]]]:
+    """Calls of the registered torch ops, without the backend where they take one."""
+    image, flow = normal(2, 3, 5, 6).float(), normal(2, 2, 5, 6, seed=1).float()
+    gates, cell = normal(2, 12, 5, 6).float(), normal(2, 3, 5, 6, seed=1).float()
+    clip = normal(1, 2, 2, 5, 6).float()
+    row = normal(2, 3, seed=2).float()
+    memory, weight, bias = normal(2, 5, 3).float(), normal(9, 3, seed=1).float(), normal(9, seed=2).float()
+    ops = torch.ops.avfast
+    calls = [
+        (ops._backward_warp.default, (image, flow, "border")),
+        (ops._backward_warp.default, (image.contiguous(memory_format=torch.channels_last), flow, "zeros")),
+        (ops._backward_warp_backward.default, (image, flow, image, "border", True, True)),
+        (ops._backward_warp_backward.default, (image, flow, image.mT.contiguous().mT, "zeros", False, True)),
+        (ops._convlstm_gates.default, (gates, cell)),
+        (ops._convlstm_gates.default, (gates.contiguous(memory_format=torch.channels_last), cell)),
+        (ops._convlstm_gates_backward.default, (gates, cell, cell, cell)),
+        (ops._flow_loss.default, (clip, clip + 1, clip.sigmoid(), 0.1, True)),
+        (ops._flow_loss.default, (clip, clip + 1, clip.sigmoid(), 0.1, False)),
+        (ops._modulate.default, ([image, flow], image, row, row)),
+        (ops._modulate_backward.default, (image, row, image)),
+        (ops._condense.default, (memory, weight, bias)),
+        (ops._condense_backward.default, (memory, weight, bias, memory.mT.contiguous().mT)),
+        (ops._recall.default, (image.contiguous(memory_format=torch.channels_last), image, memory, memory + 1)),
+        (
+            ops._recall_backward.default,
+            (image, memory, memory + 1, image.contiguous(memory_format=torch.channels_last)),
+        ),
+    ]
+    return [(op, tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)) for op, args in calls]
+
+
+@pytest.mark.parametrize("index", range(len(samples())), ids=[str(op) for op, _ in samples()])
+def test_opcheck(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake and compiled use. Gradients are the autograd.Functions' and tested above."""
+    monkeypatch.undo()
+    op, args = samples()[index]
+    args = tuple([t.to(DEVICE) for t in a] if isinstance(a, list) else a for a in args)
+    for backend in ("triton", "cpp"):
+        module = registry.OPS["backward_warp"].backends[backend]
+        given = (*args, backend) if op._schema.arguments[-1].name == "backend" else args
+        # an op that takes none is Triton's
+        if module.unavailable(DEVICE) is None and (given is not args or backend == "triton"):
+            torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(op, given, test_utils="test_aot_dispatch_dynamic")
+
+
+WARPS = pytest.mark.parametrize(("name", "backend"), [p for p in implementations() if "warp" in p.values[0]])
+
+
+@WARPS
+def test_warp_with_nan_and_huge_flow(name: str, backend: str) -> None:
+    """Reads stay inside the image, which lies in a buffer of NaN; NaN comes out where the flow is NaN, only there."""
+    buffer = torch.full((1, 3, 20, 20), math.nan, device=DEVICE)
+    image = buffer[..., 5:13, 6:15]
+    image.copy_(normal(1, 3, 8, 9))
+    flow = torch.zeros(1, 2, 8, 9, device=DEVICE)
+    values = torch.tensor([1e30, -1e30, math.inf, -math.inf, 2.0**31, -(2.0**63), 1e9, -9.0])
+    flow[0, 0, :, 0] = values
+    flow[0, 1, :, 1] = values
+    flow = flow.requires_grad_()
+    image = image.detach().requires_grad_()
+    found, expected = (results(name, [image, flow], b) for b in (backend, "reference"))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        flow[0, 0, 3, 4] = math.nan
+        out = CASES[name].call(image, flow, backend=backend)
+    assert out.isnan().sum() == 3 and out[0, :, 3, 4].isnan().all()
+
+
+@WARPS
+@pytest.mark.parametrize("size", [(9, 40), (3, 17), (40, 2)], ids=str)
+def test_warp_by_a_smooth_flow(name: str, backend: str, size: tuple[int, int]) -> None:
+    """Neighbours come from neighbours, in whole registers, and beyond every border."""
+    for shift in ((0.3, 0.6), (-2.7, 1.2), (12.4, -30.2), (1.0, 0.0)):
+        image, flow = arguments(name, (2, *size), torch.float32)
+        with torch.no_grad():
+            flow.copy_(0.01 * flow.sin() + torch.tensor(shift, device=DEVICE)[:, None, None] + 0.05)
+        assert_equal_to_reference(name, [image, flow], backend, 1e-5)
+
+
+@pytest.mark.skipif(not any(p.values[1] == "triton" for p in implementations()), reason="no Triton on this device")
+def test_warp_of_far_apart_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image whose second row lies 2^31 elements behind the first: offsets of 64 bits."""
+    monkeypatch.undo()  # most of this memory is never touched
+    image = torch.empty(2**31 + 8, dtype=torch.float16, device=DEVICE).as_strided((1, 2, 2, 3), (0, 4, 2**31, 1))
+    image.copy_(normal(1, 2, 2, 3))
+    flow = off_kinks(normal(1, 2, 2, 3)).float().to(DEVICE)
+    out = backward_warp(image, flow, backend="triton")
+    assert torch.equal(out, backward_warp(image.contiguous(), flow, backend="triton"))
+
+
+def test_tiles_cover_an_image_without_idle_threads() -> None:
+    tiles = pytest.importorskip("avfast.kernels.triton_utils").tiles.__wrapped__
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("avfast.kernels.triton_utils.INTERPRETED", False)
+    try:
+        for sizes, grid, columns in (
+            ((16, 48, 48), (3, 3, 16), 16),
+            ((16, 64, 64), (1, 16, 16), 64),
+            ((128, 96, 96), (3, 12, 128), 32),
+            ((8, 1080, 1920), (15, 540, 8), 128),
+            ((70_000, 1, 1), (70_000, 1, 1), 1),
+            ((1, 1_000_000, 1), (1, 3907, 1), 1),
+            ((1, 1, 1_000_000), (7813, 1, 1), 128),
+            ((2, 4_000_000, 100), (25, 62_500, 2), 4),
+        ):
+            found, shape = tiles(*sizes, 256)
+            assert found == grid and shape["COLUMNS"] == columns and shape["ROWS"] * columns == 256
+            assert shape["IMAGES"] == (0 if sizes[0] > 65_535 else 2) and max(found[1:]) <= 65_535
+    finally:
+        monkeypatch.undo()
+
+
+@WARPS
+def test_warp_gradient_with_deterministic_algorithms(name: str, backend: str) -> None:
+    """Fixed point is exact to fp32's rounding, also where gradients are tiny or not finite."""
+    args = arguments(name, (2, 7, 9), torch.float32)
+    plain = results(name, args, backend)
+    torch.use_deterministic_algorithms(True)
+    try:
+        fixed, again = (results(name, args, backend) for _ in range(2))
+        grads = []
+        for scale in (1e-30, 1e30, math.inf):
+            out = CASES[name].call(*args, backend=backend)
+            grads.append(torch.autograd.grad(out, args[0], torch.full_like(out, scale))[0])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(fixed, again, strict=True))
+    torch.testing.assert_close(fixed, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads[0] * 1e30, grads[1] / 1e30, rtol=1e-5, atol=1e-5)
+    assert not grads[2][plain[1] != 0].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", [p.values[1] for p in implementations() if p.values[0] == "convlstm_gates"])
+def test_gates_saturate_without_nan(backend: str) -> None:
+    extremes = torch.tensor([-math.inf, -1e30, -100.0, 0.0, 100.0, 1e30, math.inf], device=DEVICE)
+    gates = torch.cartesian_prod(*[extremes] * 4).T.reshape(1, 4, 49, 49).requires_grad_()
+    cell = torch.ones(1, 1, 49, 49, device=DEVICE, requires_grad=True)
+    hidden, new_cell = convlstm_gates(gates, cell, backend=backend)
+    grads = torch.autograd.grad(hidden.sum() + new_cell.sum(), (gates, cell))
+    assert all(t.isfinite().all() for t in (hidden, new_cell, *grads))
+    assert hidden.abs().max() <= 1 and new_cell.abs().max() <= 2
+    with torch.no_grad():
+        gates[0, 1, 0, 0] = math.nan
+        assert convlstm_gates(gates, cell, backend=backend)[1].isnan().sum() == 1
+
+
+def test_condensing_every_prefix_equals_the_loop() -> None:
+    memory, weight, bias = arguments("condense", (2, 11, 1))
+    q, k, v = (memory @ weight.T + bias).chunk(3, -1)
+    for t in range(11):
+        row = memory[:, t] + torch.einsum(
+            "bm,bmc->bc", torch.einsum("bc,bmc->bm", q[:, t], k[:, : t + 1]).softmax(-1), v[:, : t + 1]
+        )
+        torch.testing.assert_close(condense(memory, weight, bias)[:, t], row, rtol=1e-10, atol=1e-10)
+
+
+def test_attention_over_several_blocks_of_everything() -> None:
+    """More rows, tokens and channels than one block of a kernel has, none a multiple of it."""
+    if not TRITON:
+        pytest.skip("no Triton on this device")
+    b, t, c = 1, 37, 35
+    tensors = [0.3 * normal(b, t, c), 0.2 * normal(3 * c, c, seed=1), 0.1 * normal(3 * c, seed=2)]
+    maps = [0.5 * normal(b, c, 5, 7, seed=i) for i in (3, 4)]
+    memories = [0.5 * normal(b, t, c, seed=i) for i in (5, 6)]
+    for call, args in ((condense, tensors), (recall, [*maps, *memories])):
+        args = [a.to(DEVICE).requires_grad_() for a in args]
+        found, expected = [], []
+        for backend, into in (("triton", found), ("reference", expected)):
+            out = call(*args, backend=backend)
+            into += [out, *torch.autograd.grad(out, args, torch.linspace(1, 2, out.numel()).view_as(out).to(out))]
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="made for the CPU")
+@pytest.mark.parametrize("steps", [128, 129], ids=["all scores at once", "fused attention"])
+def test_condense_with_two_projections_in_one(steps: int) -> None:
+    args = [0.5 * normal(2, steps, 8), 0.3 * normal(24, 8, seed=1), 0.1 * normal(24, seed=2)]
+    args = [a.requires_grad_() for a in args]
+    found, expected = (results("condense", args, b) for b in ("torch", "reference"))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="made for the CPU")
+def test_what_pytorchs_own_ops_are_chosen_for() -> None:
+    """Sizes where they were measured to be faster, types that lose nothing, and no compiled program."""
+    by_torch = registry.OPS["condense"].backends["torch"]
+    given = normal(4, 8, 8), normal(24, 8), normal(24)
+    assert by_torch.chosen(*given) and not by_torch.chosen(given[0][:3], *given[1:])
+    assert not by_torch.chosen(given[0].float(), *given[1:]) and not by_torch.chosen(*(t.half() for t in given))
+    with torch.autocast("cpu"):
+        assert not by_torch.chosen(*given)
+    compiled = torch.compile(lambda *tensors: by_torch.chosen(*tensors), backend="eager", fullgraph=True)
+    assert not compiled(*given)
+    recall_by_torch = registry.OPS["recall"].backends["torch"]
+    for positions, chosen in ((1 << 11, True), (1 << 12, False)):
+        maps, memory = torch.zeros(1, 1, 1, positions), torch.zeros(1, 1 << 11, 1)
+        assert recall_by_torch.chosen(maps, maps, memory, memory) is chosen
+
+
+def test_condense_of_half_memory_with_fp32_weights() -> None:
+    """What autocast leads to: a half memory from the layer before, fp32 parameters."""
+    if not TRITON:
+        pytest.skip("no Triton on this device")
+    memory, weight, bias = arguments("condense", (2, 7, 1), torch.float32)
+    half = memory.detach().bfloat16().requires_grad_()
+    out = condense(half, weight, bias, backend="triton")
+    grads = torch.autograd.grad(out.float().sum(), (half, weight, bias))
+    assert [t.dtype for t in (out, *grads)] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    exact = condense(half.float(), weight, bias, backend="reference")
+    assert (out - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(2, 1, 1), (1, 1, 1), (2, 4, 5), (1, 1, 3)], ids=str)
+def test_recall_gives_fused_attention_rows_that_it_takes(
+    size: tuple[int, int, int], layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's kernels on CUDA ask for rows of stride C in every dimension, where there is one row too."""
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*given: Tensor, **options: Any) -> Tensor:
+        seen.extend(given)
+        return attention(*given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    args = [a.to(memory_format=layout) if a.dim() == 4 else a for a in arguments("recall many", size, torch.float32)]
+    key = args[2].mT.contiguous().mT
+    recall(args[0], args[1], key, args[3], backend="sdpa")
+    assert [t.stride()[1:] for t in seen] == [(t.shape[2] * t.shape[3], t.shape[3], 1) for t in seen] and len(seen) == 3
+
+
+def test_what_the_attention_kernels_leave_to_others() -> None:
+    assert registry.OPS["condense"].backends["triton"].opt_in
+    triton = registry.OPS["recall"].backends["triton"]
+    assert triton.where is not None
+    for batch, tokens, dtype, wanted in (
+        (16, 20, torch.float32, True),
+        (512, 20, torch.float32, False),
+        (512, 20, torch.bfloat16, True),
+        (16, 65, torch.bfloat16, False),
+    ):
+        maps, memory = torch.zeros(batch, 4, 3, 3, dtype=dtype), torch.zeros(batch, tokens, 4, dtype=dtype)
+        assert triton.where[1](maps, maps, memory, memory) is wanted
+        assert not triton.where[1](maps, maps, memory, memory.requires_grad_())
+    if not TRITON:
+        pytest.skip("no Triton on this device")
+    for c, dtype, most in ((129, torch.float32, 128), (129, torch.bfloat16, 128), (65, torch.float64, 64)):
+        memory = torch.zeros(1, 2, c, dtype=dtype, device=DEVICE)
+        weight, bias = memory.new_zeros(3 * c, c), memory.new_zeros(3 * c)
+        with pytest.raises(ValueError, match=f"it has {c} channels, the kernels take {most} of"):
+            condense(memory, weight, bias, backend="triton")
+        assert torch.equal(condense(memory, weight, bias), memory)
+    feature, value = torch.zeros(1, 200, 2, 2, device=DEVICE), torch.ones(1, 1, 200, device=DEVICE)
+    with pytest.raises(ValueError, match="it has 200 channels"):
+        recall(feature, feature, value.expand(1, 2, 200), value.expand(1, 2, 200), backend="triton")
+    # one token is an addition, of any size
+    assert recall(feature, None, None, value, backend="triton").eq(1).all()

@@ -1,0 +1,496 @@
+"""The definitions in `kernels/reference.py` against independent oracles, the public functions' checks, the dispatch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from avfast.errors import InputError
+from avfast.kernels import backward_warp, condense, convlstm_gates, flow_loss, modulate, native, recall, registry
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def off_kinks(flow):
+    """Flow whose coordinates stay 0.05 px away from integers, where the interpolation has a kink."""
+    whole = flow.floor()
+    return whole + 0.05 + 0.9 * (flow - whole)
+
+
+def warp_pixel_by_pixel(image, flow, padding):
+    """Bilinear sampling as a double loop with Python floats."""
+    b, c, h, w = image.shape
+    out = torch.empty_like(image)
+
+    def pixel(n, k, y, x):
+        if padding == "border":
+            y, x = min(max(y, 0), h - 1), min(max(x, 0), w - 1)
+        return image[n, k, y, x].item() if 0 <= y < h and 0 <= x < w else 0.0
+
+    for n in range(b):
+        for k in range(c):
+            for i in range(h):
+                for j in range(w):
+                    x, y = j + flow[n, 0, i, j].item(), i + flow[n, 1, i, j].item()
+                    if padding == "border":
+                        x, y = min(max(x, 0.0), w - 1.0), min(max(y, 0.0), h - 1.0)
+                    x0, y0 = math.floor(x), math.floor(y)
+                    out[n, k, i, j] = sum(
+                        abs(1 - abs(x - xi)) * abs(1 - abs(y - yi)) * pixel(n, k, yi, xi)
+                        for yi in (y0, y0 + 1)
+                        for xi in (x0, x0 + 1)
+                    )
+    return out
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (6, 1), (7, 9)])
+def test_warp_equals_the_loop(size, padding):
+    image, flow = randn(2, 2, *size), 3 * randn(2, 2, *size, seed=1)
+    assert (backward_warp(image, flow, padding=padding) - warp_pixel_by_pixel(image, flow, padding)).abs().max() < 1e-12
+
+
+def test_warp_identity_and_shift():
+    image = randn(1, 2, 6, 8)
+    assert torch.equal(backward_warp(image, torch.zeros(1, 2, 6, 8)), image)
+    flow = torch.zeros(1, 2, 6, 8)
+    flow[:, 0], flow[:, 1] = 2, -1
+    assert torch.equal(backward_warp(image, flow)[..., 1:, :-2], image[..., :-1, 2:])
+
+
+def test_warp_equals_grid_sample_off_integer_coordinates():
+    image, flow = randn(2, 3, 9, 7), off_kinks(2 * randn(2, 2, 9, 7, seed=1))
+    x = torch.arange(7.0, dtype=torch.float64) + flow[:, 0]
+    y = torch.arange(9.0, dtype=torch.float64)[:, None] + flow[:, 1]
+    grid = torch.stack((2 * x / 6 - 1, 2 * y / 8 - 1), -1)
+    for padding in ("border", "zeros"):
+        expected = F.grid_sample(image, grid, padding_mode=padding, align_corners=True)
+        assert (backward_warp(image, flow, padding=padding) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_warp_gradcheck(padding):
+    image, flow = randn(2, 2, 5, 6), off_kinks(2 * randn(2, 2, 5, 6, seed=1))
+    assert torch.autograd.gradcheck(
+        lambda i, f: backward_warp(i, f, padding=padding), (image.requires_grad_(), flow.requires_grad_())
+    )
+
+
+def test_warp_flow_gradient_at_kinks():
+    # one row 0 1 4 9 16; the flow brings every output pixel to a chosen x
+    image = torch.tensor([[[[0.0, 1.0, 4.0, 9.0, 16.0]]]], dtype=torch.float64)
+    at = torch.tensor([-0.5, 0.0, 1.0, 3.0, 4.0], dtype=torch.float64)
+    flow = torch.zeros(1, 2, 1, 5, dtype=torch.float64)
+    flow[0, 0, 0] = at - torch.arange(5)
+    flow.requires_grad_()
+    backward_warp(image, flow).sum().backward()
+    # zero on and beyond both ends, the right-hand slope at integers inside; one row has no slope in y
+    assert flow.grad[0, 0, 0].tolist() == [0.0, 0.0, 3.0, 7.0, 0.0]
+    assert not flow.grad[0, 1].any()
+
+
+def test_warp_with_nan_and_huge_flow_reads_only_the_image():
+    # the image is a window of a larger buffer of NaN: a read outside it would show
+    buffer = torch.full((1, 1, 20, 20), float("nan"))
+    image = buffer[..., 5:13, 6:15]
+    image.copy_(torch.rand(8, 9))
+    flow = torch.zeros(1, 2, 8, 9)
+    values = [1e30, -1e30, math.inf, -math.inf, 2.0**31, -(2.0**63), 1e9, -9.0]
+    flow[0, 0, :, 0] = torch.tensor(values)
+    flow[0, 1, :, 1] = torch.tensor(values)
+    for padding in ("border", "zeros"):
+        assert backward_warp(image, flow, padding=padding).isfinite().all()
+    flow[0, 0, 3, 4] = math.nan
+    out = backward_warp(image, flow)
+    assert out.isnan().sum() == 1 and out[0, 0, 3, 4].isnan()
+
+
+def test_warp_expanded_gradient_and_layouts():
+    image, flow = randn(2, 3, 6, 5), off_kinks(randn(2, 2, 6, 5, seed=1))
+    grads = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        i = image.clone(memory_format=layout).requires_grad_()
+        f = flow.clone(memory_format=layout).requires_grad_()
+        out = backward_warp(i, f)
+        out.backward(torch.ones(1, 1, 1, 1, dtype=torch.float64).expand_as(out))
+        grads.append((out, i.grad, f.grad))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_warp_keeps_the_dtype_and_float32_coordinates(dtype):
+    # 300.25 is no bf16 number: coordinates computed in bf16 would land on another pixel
+    image = torch.arange(400.0).view(1, 1, 1, 400) / 400
+    flow = torch.full((1, 2, 1, 400), 0.25)
+    flow[:, 1] = 0
+    out = backward_warp(image.to(dtype), flow)
+    assert out.dtype == dtype
+    exact = backward_warp(image.to(dtype).double(), flow.double())
+    assert (out.double() - exact).abs().max() <= torch.finfo(dtype).eps
+
+
+def test_condense_equals_attention_of_every_prefix():
+    memory, weight, bias = randn(2, 6, 8), 0.3 * randn(24, 8, seed=1), randn(24, seed=2)
+    out = condense(memory, weight, bias)
+    for t in range(6):
+        prefix = memory[:, : t + 1]
+        q, k, v = (prefix @ weight[i * 8 : i * 8 + 8].T + bias[i * 8 : i * 8 + 8] for i in range(3))
+        last = (torch.softmax(q @ k.mT, -1) @ v)[:, -1]
+        assert (out[:, t] - (memory[:, t] + last)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_recall_equals_a_loop_over_positions(tokens):
+    feature, query = randn(2, 4, 3, 2), randn(2, 4, 3, 2, seed=1)
+    key, value = randn(2, tokens, 4, seed=2), randn(2, tokens, 4, seed=3)
+    out = recall(feature, query, key, value)
+    for b in range(2):
+        for i in range(3):
+            for j in range(2):
+                weights = torch.softmax(key[b] @ query[b, :, i, j], 0)
+                assert (out[b, :, i, j] - feature[b, :, i, j] - weights @ value[b]).abs().max() < 1e-12
+
+
+def test_recall_from_one_token_needs_no_query():
+    feature, query, key, value = randn(2, 4, 3, 2), randn(2, 4, 3, 2), randn(2, 1, 4), randn(2, 1, 4)
+    assert torch.equal(recall(feature, query, key, value), recall(feature, None, None, value))
+
+
+def test_gates_equal_torch_lstm_cell():
+    # nn.LSTMCell on 1x1 maps has the same update with the order i, f, g, o
+    cell_module = torch.nn.LSTMCell(3, 5).double()
+    x, hidden, cell = randn(4, 3), randn(4, 5, seed=1), randn(4, 5, seed=2)
+    i, f, g, o = (
+        F.linear(x, cell_module.weight_ih, cell_module.bias_ih)
+        + F.linear(hidden, cell_module.weight_hh, cell_module.bias_hh)
+    ).chunk(4, 1)
+    new_hidden, new_cell = convlstm_gates(torch.cat((i, f, o, g), 1)[..., None, None], cell[..., None, None])
+    expected = cell_module(x, (hidden, cell))
+    assert (new_hidden[..., 0, 0] - expected[0]).abs().max() < 1e-12
+    assert (new_cell[..., 0, 0] - expected[1]).abs().max() < 1e-12
+
+
+def test_gates_saturate_without_nan_and_keep_a_float32_cell():
+    gates = torch.full((1, 8, 1, 1), 1e4, dtype=torch.bfloat16)
+    hidden, cell = convlstm_gates(gates, torch.full((1, 2, 1, 1), 3.0))
+    assert hidden.dtype == torch.bfloat16 and cell.dtype == torch.float32
+    assert cell.flatten().tolist() == [4.0, 4.0] and hidden.isfinite().all()
+    assert convlstm_gates(-gates, torch.full((1, 2, 1, 1), 3.0))[0].isfinite().all()
+
+
+def test_modulate():
+    context, gamma, beta = randn(2, 3, 4, 5), randn(2, 3, seed=1), randn(2, 3, seed=2)
+    out = modulate(context, gamma, beta)
+    for b in range(2):
+        for c in range(3):
+            assert (out[b, c] - (gamma[b, c] * context[b, c] + beta[b, c])).abs().max() < 1e-12
+
+
+def test_flow_loss_equals_its_sums():
+    b, p, h, w = 2, 3, 4, 5
+    prediction, target, frames = randn(b, p, 2, h, w), randn(b, p, 2, h, w, seed=1), randn(b, p, 3, h, w, seed=2)
+    data = smooth = 0.0
+    for n in range(b):
+        for t in range(p):
+            for y in range(h):
+                for x in range(w):
+                    data += sum((prediction[n, t, k, y, x] - target[n, t, k, y, x]).item() ** 2 for k in range(2))
+                    for dy, dx in ((0, 1), (1, 0)):
+                        if y + dy < h and x + dx < w:
+                            edge = (frames[n, t, :, y + dy, x + dx] - frames[n, t, :, y, x]).abs().mean().item()
+                            step = (prediction[n, t, :, y + dy, x + dx] - prediction[n, t, :, y, x]).abs().sum().item()
+                            smooth += step * math.exp(-edge)
+    expected = data / (b * h * w) + 0.3 * smooth / (2 * b * h * w)
+    assert abs(flow_loss(prediction, target, frames, smooth_weight=0.3).item() - expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "name,function,shapes",
+    [
+        ("condense", condense, [(2, 4, 3), (9, 3), (9,)]),
+        ("recall", recall, [(2, 3, 2, 2), (2, 3, 2, 2), (2, 4, 3), (2, 4, 3)]),
+        ("convlstm_gates", convlstm_gates, [(2, 12, 2, 2), (2, 3, 2, 2)]),
+        ("modulate", modulate, [(2, 3, 2, 2), (2, 3), (2, 3)]),
+    ],
+)
+def test_gradcheck_and_empty_batch(name, function, shapes):
+    inputs = [0.5 * randn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(function, inputs)
+    weights = ("condense",)
+    empty = [x[:0] if name not in weights or i == 0 else x for i, x in enumerate(inputs)]
+    out = function(*empty)
+    assert (out[0] if isinstance(out, tuple) else out).shape[0] == 0
+
+
+def test_flow_loss_gradcheck():
+    prediction, target, frames = (
+        randn(1, 2, 2, 4, 3).requires_grad_(),
+        randn(1, 2, 2, 4, 3, seed=1),
+        randn(1, 2, 1, 4, 3),
+    )
+    assert torch.autograd.gradcheck(lambda p: flow_loss(p, target, frames, smooth_weight=0.5), prediction)
+
+
+def test_wrong_arguments_are_named():
+    image, flow = torch.rand(1, 1, 4, 4), torch.zeros(1, 2, 4, 4)
+    for call, message in [
+        (lambda: backward_warp(image, flow[..., :3]), r"flow has shape \(1, 2, 4, 3\), expected \(1, 2, 4, 4\)"),
+        (lambda: backward_warp(image[0], flow), r"image has shape \(1, 4, 4\), expected \(B, C, H, W\)"),
+        (lambda: backward_warp(image.int(), flow), r"image is torch.int32, expected a floating-point tensor"),
+        (
+            lambda: backward_warp(image, flow, padding="reflection"),
+            "padding is 'reflection', expected 'border' or 'zeros'",
+        ),
+        (lambda: backward_warp(image, flow, backend="metal"), "backend is 'metal', expected one of"),
+        (lambda: backward_warp(image, flow.to("meta")), "different devices"),
+        (
+            lambda: condense(torch.rand(1, 2, 3), torch.rand(9, 4), torch.rand(9)),
+            r"weight has shape \(9, 4\), expected \(9, 3\)",
+        ),
+        (lambda: recall(image, None, None, torch.rand(1, 2, 1)), "query and key are needed for a memory of 2 tokens"),
+        (lambda: recall(image, None, None, torch.rand(1, 0, 1)), "at least one memory token"),
+        (
+            lambda: convlstm_gates(torch.rand(1, 3, 4, 4), image),
+            r"gates has shape \(1, 3, 4, 4\), expected \(1, 4, 4, 4\)",
+        ),
+        (lambda: modulate(image, torch.rand(1, 2), torch.rand(1, 1)), r"gamma has shape \(1, 2\), expected \(1, 1\)"),
+        (
+            lambda: flow_loss(flow[None], flow[None].requires_grad_(), image[None]),
+            "target requires a gradient, but the op has none",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_dispatch(monkeypatch):
+    calls = []
+
+    def fast(x):
+        calls.append("cpp")
+        return x
+
+    op = registry.Op(
+        "probe",
+        {
+            "cpp": registry.Backend(fast, lambda x: "x is too large" if x > 5 else None, lambda device: None),
+            "reference": registry.Backend(lambda x: calls.append("reference"), lambda x: None, lambda device: None),
+        },
+    )
+    monkeypatch.delenv("AVFAST_BACKEND", raising=False)
+    op(1), op(9), op(1, backend="reference")
+    assert calls == ["cpp", "reference", "reference"]
+    with pytest.raises(ValueError, match="backend is 'cpp', which cannot run this probe: x is too large"):
+        op(9, backend="cpp")
+    with pytest.raises(ValueError, match="probe has only cpp, reference"):
+        op(1, backend="triton")
+    monkeypatch.setenv("AVFAST_BACKEND", "reference")
+    op(1)
+    assert calls[3:] == ["reference"]
+    op(1, backend="cpp")
+    assert calls[4:] == ["cpp"]
+    monkeypatch.setenv("AVFAST_BACKEND", "fast")
+    with pytest.raises(
+        InputError, match="AVFAST_BACKEND is 'fast', expected one of triton, cpp, torch, sdpa, reference"
+    ):
+        op(1)
+
+
+def test_a_backend_runs_unasked_only_where_it_suits(monkeypatch):
+    able = (lambda x: None, lambda device: None)
+    op = registry.Op(
+        "probe",
+        {
+            "triton": registry.Backend(lambda x: "triton", *able, where=("x < 3", lambda x: x < 3)),
+            "reference": registry.Backend(lambda x: "reference", *able),
+        },
+    )
+    monkeypatch.delenv("AVFAST_BACKEND", raising=False)
+    assert [op(1), op(5), op(5, backend="triton")] == ["triton", "reference", "triton"]
+    monkeypatch.setattr(registry, "OPS", {"probe": op})
+    _, _, chosen, others = registry.explain()[0]
+    assert chosen == "triton" and others["reference"] == "triton is preferred where x < 3"
+
+
+def test_a_launch_like_one_before_goes_past_triton(monkeypatch):
+    """Addresses instead of tensors, anew where anything that Triton compiles for differs; no GPU takes part."""
+    from types import SimpleNamespace
+
+    triton_utils = pytest.importorskip("avfast.kernels.triton_utils")
+    if triton_utils.triton is None:
+        pytest.skip("no Triton")
+    runtime = triton_utils.triton.knobs.runtime
+    triton_way, direct, devices = [], [], []
+    compiled = SimpleNamespace(run=lambda *a: direct.append(a), function=7, packed_metadata=(4, 1, 0))
+
+    class Kernel:
+        arg_names = ["x_ptr", "y_ptr", "x_strides", "size", "weight", "KIND", "BLOCK"]
+        pre_run_hooks = []
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: triton_way.append((grid, args, constants)) or compiled
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            devices.append(self.device)
+
+        def __exit__(self, *_):
+            devices.pop()
+
+    def tensor(address, dtype=torch.float32, device=0):
+        return SimpleNamespace(data_ptr=lambda: address, dtype=dtype, get_device=lambda: device)
+
+    monkeypatch.setattr(triton_utils, "_DIRECT", True)
+    monkeypatch.setattr(triton_utils, "_LAUNCHES", {})
+    monkeypatch.setattr(triton_utils, "_MOST_LAUNCHES", 6)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: devices[-1] if devices else 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 90 + device, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+
+    def plan(strides, size, kind):
+        return (size // 4, 2), {"BLOCK": 4, "KIND": kind, "num_warps": 1}
+
+    kernel, x, y = Kernel(), tensor(64), tensor(128)
+
+    def launch(tensors=(x, y), numbers=((2, 1), 8), facts=("a",), weight=0.5):
+        triton_utils.launch(kernel, plan, tensors, numbers, facts, (weight,))
+
+    launch()
+    assert triton_way == [((2, 2), (x, y, (2, 1), 8, 0.5), {"BLOCK": 4, "KIND": "a", "num_warps": 1})] and not direct
+    launch((tensor(640), tensor(0)), weight=0.25)
+    assert direct == [(2, 2, 1, 90, 7, (4, 1, 0), None, None, None, 640, 0, (2, 1), 8, 0.25, "a", 4)]
+    launch(numbers=((2, 1), 12)), launch(facts=("b",)), launch((x, tensor(136))), launch((tensor(72), y))
+    launch((x, tensor(128, torch.float16)))
+    assert len(triton_way) == 6 and len(direct) == 1
+    launch((tensor(64, device=1), tensor(128, device=1)))
+    assert len(triton_way) == 7 and not devices
+    launch((tensor(64, device=1), tensor(128, device=1)))
+    assert direct[-1][3] == 91 and len(triton_way) == 7 and len(triton_utils._LAUNCHES) == 1
+    launch(), launch()
+    assert len(direct) == 3 and len(triton_way) == 8
+    monkeypatch.setattr(runtime, "launch_enter_hook", lambda _: None)
+    launch()
+    assert len(direct) == 3 and len(triton_way) == 9
+    # nothing to do
+    launch(numbers=((2, 1), 0))
+    assert len(triton_way) == 9
+
+
+def test_explain_names_every_op_and_a_reason_for_every_other_backend():
+    rows = registry.explain()
+    ops = {"backward_warp", "condense", "recall", "convlstm_gates", "modulate", "flow_loss"}
+    assert ops <= {op for op, *_ in rows}
+    for _, device, chosen, reasons in rows:
+        assert device in ("cpu", "cuda") and chosen in registry.NAMES
+        assert set(reasons) == set(registry.NAMES) - {chosen} and all(reasons.values())
+
+
+def test_import_kernels_from_the_checkout_is_refused(tmp_path):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    code = "import kernels"
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 1 and "avfast.kernels" in result.stderr
+
+
+def _calls_seen(function) -> set[str]:
+    """Names of avfast's torch ops that a dispatch mode sees in function()."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = set()
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.add(str(op))
+            return op(*args, **(kwargs or {}))
+
+    with Watching():
+        function()
+    return {name for name in seen if name.startswith("avfast")}
+
+
+def test_calls_pass_the_dispatcher_where_somebody_watches() -> None:
+    """Elsewhere they save the way; what comes out is the same."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    gates, cell = randn(2, 12, 4, 5).float(), randn(2, 3, 4, 5, seed=1).float()
+    if registry.OPS["convlstm_gates"].backends["cpp"].unavailable("cpu") is not None:
+        pytest.skip("not built")
+    hidden, _ = convlstm_gates(gates, cell)
+    assert registry.ordinary(gates, cell) and not registry.ordinary(torch._neg_view(gates))
+    assert _calls_seen(lambda: convlstm_gates(gates, cell)) == {"avfast._convlstm_gates.default"}
+    asking = gates.clone().requires_grad_()
+    both = {"avfast._convlstm_gates.default", "avfast._convlstm_gates_backward.default"}
+    assert _calls_seen(lambda: convlstm_gates(asking, cell)[0].sum().backward()) == both
+
+    graph = make_fx(lambda g, c: convlstm_gates(g, c)[0])(gates, cell)
+    assert "avfast._convlstm_gates.default" in {str(node.target) for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(2 * gates, cell), convlstm_gates(2 * gates, cell)[0])
+    with torch.profiler.profile() as profile:
+        convlstm_gates(gates, cell)
+    assert "avfast::_convlstm_gates" in {event.key for event in profile.key_averages()}
+    traced = torch.jit.trace(lambda g, c: convlstm_gates(g, c)[0], (gates, cell), check_trace=False)
+    torch.testing.assert_close(traced(2 * gates, cell), convlstm_gates(2 * gates, cell)[0])
+    # a view whose sign is not in its memory, and a batch of a transform
+    torch.testing.assert_close(convlstm_gates(torch._neg_view(-gates), cell)[0], hidden)
+    batched = torch.vmap(lambda g: convlstm_gates(g, cell)[0])(torch.stack((gates, 2 * gates)))
+    torch.testing.assert_close(batched[0], hidden)
+    with torch.inference_mode():
+        torch.testing.assert_close(convlstm_gates(gates.clone(), cell)[0], hidden)
+
+
+def _modulate_behind(context: torch.Tensor, *others: torch.Tensor, **backend: str) -> torch.Tensor:
+    gamma, beta, *before = others
+    return modulate(context, gamma, beta, before=before, **backend)
+
+
+@pytest.mark.parametrize("op", ["warp", "gates", "modulate"])
+def test_the_straight_way_to_cpp_gives_what_the_long_one_gives(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if registry.OPS["backward_warp"].backends["cpp"].unavailable("cpu") is not None:
+        pytest.skip("not built")
+    monkeypatch.delenv("AVFAST_BACKEND", raising=False)
+    if op == "warp":
+        call, given = backward_warp, [randn(2, 3, 7, 9).float(), 3 * randn(2, 2, 7, 9, seed=1).float()]
+    elif op == "modulate":
+        # so many values that threads share them, and start amid the features
+        shapes = [(3, 7, 30, 40), (3, 7), (3, 7), (3, 2, 30, 40), (3, 5, 30, 40)]
+        call, given = _modulate_behind, [randn(*shape, seed=i).float() for i, shape in enumerate(shapes)]
+    else:
+        call, given = convlstm_gates, [randn(2, 12, 4, 5).float(), randn(2, 3, 4, 5, seed=1).float()]
+    assert native.plain(*given)
+
+    def results(
+        tensors: list[torch.Tensor], wanted: Sequence[int], expanded: bool, **backend: str
+    ) -> list[torch.Tensor]:
+        asking = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        outs = call(*asking, **backend)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        # the gradient of a sum is one value, expanded; of a sum of squares it lies in memory of its own
+        total = sum(o.sum() if expanded else o.square().sum() for o in outs)
+        return [*outs, *torch.autograd.grad(total, [asking[i] for i in wanted])]
+
+    for wanted in (range(len(given)), [0], [1], [len(given) - 1]):
+        for expanded in (False, True):
+            straight = results(given, wanted, expanded)
+            for a, b in zip(straight, results(given, wanted, expanded, backend="cpp"), strict=True):
+                assert torch.equal(a, b)
+
+    assert not native.plain(given[0].half()) and not native.plain(given[0].mT)
+    assert not native.plain(given[0][:0]) and not native.plain(torch.nn.Parameter(given[0]))
+    monkeypatch.setenv("AVFAST_BACKEND", "reference")
+    assert not native.plain(*given)
+    with pytest.raises(ValueError, match="expected"):
+        call(given[0], given[1][:1], *given[2:])

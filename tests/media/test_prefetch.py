@@ -1,0 +1,42 @@
+"""Stages in threads: how far they run ahead, how they end, what they raise."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from avfast.media.prefetch import ahead
+
+
+def test_a_stage_runs_ahead_no_further_than_asked() -> None:
+    made: list[int] = []
+
+    def count() -> Any:
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    items = ahead(count(), depth=2)
+    assert next(items) == 0
+    time.sleep(0.2)
+    # one handed out, two waiting, one in the hands of the thread
+    assert len(made) <= 4
+    threads = threading.active_count()
+    items.close()
+    assert threading.active_count() == threads - 1 and len(made) <= 5
+    assert list(ahead(iter(range(50)))) == list(range(50))
+
+
+def test_a_stage_passes_its_error_on() -> None:
+    def fail() -> Any:
+        yield 1
+        raise KeyError("gone")
+
+    items = ahead(fail())
+    assert next(items) == 1
+    with pytest.raises(KeyError, match="gone"):
+        next(items)
+    assert list(items) == []

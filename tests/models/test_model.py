@@ -1,0 +1,380 @@
+"""MME and CAR against the paper's equations, written out step by step: outputs, every gradient, running statistics.
+
+The literal version works from the model's weights alone: one call of every network per time step, the memory rebuilt
+and condensed at every step, Recall as attention also over one token, the context features recomputed for every frame,
+the warp as a sum over all pixels of hat functions.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from avfast.errors import InputError
+from avfast.models.avmodel import AVModel
+from avfast.models.losses import frame_loss, motion_loss
+from avfast.models.networks import BatchNorm, batch_norms
+from avfast.models.settings import ModelConfig
+
+B, K, T = 3, 2, 5
+
+
+class Literal:
+    """The equations on a dictionary of weights (requires_grad where a gradient is wanted)."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], training: bool) -> None:
+        self.config, self.w, self.training = config, weights, training
+        self.statistics: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        w, b = self.w[f"{name}.weight"], self.w[f"{name}.bias"]
+        if not self.training or (name.startswith("mme.") and self.config.refinement != "none"):
+            return F.batch_norm(x, self.w[f"{name}.running_mean"], self.w[f"{name}.running_var"], w, b)
+        dims = (0, *range(2, x.dim()))
+        self.statistics.setdefault(name, []).append((x.mean(dims).detach(), x.var(dims, unbiased=True).detach()))
+        return F.batch_norm(x, None, None, w, b, training=True)
+
+    def block(self, name: str, x: torch.Tensor, conv, activation) -> torch.Tensor:
+        return activation(self.norm(f"{name}.norm", conv(x, self.w[f"{name}.conv.weight"])))
+
+    def encoder(self, flow: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
+        x = torch.cat((flow, frame), 1)
+        for i in range(4):
+            activation = torch.tanh if i == 3 else lambda y: F.leaky_relu(y, 0.2)
+            x = self.block(f"mme.encoder.blocks.{i}", x, lambda y, w: F.conv2d(y, w, stride=2, padding=1), activation)
+        return x
+
+    def decoder(self, x: torch.Tensor) -> torch.Tensor:
+        def up(y, w, b=None):
+            return F.conv_transpose2d(y, w, b, stride=2, padding=1)
+
+        for i in range(3):
+            x = self.block(f"mme.decoder.blocks.{i}", x, up, lambda y: F.leaky_relu(y, 0.2))
+        return up(x, self.w["mme.decoder.last.weight"], self.w["mme.decoder.last.bias"])
+
+    def audio_encoder(self, audio: torch.Tensor) -> torch.Tensor:
+        x = audio.flatten(0, 1)
+        steps = [(1, 0), (2, 1), (2, 1), (2, 1), (1, 0)]
+        for i, (stride, padding) in enumerate(steps):
+            activation = torch.tanh if i == 4 else lambda y: F.leaky_relu(y, 0.2)
+            x = self.block(
+                f"mme.audio_encoder.blocks.{i}",
+                x,
+                lambda y, w, s=stride, p=padding: F.conv2d(y, w, stride=s, padding=p),
+                activation,
+            )
+        return x.view(audio.shape[0], audio.shape[1], -1)
+
+    @staticmethod
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(q @ k.transpose(1, 2), -1) @ v
+
+    def condense(self, memory: torch.Tensor) -> torch.Tensor:
+        """Eq. 1 on one memory (B,t,c) -> (B,1,c)."""
+        w, b = self.w["mme.condense.qkv.weight"].chunk(3), self.w["mme.condense.qkv.bias"].chunk(3)
+        q, k, v = (F.conv1d(memory.transpose(1, 2), w[i][..., None], b[i]).transpose(1, 2) for i in range(3))
+        return memory[:, -1:] + self.attention(q, k, v)[:, -1:]
+
+    def recall(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """Eq. 2: x (B,c,h,w), memory (B,M,c)."""
+        tiled = x.flatten(2).transpose(1, 2)
+
+        def project(name: str, y: torch.Tensor) -> torch.Tensor:
+            # `mme` creates no query and key, because with one token they have no influence: any weights will do
+            generator = torch.Generator().manual_seed(len(name))
+            anything = torch.randn(128, 128, dtype=y.dtype, generator=generator)
+            weight = self.w.get(f"mme.recall.{name}.weight", anything).flatten(1)
+            bias = self.w.get(f"mme.recall.{name}.bias", anything[0])
+            return F.linear(y, weight, bias)
+
+        read = self.attention(project("query", tiled), project("key", memory), project("value", memory))
+        return (tiled + read).transpose(1, 2).view_as(x)
+
+    def convlstm(self, x, state):
+        new = []
+        for layer, (hidden, cell) in enumerate(state):
+            weight, bias = self.w[f"mme.lstm.cells.{layer}.weight"], self.w[f"mme.lstm.cells.{layer}.bias"]
+            i, f, o, g = F.conv2d(torch.cat((x, hidden), 1), weight, bias, padding=1).chunk(4, 1)
+            cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+            x = torch.sigmoid(o) * torch.tanh(cell)
+            new.append((x, cell))
+        return x, new
+
+    @staticmethod
+    def warp(image: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+        """Eq. 4: out(p) = sum over q of image(q) hat(x_p - x_q) hat(y_p - y_q), coordinates kept inside the image."""
+        h, w = image.shape[-2:]
+        rows, columns = torch.arange(h, dtype=flow.dtype), torch.arange(w, dtype=flow.dtype)
+        x = (columns[None, None, :] + flow[:, 0]).clamp(0, w - 1)
+        y = (rows[None, :, None] + flow[:, 1]).clamp(0, h - 1)
+        hat_x = (1 - (x[..., None] - columns).abs()).clamp(min=0)
+        hat_y = (1 - (y[..., None] - rows).abs()).clamp(min=0)
+        return torch.einsum("bcij,bpqi,bpqj->bcpq", image, hat_y, hat_x)
+
+    def mme(self, frames, flow, audio):
+        c = self.config
+        vectors = None if c.motion == "v" else self.audio_encoder(audio)
+        image, motion = list(frames.unbind(1)), list(flow.unbind(1))
+        h, w = frames.shape[-2] // 16, frames.shape[-1] // 16
+        state = [(torch.zeros(B, 128, h, w, dtype=frames.dtype),) * 2 for _ in range(c.convlstm_layers)]
+        for t in range(1, T):
+            x = self.encoder(motion[t - 1], image[t - 1])
+            if c.motion != "v":
+                memory = torch.stack([vectors[:, n] for n in range(t + 1)], 1)
+                x = self.recall(x, self.condense(memory) if c.motion == "mme" else memory)
+            hidden, state = self.convlstm(x, state)
+            if t >= K:
+                motion.append(self.decoder(hidden))
+                image.append(self.warp(image[t - 1], motion[t]))
+        return torch.stack(motion[K:], 1), torch.stack(image[K:], 1), vectors
+
+    def double_conv(self, name, x):
+        for i in range(2):
+            x = self.block(f"{name}.blocks.{i}", x, lambda y, w: F.conv2d(y, w, padding=1), F.relu)
+        return x
+
+    def car(self, frame, flow, vectors):
+        c, outputs, given = self.config, [], frame
+        for t in range(K, T):
+            z = []
+            if c.refinement != "unet":
+                x = given
+                for level in range(4):
+                    x = self.double_conv(f"car.context_encoder.levels.{level}", F.max_pool2d(x, 2) if level else x)
+                    z.append(x)
+            if c.refinement == "car":
+                motion = self.encoder(flow[:, t - K], frame).mean((2, 3))
+                if vectors is not None:
+                    motion = torch.cat((motion, vectors[:, t - 1]), 1)
+                for i in range(4):
+                    gamma, beta = (self.mlp(f"car.affine.{i}.{name}", motion) for name in ("gamma", "beta"))
+                    z[i] = gamma[:, :, None, None] * z[i] + beta[:, :, None, None]
+            warped = self.warp(frame, flow[:, t - K])
+            x, skips = warped, []
+            for level in range(5):
+                x = self.double_conv(f"car.unet.down.{level}", F.max_pool2d(x, 2) if level else x)
+                skips.append(x)
+            for i in (3, 2, 1, 0):
+                name = f"car.unet.up.{i}"
+                x = F.conv_transpose2d(x, self.w[f"{name}.weight"], self.w[f"{name}.bias"], stride=2)
+                x = self.double_conv(f"car.unet.decode.{i}", torch.cat([x, skips[i], *z[i : i + 1]], 1))
+            outputs.append(warped + F.conv2d(x, self.w["car.unet.last.weight"], self.w["car.unet.last.bias"]))
+            frame = outputs[-1].clamp(0, 1)
+        return torch.stack(outputs, 1)
+
+    def mlp(self, name, x):
+        x = F.relu(F.linear(x, self.w[f"{name}.0.weight"], self.w[f"{name}.0.bias"]))
+        return F.linear(x, self.w[f"{name}.2.weight"], self.w[f"{name}.2.bias"])
+
+
+def make_model(motion="mme", refinement="car", channels=1, training=True) -> AVModel:
+    torch.manual_seed(0)
+    model = AVModel(ModelConfig(motion, refinement, channels, convlstm_layers=2, unet_width=4)).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            # nothing at a special value: identity affines, zero residual and unit norms would hide mistakes
+            p.add_(0.1 * torch.randn_like(p))
+            if name == "mme.decoder.last.weight":
+                p.mul_(4)
+            elif name == "car.unet.last.weight":
+                p.mul_(20)
+            elif name.startswith("car.unet") and name.endswith("norm.bias"):
+                # of four channels all may otherwise be negative everywhere, and ReLU lets no gradient through
+                p.add_(0.5)
+        for name, b in model.named_buffers():
+            if "running" in name:
+                b.add_(0.2 * torch.rand_like(b))
+    if refinement != "none":
+        model.mme.requires_grad_(False)
+    model.train(training)
+    if refinement != "none":
+        model.mme.eval()
+    return model
+
+
+def make_inputs(channels=1, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    frames = torch.rand(B, T, channels, 32, 16, dtype=torch.float64, generator=g)
+    flow = torch.randn(B, T, 2, 32, 16, dtype=torch.float64, generator=g)
+    flow[:, 0] = 0
+    return frames, flow, torch.rand(B, T, 1, 23, 21, dtype=torch.float64, generator=g)
+
+
+def assert_same(actual, expected, what):
+    scale = expected.abs().max().clamp(min=1.0)
+    error = (actual - expected).abs().max() / scale
+    assert error <= 1e-10, f"{what} differs by {error:.1e}"
+
+
+MOTIONS, REFINEMENTS = ("v", "v+recall", "mme"), ("none", "unet", "unet+context", "car")
+VARIANTS = [(m, "none", 1) for m in MOTIONS] + [("mme", r, 1) for r in REFINEMENTS[1:]]
+VARIANTS += [("v", "car", 1), ("v+recall", "car", 3), ("mme", "none", 3)]
+
+
+@pytest.mark.parametrize("filtering", [False, True], ids=["direct", "minimal filtering"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("motion,refinement,channels", VARIANTS)
+def test_equals_the_literal_equations(motion, refinement, channels, training, filtering, monkeypatch):
+    # these maps are too small for minimal filtering to be chosen
+    monkeypatch.setattr("avfast.modules._LEAST_PIXELS", 0 if filtering else 10**9)
+    model = make_model(motion, refinement, channels, training)
+    frames, flow, audio = make_inputs(channels)
+    weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        weights[name].requires_grad_(p.requires_grad)
+    literal = Literal(model.config, weights, training)
+
+    rollout = model(frames[:, :K], flow[:, :K], audio)
+    true_flow, images, vectors = literal.mme(frames[:, :K], flow[:, :K], audio)
+    assert_same(rollout.flow, true_flow, "flow")
+    assert true_flow.abs().max() > 0.3, "the warp was hardly tested"
+    if refinement == "none":
+        assert_same(rollout.frames, images, "warped frames")
+        loss = motion_loss(rollout.flow, flow[:, K:], frames[:, K:])
+        expected_loss = motion_loss(true_flow, flow[:, K:], frames[:, K:])
+        # the warped frames feed back into E_m, so their gradient is part of the flow's
+        loss, expected_loss = loss + rollout.frames.square().mean(), expected_loss + images.square().mean()
+    else:
+        expected = literal.car(frames[:, K - 1], true_flow, vectors)
+        assert_same(rollout.frames, expected, "frames")
+        assert ((expected < 0) | (expected > 1)).any(), "the clamp was not tested"
+        loss, expected_loss = frame_loss(rollout.frames, frames[:, K:]), frame_loss(expected, frames[:, K:])
+
+    assert_same(loss, expected_loss, "loss")
+    loss.backward()
+    expected_loss.backward()
+    trained = 0
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert p.grad is None
+            continue
+        assert p.grad is not None and weights[name].grad is not None, name
+        assert_same(p.grad, weights[name].grad, f"gradient of {name}")
+        trained += bool(p.grad.abs().max() > 0)
+    assert trained > 10
+
+    if training:
+        for name, module in model.named_modules():
+            if isinstance(module, BatchNorm) and module.training:
+                calls = literal.statistics[f"{name}"]
+                mean, var = (torch.stack(x).mean(0) for x in zip(*calls, strict=True))
+                if "context_encoder" in name:
+                    assert module.calls == 1  # the literal one is called per frame, always on the same frame
+                else:
+                    assert module.calls == len(calls)
+                before = module.running_mean.clone(), module.running_var.clone()
+                module.commit()
+                assert_same(module.running_mean, 0.9 * before[0] + 0.1 * mean, f"{name} running mean")
+                assert_same(module.running_var, 0.9 * before[1] + 0.1 * var, f"{name} running variance")
+                assert module.calls == 0 and not module.sums.any()
+    else:
+        assert not batch_norms(model)
+
+
+def test_every_variant_runs_at_other_sizes_and_lengths():
+    for motion, refinement in itertools.product(MOTIONS, REFINEMENTS):
+        model = AVModel(ModelConfig(motion, refinement, 3, (45, 17), unet_width=2)).eval()
+        audio = torch.rand(1, 7, 1, 45, 17)
+        rollout = model.predict(torch.rand(1, 1, 3, 32, 48), torch.zeros(1, 1, 2, 32, 48), audio)
+        assert rollout.frames.shape == (1, 6, 3, 32, 48) and rollout.flow.shape == (1, 6, 2, 32, 48)
+        assert rollout.frames.min() >= 0 and rollout.frames.max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(23, 21), (45, 17), (11, 11), (64, 30)])
+def test_any_spectrogram_shape(shape):
+    model = AVModel(ModelConfig(refinement="none", audio_shape=shape)).eval()
+    assert model.mme.audio_encoder(torch.rand(2, 3, 1, *shape)).shape == (2, 3, 128)
+
+
+def test_published_parameter_count_of_the_audio_encoder():
+    # 3,018,944 with the five biases that BatchNorm makes redundant (64 + 128 + 256 + 512 + 128)
+    model = AVModel(ModelConfig(refinement="none"))
+    assert sum(p.numel() for p in model.mme.audio_encoder.parameters()) == 3_018_944 - 1088
+
+
+def test_a_longer_rollout_begins_with_the_shorter_one():
+    model = make_model(training=False)
+    frames, flow, audio = make_inputs()
+    long = model.predict(frames[:, :K], flow[:, :K], audio)
+    short = model.predict(frames[:, :K], flow[:, :K], audio[:, : T - 1])
+    assert_same(long.frames[:, :-1], short.frames, "frames")
+
+
+def test_stage_2_changes_nothing_in_mme():
+    model = make_model()
+    before = {n: t.clone() for n, t in model.mme.state_dict().items()}
+    frames, flow, audio = make_inputs()
+    optimizer = torch.optim.Adam(model.car.parameters(), lr=1e-2)
+    frame_loss(model(frames[:, :K], flow[:, :K], audio).frames, frames[:, K:]).backward()
+    optimizer.step()
+    for module in batch_norms(model):
+        module.commit()
+    for name, tensor in model.mme.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_training_starts_from_the_warped_frame():
+    torch.manual_seed(0)
+    model = AVModel(ModelConfig(unet_width=4)).eval()
+    frames, flow, audio = (x.float() for x in make_inputs())
+    motion = model.mme(frames[:, :K], flow[:, :K], audio)
+    assert torch.equal(model.refine(frames[:, K - 1], motion).frames, motion.frames)
+
+
+def test_autocast_keeps_flow_and_cell_state_in_float32():
+    model = AVModel(ModelConfig(unet_width=4))
+    frames, flow, audio = (x.float() for x in make_inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rollout = model(frames[:, :K], flow[:, :K], audio)
+        _, state = model.mme.lstm(torch.rand(1, 128, 2, 2))
+    assert rollout.flow.dtype == torch.float32
+    assert all(cell.dtype == torch.float32 for _, cell in state)
+    # not merely stored as float32: a bf16 value has 16 zero bits at the end
+    assert (rollout.flow.view(torch.int32) & 0xFFFF).any()
+
+
+def test_save_and_load(tmp_path):
+    model = make_model(training=False).float()
+    model.save_pretrained(tmp_path / "m")
+    again = AVModel.from_pretrained(tmp_path / "m")
+    frames, flow, audio = (x.float() for x in make_inputs())
+    a, b = (m.predict(frames[:, :K], flow[:, :K], audio) for m in (model, again))
+    assert torch.equal(a.frames, b.frames) and again.config == model.config
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_bad_checkpoints(tmp_path):
+    with pytest.raises(InputError, match="config.json is missing"):
+        AVModel.from_pretrained(tmp_path)
+    make_model(refinement="unet").save_pretrained(tmp_path / "unet")
+    make_model(refinement="car").save_pretrained(tmp_path / "car")
+    (tmp_path / "car" / "config.json").write_bytes((tmp_path / "unet" / "config.json").read_bytes())
+    with pytest.raises(InputError, match="another variant or stage: it has car.affine"):
+        AVModel.from_pretrained(tmp_path / "car")
+    (tmp_path / "unet" / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match="cannot be read"):
+        AVModel.from_pretrained(tmp_path / "unet")
+
+
+def test_inputs_that_do_not_fit():
+    model = AVModel(ModelConfig(refinement="none")).eval()
+    frames, flow, audio = torch.rand(1, 2, 1, 32, 32), torch.zeros(1, 2, 2, 32, 32), torch.rand(1, 4, 1, 23, 21)
+    with pytest.raises(
+        ValueError, match=r"frames has shape \(1, 2, 1, 33, 32\), expected H and W to be multiples of 16"
+    ):
+        model(torch.rand(1, 2, 1, 33, 32), flow, audio)
+    with pytest.raises(ValueError, match=r"frames has shape \(1, 2, 3, 32, 32\)"):
+        model(torch.rand(1, 2, 3, 32, 32), flow, audio)
+    with pytest.raises(ValueError, match="flow has shape"):
+        model(frames, flow[:, :1], audio)
+    with pytest.raises(ValueError, match="audio has shape"):
+        model(frames, flow, audio[..., :20])
+    with pytest.raises(ValueError, match="audio covers T = 2 frames, expected more than the K = 2"):
+        model(frames, flow, audio[:, :2])
+    with pytest.raises(ValueError, match="evaluation mode"):
+        model.train().predict(frames, flow, audio)
+    with pytest.raises(ValueError, match="one value per channel"):
+        model(frames[..., :16, :16], flow[..., :16, :16], audio)

@@ -1,0 +1,34 @@
+"""The CPU code under AddressSanitizer and UBSan, by drivers of random input: Python would hide its allocations."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILER = shutil.which("c++") or shutil.which("g++")
+FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+ISAS = {"avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma"], "baseline": []}
+
+
+# building takes half a minute each
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tvl1", "fused"])
+def test_random_inputs_under_sanitizers(name: str, tmp_path: Path) -> None:
+    if COMPILER is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("no C++ compiler for x86-64")
+    objects = []
+    for isa, flags in ISAS.items():
+        objects.append(tmp_path / f"{isa}.o")
+        source = ["-c", f"csrc/{name}_kernels.cpp", "-o", objects[-1]]
+        subprocess.run([COMPILER, *FLAGS, *flags, f"-DAVFAST_ISA={isa}", *source], cwd=ROOT, check=True)
+    program = tmp_path / "fuzz"
+    sources = [f"csrc/{name}.cpp", "csrc/threads.cpp", f"tests/native/fuzz_{name}.cpp"]
+    subprocess.run([COMPILER, *FLAGS, *sources, *objects, "-o", program, "-pthread"], cwd=ROOT, check=True)
+    run = subprocess.run([program, "10000", "0"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout == "10000 inputs\n"
