@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avfast import modules
-from avfast.kernels import minimal, native
+from avfast.kernels import native
+from avfast.kernels.winograd import tiles as minimal
 from avfast.kernels.winograd.tiles import Geometry, RepeatedConv
 from avfast.kernels.winograd.transforms import cheapest_size, minimal_filtering
 from avfast.models.networks import PatchConv
