@@ -8,19 +8,14 @@ copies their weights; `to_reference` gives them back.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avfast.kernels import backward_warp, condense, convlstm_gates, modulate, recall
-from avfast.kernels.winograd.tiles import Geometry, RepeatedConv, unsupported
-
-# where minimal filtering pays: from 64 pixels in the batch on, over 20 steps of 4 layers of 128 channels, it was 1.35
-# to 2.1 times as fast with gradients and 1.01 to 1.9 times without, on 2 cores with AVX2; below that it may lose
-_LEAST_PIXELS, _LARGEST_MAP = 64, 64
+from avfast.kernels import backward_warp, condense, conv3x3, convlstm_gates, modulate, recall
 
 State = tuple[Tensor, Tensor]
 """(hidden, cell), each (B,D,H,W)."""
@@ -68,14 +63,18 @@ class ConvLSTMCell(nn.Conv2d):
                 self.bias.zero_()[self.hidden_channels : 2 * self.hidden_channels] = 1
 
     def forward(self, x: Tensor, state: State | None = None) -> State:  # type: ignore[override]
-        if state is None:
-            # the hidden state is zero: its half of the convolution adds nothing
-            gates = F.conv2d(x, self.weight[:, : self.input_channels], self.bias, padding=self.padding)
-            cell = torch.zeros(x.shape[0], self.hidden_channels, *x.shape[2:], dtype=self.weight.dtype, device=x.device)
+        hidden, cell = self.zero_state(x) if state is None else state
+        stacked = torch.cat((x, hidden), dim=1)
+        if self.kernel_size == (3, 3):
+            gates = conv3x3(stacked, self.weight, self.bias)
         else:
-            hidden, cell = state
-            gates = super().forward(torch.cat((x, hidden), dim=1))
+            gates = super().forward(stacked)
         return convlstm_gates(gates, cell)
+
+    def zero_state(self, x: Tensor) -> State:
+        """The state before the first step, for inputs like x (B,C,H,W). The cell has the weights' dtype."""
+        shape = x.shape[0], self.hidden_channels, *x.shape[2:]
+        return x.new_zeros(shape), x.new_zeros(shape, dtype=self.weight.dtype)
 
     @classmethod
     def from_reference(cls, conv: nn.Conv2d, *, order: str = "ifog") -> ConvLSTMCell:
@@ -116,7 +115,8 @@ def _checked(order: str) -> str:
 class ConvLSTM(nn.Module):
     """Stacked ConvLSTM cells: forward(x (B,C,H,W), states) -> (top hidden (B,D,H,W), states), one step.
 
-    states: None for zeros, or one (hidden, cell) per layer.
+    states: None for zeros, or one (hidden, cell) per layer. A recurrence on the CPU is faster inside
+    `with avfast.kernels.shared_weights():`, which transforms the weights of its convolutions once for all steps.
     """
 
     def __init__(self, in_channels: int, hidden_channels: Sequence[int], kernel_size: int = 3) -> None:
@@ -128,90 +128,31 @@ class ConvLSTM(nn.Module):
     def forward(self, x: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
         new = []
         for i, cell in enumerate(self.cells):
-            x, kept = cell(x, None if states is None else states[i])
-            new.append((x, kept))
+            x, memory = cell(x, None if states is None else states[i])
+            new.append((x, memory))
         return x, new
 
-    def recurrence(self, like: Tensor) -> Callable[[Tensor], Tensor]:
-        """A sequence from zero states, for inputs that become known step by step: returns a function from a step's
-        input, which is like `like` (B,C,H,W), to its top hidden state (B,D,H,W), and keeps the states itself.
-
-        On the CPU, convolutions over small maps go by `kernels.minimal` where the batch is large enough to pay for the
-        weights' transforms; with second derivatives only as far as `convlstm_gates` has them, which is not at all.
-        """
-        cells = [cell for cell in self.cells if isinstance(cell, ConvLSTMCell)]
-        if _minimal_filtering_pays(cells[0].weight, like):
-            return _SmallMapRecurrence(cells, like)
-        states: list[State] | None = None
-
-        def step(x: Tensor) -> Tensor:
-            nonlocal states
-            x, states = self(x, states)
-            return x
-
-        return step
-
     def sequence(self, x: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:
-        """All steps of a known input x (B,T,C,H,W) -> (top hidden (B,T,D,H,W), states after the last). Layer by layer:
-        the convolution of a layer's inputs is one call over all T steps, only that of its hidden state is step by
-        step."""
+        """All steps of a known input x (B,T,C,H,W) -> (top hidden (B,T,D,H,W), states after the last).
+
+        It runs layer by layer: the convolution of a layer's inputs is one call over all T steps, and only the
+        convolution of its hidden state runs step by step.
+        """
         new = []
         for i, cell in enumerate(self.cells):
             assert isinstance(cell, ConvLSTMCell)
-            of_input, of_hidden = cell.weight.split([cell.input_channels, cell.hidden_channels], dim=1)
-            steps = F.conv2d(x.flatten(0, 1), of_input, cell.bias, padding=cell.padding).unflatten(0, x.shape[:2])
-            hidden, kept = (None, None) if states is None else states[i]
+            input_weight, hidden_weight = cell.weight.split([cell.input_channels, cell.hidden_channels], dim=1)
+            input_gates = F.conv2d(x.flatten(0, 1), input_weight, cell.bias, padding=cell.padding)
+            input_gates = input_gates.unflatten(0, x.shape[:2])
+            hidden, memory = cell.zero_state(x[:, 0]) if states is None else states[i]
             outputs = []
             for t in range(x.shape[1]):
-                gates = steps[:, t]
-                if hidden is not None:
-                    gates = gates + F.conv2d(hidden, of_hidden, padding=cell.padding)
-                if kept is None:
-                    kept = gates.new_zeros(
-                        gates.shape[0], cell.hidden_channels, *gates.shape[2:], dtype=cell.weight.dtype
-                    )
-                hidden, kept = convlstm_gates(gates, kept)
+                gates = input_gates[:, t] + F.conv2d(hidden, hidden_weight, padding=cell.padding)
+                hidden, memory = convlstm_gates(gates, memory)
                 outputs.append(hidden)
             x = torch.stack(outputs, dim=1)
-            assert hidden is not None and kept is not None
-            new.append((hidden, kept))
+            new.append((hidden, memory))
         return x, new
-
-
-class _SmallMapRecurrence:
-    """Steps of a ConvLSTM by `RepeatedConv`; all maps are channels-last."""
-
-    def __init__(self, cells: Sequence[ConvLSTMCell], like: Tensor) -> None:
-        b, _, h, w = like.shape
-        self.convs: list[tuple[RepeatedConv, Tensor | None]] = []
-        self.states: list[State] = []
-        for cell in cells:
-            bias = None if cell.bias is None else cell.bias[:, None, None]
-            self.convs.append((RepeatedConv(cell.weight, Geometry(h, w, 3, 1, 1)), bias))
-            shape = (b, cell.hidden_channels, h, w)
-            zeros = like.new_zeros(shape).contiguous(memory_format=torch.channels_last)
-            self.states.append((zeros, zeros))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        for i, (conv, bias) in enumerate(self.convs):
-            hidden, cell = self.states[i]
-            gates = conv(torch.cat((x, hidden), dim=1))
-            self.states[i] = x, _ = convlstm_gates(gates if bias is None else gates + bias, cell)
-        return x
-
-
-def _minimal_filtering_pays(weight: Tensor, like: Tensor) -> bool:
-    """Whether a recurrence over maps like these is faster through `RepeatedConv`. Not under autocast: half types have
-    no digits to spare for the transforms."""
-    b, _, h, w = like.shape
-    return (
-        unsupported(like, weight) is None
-        and like.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")
-        and weight.shape[2:] == (3, 3)
-        and b * h * w >= _LEAST_PIXELS
-        and h * w <= _LARGEST_MAP
-    )
 
 
 class Condense(nn.Module):

@@ -13,30 +13,37 @@ if TYPE_CHECKING:
     from .convlstm import convlstm_gates
     from .loss import flow_loss
     from .modulate import modulate
+    from .patches import patch_conv
     from .tvl1 import tvl1_flow_reference
     from .warp import backward_warp
-    from .winograd.strided import strided_conv, strided_conv_transpose
+    from .winograd.conv import conv3x3, shared_weights, strided_conv, strided_conv_transpose
 
 # function -> the file it is in, loaded on first use: TV-L1 alone needs no Triton, which takes a while to import
 _HOME = {
     "backward_warp": "warp",
     "condense": "attention",
+    "conv3x3": "winograd.conv",
     "convlstm_gates": "convlstm",
     "flow_loss": "loss",
     "modulate": "modulate",
+    "patch_conv": "patches",
     "recall": "attention",
-    "strided_conv": "winograd.strided",
-    "strided_conv_transpose": "winograd.strided",
+    "shared_weights": "winograd.conv",
+    "strided_conv": "winograd.conv",
+    "strided_conv_transpose": "winograd.conv",
     "tvl1_flow_reference": "tvl1",
 }
 
 __all__ = [
     "backward_warp",
     "condense",
+    "conv3x3",
     "convlstm_gates",
     "flow_loss",
     "modulate",
+    "patch_conv",
     "recall",
+    "shared_weights",
     "strided_conv",
     "strided_conv_transpose",
     "tvl1_flow_reference",

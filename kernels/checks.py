@@ -1,45 +1,33 @@
-"""Argument checks shared by the public functions: one line that names the argument, its value and what was expected."""
+"""Argument checks of the public functions: one line that names the argument, its value and what was expected."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 
-def shape(name: str, tensor: Tensor, dims: str, **sizes: int) -> None:
-    """Raise ValueError unless `tensor` is a floating-point tensor with the named dimensions, e.g. dims "B C H W";
-    sizes given by keyword must match."""
+def shape(name: str, tensor: Tensor, dims: str, sizes: Mapping[str, int] | None = None) -> None:
+    """Raise ValueError unless `tensor` is a floating-point tensor with the named dimensions, such as "B 2 H W". A
+    dimension whose name is a number, or is in `sizes`, has that size."""
     names = dims.split()
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name} is {found}, expected a floating-point tensor ({', '.join(names)})")
-    size = tensor.shape
-    fits = len(size) == len(names)
-    if fits:
-        for dim, extent in sizes.items():
-            fits = fits and size[names.index(dim)] == extent
-    if not fits:
-        expected = ", ".join(str(sizes.get(n, n)) for n in names)
-        raise ValueError(f"{name} has shape {tuple(size)}, expected ({expected})")
-
-
-def exactly(name: str, tensor: Tensor, dims: str, size: tuple[int, ...]) -> None:
-    """`shape` where every dimension is known: one comparison instead of one each, 1 us of every call."""
-    if not (isinstance(tensor, Tensor) and tensor.shape == size and tensor.is_floating_point()):
-        shape(name, tensor, dims, **dict(zip(dims.split(), size, strict=True)))
+    known = sizes or {}
+    wanted = [int(n) if n.isdecimal() else known.get(n) for n in names]
+    if tensor.dim() != len(names) or any(w is not None and w != s for w, s in zip(wanted, tensor.shape, strict=True)):
+        expected = ", ".join(n if w is None else str(w) for n, w in zip(names, wanted, strict=True))
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({expected})")
 
 
 def same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors (None is left out) lie on one device."""
-    first = None
-    for tensor in tensors.values():
-        if tensor is None:
-            continue
-        if first is None:
-            first = tensor.device
-        elif tensor.device != first:
-            places = ", ".join(f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
-            raise ValueError(f"tensors lie on different devices: {places}")
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if len({tensor.device for tensor in given.values()}) > 1:
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
+        raise ValueError(f"tensors lie on different devices: {places}")
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -8,10 +8,12 @@ Memory is [rows, 4, area] in both cases: rows B, area C H W, or rows B H W, area
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import checks, native, reference, registry, triton_utils
 from .triton_utils import jit, tl
@@ -69,49 +71,40 @@ def _gates_bwd_kernel(
     tl.store(grad_cell_ptr + offset, dc * f, inside)
 
 
-def _launch(kernel: Any, cpp: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], backend: str) -> None:
-    """Run one direction over [rows, 4, area] memory. `inputs` begin with gates and cell; all are brought into the
-    layout of the outputs."""
-    b, c, h, w = inputs[1].shape
-    if outputs[0].is_contiguous():
-        rows, area = b, c * h * w
-        inputs = tuple(t.contiguous() for t in inputs)
-    else:
-        rows, area = b * h * w, c
-        inputs = tuple(t.contiguous(memory_format=torch.channels_last) for t in inputs)
-    total = rows * area
-    if total == 0:
+def _run(kernel: Any, name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor], backend: str) -> None:
+    """Run one direction over [rows, 4, area] memory. All inputs are brought into the layout of the outputs."""
+    cell = inputs["cell"]
+    b, c, h, w = cell.shape
+    if cell.numel() == 0:
         return
-    compute = native.compute_type(*inputs[:2])
+    contiguous = next(iter(outputs.values())).is_contiguous()
+    layout = torch.contiguous_format if contiguous else torch.channels_last
+    rows, area = (b, c * h * w) if contiguous else (b * h * w, c)
+    inputs = {key: tensor.contiguous(memory_format=layout) for key, tensor in inputs.items()}
+    compute = native.compute_type(inputs["gates"], cell)
     if backend == "cpp":
-        native.call(cpp, compute, inputs, outputs, rows, area)
+        native.call(name, compute, inputs, outputs, rows=rows, area=area)
         return
-    triton_utils.launch(kernel, _plan, (*inputs, *outputs), (total, area), (triton_utils.TYPES[compute],))
-
-
-def _plan(total: int, area: int, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+    total = rows * area
     block = triton_utils.block(total, 256)
-    constants = {"BLOCK": block, "OFFSET": triton_utils.offsets(4 * total + block), "COMPUTE": compute}
-    return triton_utils.grid(total, block), constants
-
-
-def _plain_forward(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = torch.empty_like(cell), torch.empty_like(cell)
-    native.run("gates_forward", (gates, cell, *outputs), len(cell), cell.numel() // len(cell))
-    return outputs
-
-
-def _plain_backward(gates: Tensor, cell: Tensor, grad_hidden: Tensor, grad_new_cell: Tensor) -> tuple[Tensor, Tensor]:
-    grads = torch.empty_like(gates), torch.empty_like(cell)
-    tensors = gates, cell, grad_hidden, grad_new_cell, *grads
-    native.run("gates_backward", tensors, len(cell), cell.numel() // len(cell))
-    return grads
+    triton_utils.launch(
+        kernel,
+        triton_utils.grid(total, block),
+        *inputs.values(),
+        *outputs.values(),
+        total,
+        area,
+        BLOCK=block,
+        OFFSET=triton_utils.offsets(4 * total + block),
+        COMPUTE=triton_utils.TYPES[compute],
+    )
 
 
 def _forward(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    outputs = _forward_fake(gates, cell, backend)
-    _launch(_gates_fwd_kernel, "gates_forward", (gates, cell), outputs, backend)
-    return outputs
+    hidden, new_cell = _forward_fake(gates, cell, backend)
+    inputs, outputs = {"gates": gates, "cell": cell}, {"hidden": hidden, "new_cell": new_cell}
+    _run(_gates_fwd_kernel, "gates_forward", inputs, outputs, backend)
+    return hidden, new_cell
 
 
 def _forward_fake(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -121,9 +114,11 @@ def _forward_fake(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Te
 def _backward(
     gates: Tensor, cell: Tensor, grad_hidden: Tensor, grad_new_cell: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    outputs = _backward_fake(gates, cell, grad_hidden, grad_new_cell, backend)
-    _launch(_gates_bwd_kernel, "gates_backward", (gates, cell, grad_hidden, grad_new_cell), outputs, backend)
-    return outputs
+    grad_gates, grad_cell = _backward_fake(gates, cell, grad_hidden, grad_new_cell, backend)
+    inputs = {"gates": gates, "cell": cell, "grad_hidden": grad_hidden, "grad_new_cell": grad_new_cell}
+    outputs = {"grad_gates": grad_gates, "grad_cell": grad_cell}
+    _run(_gates_bwd_kernel, "gates_backward", inputs, outputs, backend)
+    return grad_gates, grad_cell
 
 
 def _backward_fake(
@@ -148,33 +143,28 @@ _BACKWARD = registry.torch_op(
 
 class _ConvLSTMGates(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, cell: Tensor, backend: str, plain: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(gates, cell)
-        ctx.backend, ctx.plain = backend, plain
-        return _plain_forward(gates, cell) if plain else _FORWARD(gates, cell, backend)
+        ctx.backend = backend
+        return _FORWARD(gates, cell, backend)
 
     @staticmethod
-    @registry.once_differentiable
-    def backward(ctx: Any, grad_hidden: Tensor, grad_new_cell: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        gates, cell = ctx.saved_tensors
-        if ctx.plain and native.plain(grad_hidden, grad_new_cell):
-            return *_plain_backward(gates, cell, grad_hidden, grad_new_cell), None, None
-        return *_BACKWARD(gates, cell, grad_hidden, grad_new_cell, ctx.backend), None, None
+    @once_differentiable
+    def backward(ctx: Any, grad_hidden: Tensor, grad_new_cell: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_BACKWARD(*ctx.saved_tensors, grad_hidden, grad_new_cell, ctx.backend), None
 
 
 def _fused(backend: str, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    if not registry.wants_gradient(gates, cell):
-        return _FORWARD(gates, cell, backend)
-    return _ConvLSTMGates.apply(gates, cell, backend, False)
+    run = _ConvLSTMGates.apply if registry.needs_gradient(gates, cell) else _FORWARD
+    return run(gates, cell, backend)
 
 
-_OP = registry.define_fused("convlstm_gates", reference.convlstm_gates, _fused)
-
-
-def _gates_fit(gates: Tensor, cell: Tensor) -> bool:
-    """What the checks ask of the shapes, without their words: two calls less on the way of a plain call."""
-    size = cell.shape
-    return len(size) == 4 and gates.shape == (size[0], 4 * size[1], size[2], size[3])
+_OP = registry.define(
+    "convlstm_gates",
+    reference.convlstm_gates,
+    cpp=native.backend(partial(_fused, "cpp")),
+    triton=triton_utils.backend(partial(_fused, "triton")),
+)
 
 
 def convlstm_gates(gates: Tensor, cell: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -184,12 +174,8 @@ def convlstm_gates(gates: Tensor, cell: Tensor, *, backend: str | None = None) -
     (hidden in the gates' dtype, new cell in the cell's dtype), both (B,C,H,W). Raises ValueError on a wrong shape or
     dtype. Source: Shi et al. 2015, without peepholes; paper, Eq. 3.
     """
-    if backend is None and native.plain(gates, cell) and _gates_fit(gates, cell):
-        if registry.wants_gradient(gates, cell):
-            return _ConvLSTMGates.apply(gates, cell, "cpp", True)
-        return _plain_forward(gates, cell)
     checks.shape("cell", cell, "B C H W")
     b, c, h, w = cell.shape
-    checks.exactly("gates", gates, "B 4C H W", (b, 4 * c, h, w))
+    checks.shape("gates", gates, "B 4C H W", {"B": b, "4C": 4 * c, "H": h, "W": w})
     checks.same_device(gates=gates, cell=cell)
     return _OP(gates, cell, backend=backend)

@@ -8,10 +8,12 @@ pass as the loss; the backward pass scales it. Sums have one order: partial sums
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import checks, native, reference, registry, triton_utils
 from .triton_utils import jit, tile, tl
@@ -88,19 +90,12 @@ _PIXELS = 256
 """Pixels and threads of a program."""
 
 
-def _plan(h: int, w: int, images: int, c: int, want_grad: bool, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
-    grid, shape = triton_utils.tiles(images, h, w, _PIXELS)
-    offset = triton_utils.offsets(h * w)
-    fixed = {"C": c, "WANT_GRAD": want_grad, "OFFSET": offset, "COMPUTE": compute, "num_warps": _PIXELS // 32}
-    return grid, {**shape, **fixed}
-
-
 def _run(
     prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float, want_grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     b, steps, c, h, w = frames.shape
     compute = native.compute_type(prediction, target, frames)
-    inputs = [t.contiguous() for t in (prediction, target, frames)]
+    inputs = {"prediction": prediction.contiguous(), "target": target.contiguous(), "frames": frames.contiguous()}
     grad = torch.empty(prediction.shape if want_grad else (0,), dtype=prediction.dtype, device=prediction.device)
     if prediction.numel() == 0:
         # the mean over nothing; no steps at all are a sum of nothing
@@ -109,15 +104,29 @@ def _run(
     weights = 1 / (b * h * w), smooth_weight / (2 * b * h * w)
     if backend == "cpp":
         loss = torch.empty((), dtype=compute)
-        outputs = (grad if want_grad else None, loss)
-        native.call("flow_loss", compute, inputs, outputs, b * steps, c, h, w, *weights)
+        outputs = {"grad": grad if want_grad else None, "loss": loss}
+        sizes = {"images": b * steps, "channels": c, "height": h, "width": w}
+        native.call("flow_loss", compute, inputs, outputs, **sizes, data_weight=weights[0], smooth_weight=weights[1])
     else:
-        facts = b * steps, c, want_grad, triton_utils.TYPES[compute]
-        grid, _ = triton_utils.tiles(b * steps, h, w, _PIXELS)
-        partial = torch.empty(math.prod(grid), dtype=compute, device=prediction.device)
-        tensors = *inputs, grad, partial
-        triton_utils.launch(_flow_loss_kernel, _plan, tensors, (h, w), facts, weights)
-        loss = partial.sum()
+        grid, shape = triton_utils.tiles(b * steps, h, w, _PIXELS)
+        partial_sums = torch.empty(math.prod(grid), dtype=compute, device=prediction.device)
+        triton_utils.launch(
+            _flow_loss_kernel,
+            grid,
+            *inputs.values(),
+            grad,
+            partial_sums,
+            h,
+            w,
+            *weights,
+            C=c,
+            WANT_GRAD=want_grad,
+            OFFSET=triton_utils.offsets(h * w),
+            COMPUTE=triton_utils.TYPES[compute],
+            **shape,
+            num_warps=_PIXELS // 32,
+        )
+        loss = partial_sums.sum()
     return loss.to(prediction.dtype), grad
 
 
@@ -145,19 +154,24 @@ class _FlowLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @registry.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad_loss * grad, None, None, None, None
 
 
 def _fused(backend: str, prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float) -> Tensor:
-    if not registry.wants_gradient(prediction):
+    if not registry.needs_gradient(prediction):
         return _LOSS(prediction, target, frames, smooth_weight, False, backend)[0]
     return _FlowLoss.apply(prediction, target, frames, smooth_weight, backend)
 
 
-_OP = registry.define_fused("flow_loss", reference.flow_loss, _fused)
+_OP = registry.define(
+    "flow_loss",
+    reference.flow_loss,
+    cpp=native.backend(partial(_fused, "cpp")),
+    triton=triton_utils.backend(partial(_fused, "triton")),
+)
 
 
 def flow_loss(
@@ -169,10 +183,11 @@ def flow_loss(
     the prediction. Raises ValueError on a wrong shape or dtype, or when target or frames require a gradient.
     Source: paper, Eq. 8 to 10 (reductions: `reference.flow_loss`).
     """
-    checks.shape("prediction", prediction, "B P 2 H W", **{"2": 2})
+    checks.shape("prediction", prediction, "B P 2 H W")
     b, p, _, h, w = prediction.shape
-    checks.exactly("target", target, "B P 2 H W", (b, p, 2, h, w))
-    checks.shape("frames", frames, "B P C H W", B=b, P=p, H=h, W=w)
+    sizes = {"B": b, "P": p, "H": h, "W": w}
+    checks.shape("target", target, "B P 2 H W", sizes)
+    checks.shape("frames", frames, "B P C H W", sizes)
     checks.same_device(prediction=prediction, target=target, frames=frames)
     checks.no_gradient("target", target)
     checks.no_gradient("frames", frames)

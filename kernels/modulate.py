@@ -9,11 +9,13 @@ same pass. A concatenation of its own would move 2 more each way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import checks, native, reference, registry, triton_utils
 from .triton_utils import jit, tl, triton
@@ -22,11 +24,11 @@ from .triton_utils import jit, tl, triton
 @jit
 def _modulate_fwd_kernel(
     first_ptr, second_ptr, context_ptr, gamma_ptr, beta_ptr, out_ptr,
-    first_b, first_c, second_b, second_c, context_b, context_c, out_b, first, second, place, channels, area,
+    first_b, first_c, second_b, second_c, context_b, context_c, out_b, first, second, start, channels, area,
     IMAGES: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A block of one plane of the output: channels below `first` and `second` are copies, the others go behind them
-    from channel `place` on."""
+    """A block of one channel of the output. Channels below `first` and `second` are copies of the two features; the
+    affine is written from channel `start` on."""
     b, k = tl.program_id(IMAGES).to(tl.int64), tl.program_id(1).to(tl.int64)
     offset = tl.program_id(2 - IMAGES).to(OFFSET) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < area
@@ -42,7 +44,7 @@ def _modulate_fwd_kernel(
         gamma = tl.load(gamma_ptr + b * channels + c).to(COMPUTE)
         beta = tl.load(beta_ptr + b * channels + c).to(COMPUTE)
         context = tl.load(context_ptr + b * context_b + c * context_c + offset, inside, 0).to(COMPUTE)
-        tl.store(out + (place + c) * area + offset, gamma * context + beta, inside)
+        tl.store(out + (start + c) * area + offset, gamma * context + beta, inside)
 
 
 @jit
@@ -54,57 +56,38 @@ def _modulate_bwd_kernel(
     plane = tl.program_id(0).to(tl.int64)
     gamma = tl.load(gamma_ptr + plane).to(COMPUTE)
     grad = grad_ptr + plane // channels * grad_stride + plane % channels * area
-    by_gamma = tl.zeros([BLOCK], COMPUTE)
-    by_beta = tl.zeros([BLOCK], COMPUTE)
+    grad_gamma = tl.zeros([BLOCK], COMPUTE)
+    grad_beta = tl.zeros([BLOCK], COMPUTE)
     for block in range(BLOCKS):
         offset = block * BLOCK + tl.arange(0, BLOCK)
         inside = offset < area
         g = tl.load(grad + offset, inside, 0).to(COMPUTE)
-        by_gamma += g * tl.load(context_ptr + plane * area + offset, inside, 0).to(COMPUTE)
-        by_beta += g
+        grad_gamma += g * tl.load(context_ptr + plane * area + offset, inside, 0).to(COMPUTE)
+        grad_beta += g
         tl.store(grad_context_ptr + plane * area + offset, gamma * g, inside)
-    tl.store(grad_gamma_ptr + plane, tl.sum(by_gamma, 0))
-    tl.store(grad_beta_ptr + plane, tl.sum(by_beta, 0))
+    tl.store(grad_gamma_ptr + plane, tl.sum(grad_gamma, 0))
+    tl.store(grad_beta_ptr + plane, tl.sum(grad_beta, 0))
 
 
 _BLOCK = 1024
-"""The most elements of a plane that a program of the forward pass takes, 8 a thread."""
-
-
-def _plain_forward(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    b, c, h, w = context.shape
-    sizes = [part.shape[1] for part in before]
-    total = sum(sizes, c)
-    out = context.new_empty((b, total, h, w))
-    features = list(zip(map(Tensor.data_ptr, before), sizes, strict=True))
-    native.run("modulate_forward", (context, gamma, beta, out), b, c, h * w, total * h * w, features)
-    return out
-
-
-def _plain_backward(context: Tensor, gamma: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`grad`: of the context's channels, out of a gradient that is contiguous."""
-    b, c, h, w = context.shape
-    grads = torch.empty_like(context), torch.empty_like(gamma), torch.empty_like(gamma)
-    native.run("modulate_backward", (context, gamma, grad, *grads), b, c, h * w, grad.stride(0))
-    return grads
+"""The most elements of a channel that a program of the forward pass takes, 8 a thread."""
 
 
 def _forward(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Tensor, backend: str) -> Tensor:
     out = _forward_fake(before, context, gamma, beta, backend)
     if backend == "triton":
         _forward_triton(before, context, gamma, beta, out)
-        return out
-    b, c, h, w = context.shape
-    *places, place = out.split([*(t.shape[1] for t in before), c], dim=1)
-    for at, part in zip(places, before, strict=True):
-        at.copy_(part)
-    if context.numel() == 0:
-        return out
-    compute = native.compute_type(context, gamma, beta)
-    inputs = [t.contiguous() for t in (context, gamma, beta)]
-    # in another type the place is filled from a dense buffer
-    stride = out.stride(0) if out.dtype == compute else c * h * w
-    native.call("modulate_forward", compute, inputs, [place], b, c, h * w, stride, [])
+    elif out.numel() > 0:
+        b, c, h, w = context.shape
+        inputs = {
+            "before": [t.contiguous() for t in before],
+            "context": context.contiguous(),
+            "gamma": gamma.contiguous(),
+            "beta": beta.contiguous(),
+        }
+        compute = native.compute_type(*before, context, gamma, beta)
+        sizes = {"before_channels": [t.shape[1] for t in before], "batch": b, "channels": c, "area": h * w}
+        native.call("modulate_forward", compute, inputs, {"out": out}, **sizes)
     return out
 
 
@@ -112,36 +95,44 @@ def _forward_triton(before: Sequence[Tensor], context: Tensor, gamma: Tensor, be
     """One launch for the context and the first two of the features before it; PyTorch copies any others."""
     b, c, h, w = context.shape
     area = h * w
-    copied = [_planes(t) for t in before[:2]]
+    copied = [_dense_channels(t) for t in before[:2]]
     ends = [0, *accumulate(t.shape[1] for t in before)]
     for begin, part in zip(ends[2:], before[2:], strict=False):
         out[:, begin : begin + part.shape[1]].copy_(part)
-    context = _planes(context)
+    context = _dense_channels(context)
     first, second = ends[min(1, len(copied))], ends[len(copied)]
-    # where there is nothing to copy its pointer is not followed
+    # a feature that is not there is not read: any pointer will do
     one, two = (*copied, context, context)[:2]
-    tensors = one, two, context, gamma.contiguous(), beta.contiguous(), out
-    strides = *one.stride()[:2], *two.stride()[:2], *context.stride()[:2], out.stride(0)
-    facts = b, triton_utils.TYPES[native.compute_type(context, gamma, beta)]
-    numbers = *strides, first, second, ends[-1], c, area
-    triton_utils.launch(_modulate_fwd_kernel, _forward_plan, tensors, numbers, facts)
-
-
-def _forward_plan(*given: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
-    *_, second, _place, c, area, b, compute = given
     block = triton_utils.block(area, min(_BLOCK, max(64, triton.next_power_of_2(area))))
-    across, many = triton.cdiv(area, block), b > triton_utils.MOST
-    return (b, second + c, across) if many else (across, second + c, b), {
-        "IMAGES": 0 if many else 2,
-        "BLOCK": block,
-        "OFFSET": triton_utils.offsets(area + block),
-        "COMPUTE": compute,
-        "num_warps": min(4, max(1, block // 256)),
-    }
+    across, many = triton.cdiv(area, block), b > triton_utils.MAX_GRID_YZ
+    triton_utils.launch(
+        _modulate_fwd_kernel,
+        (b, second + c, across) if many else (across, second + c, b),
+        one,
+        two,
+        context,
+        gamma.contiguous(),
+        beta.contiguous(),
+        out,
+        *one.stride()[:2],
+        *two.stride()[:2],
+        *context.stride()[:2],
+        out.stride(0),
+        first,
+        second,
+        ends[-1],
+        c,
+        area,
+        IMAGES=0 if many else 2,
+        BLOCK=block,
+        OFFSET=triton_utils.offsets(area + block),
+        COMPUTE=triton_utils.TYPES[native.compute_type(context, gamma, beta)],
+        num_warps=min(4, max(1, block // 256)),
+    )
 
 
-def _planes(t: Tensor) -> Tensor:
-    """(B,C,H,W) with the pixels of a channel one behind the other, a copy where they are not."""
+def _dense_channels(t: Tensor) -> Tensor:
+    """(B,C,H,W) in which the pixels of a channel lie one behind the other; a copy where they do not."""
     return t if t.stride()[2:] == (t.shape[3], 1) else t.contiguous()
 
 
@@ -156,29 +147,44 @@ def _forward_fake(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta
 
 def _backward(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     b, c, h, w = context.shape
-    outputs = _backward_fake(context, gamma, grad, backend)
+    area = h * w
+    grad_context, grad_gamma, grad_beta = _backward_fake(context, gamma, grad, backend)
     if context.numel() == 0:
-        return outputs[0], outputs[1].zero_(), outputs[2].zero_()
+        return grad_context, grad_gamma.zero_(), grad_beta.zero_()
     compute = native.compute_type(context, gamma)
-    if grad.stride()[1:] != (h * w, w, 1):
+    # one image may lie `grad.stride(0)` behind another: the gradient is a part of a larger one
+    if grad.stride()[1:] != (area, w, 1):
         grad = grad.contiguous()
-    inputs = [t.contiguous() for t in (context, gamma)]
+    context, gamma = context.contiguous(), gamma.contiguous()
     if backend == "cpp":
         grad = grad.to(compute)
-        native.call("modulate_backward", compute, [*inputs, grad], outputs, b, c, h * w, grad.stride(0))
-    else:
-        tensors, facts = (*inputs, grad, *outputs), (b, triton_utils.TYPES[compute])
-        triton_utils.launch(_modulate_bwd_kernel, _backward_plan, tensors, (c, h * w, grad.stride(0)), facts)
-    return outputs
-
-
-def _backward_plan(c: int, area: int, _stride: int, b: int, compute: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+        inputs = {"context": context, "gamma": gamma, "grad_out": grad}
+        outputs = {"grad_context": grad_context, "grad_gamma": grad_gamma, "grad_beta": grad_beta}
+        sizes = {"batch": b, "channels": c, "area": area, "grad_stride": grad.stride(0)}
+        native.call("modulate_backward", compute, inputs, outputs, **sizes)
+        return grad_context, grad_gamma, grad_beta
     # a channel is one program's: a large one takes more threads. 32 instead of 16 warps on an H200: 0.85 of the time at
     # 1080 x 1920, 1.02 at 256 x 256
     warps = 4 if area <= 1 << 14 else 16 if area <= 1 << 18 else 32
     block = triton_utils.block(area, min(256 * warps, 4096))
-    blocks = triton.cdiv(area, block)
-    return (b * c,), {"BLOCKS": blocks, "BLOCK": block, "COMPUTE": compute, "num_warps": warps}
+    triton_utils.launch(
+        _modulate_bwd_kernel,
+        (b * c,),
+        context,
+        gamma,
+        grad,
+        grad_context,
+        grad_gamma,
+        grad_beta,
+        c,
+        area,
+        grad.stride(0),
+        BLOCKS=triton.cdiv(area, block),
+        BLOCK=block,
+        COMPUTE=triton_utils.TYPES[compute],
+        num_warps=warps,
+    )
+    return grad_context, grad_gamma, grad_beta
 
 
 def _backward_fake(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,33 +206,27 @@ _BACKWARD = registry.torch_op(
 
 class _Modulate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, backend: str, plain: bool, context: Tensor, gamma: Tensor, beta: Tensor, *before: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, backend: str, context: Tensor, gamma: Tensor, beta: Tensor, *before: Tensor) -> Tensor:
         ctx.save_for_backward(context, gamma)
-        ctx.backend, ctx.plain, ctx.types = backend, plain, [(t.shape[1], t.dtype) for t in before]
-        if plain:
-            return _plain_forward(before, context, gamma, beta)
+        ctx.backend, ctx.types = backend, [(t.shape[1], t.dtype) for t in before]
         return _FORWARD(before, context, gamma, beta, backend)
 
     @staticmethod
-    @registry.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         context, gamma = ctx.saved_tensors
         *parts, own = grad.split([*(channels for channels, _ in ctx.types), context.shape[1]], dim=1)
-        if ctx.plain and native.plain(grad):
-            return None, None, *_plain_backward(context, gamma, own), *parts
         grads = _BACKWARD(context, gamma, own, ctx.backend)
-        return None, None, *grads, *(part.to(dtype) for part, (_, dtype) in zip(parts, ctx.types, strict=True))
+        return None, *grads, *(part.to(dtype) for part, (_, dtype) in zip(parts, ctx.types, strict=True))
 
 
 def _fused(backend: str, context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor]) -> Tensor:
-    if not registry.wants_gradient(context, gamma, beta, *before):
+    if not registry.needs_gradient(context, gamma, beta, *before):
         return _FORWARD(before, context, gamma, beta, backend)
-    return _Modulate.apply(backend, False, context, gamma, beta, *before)
+    return _Modulate.apply(backend, context, gamma, beta, *before)
 
 
-def _by_cpp(context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor]) -> bool:
+def _suits_cpp(context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor]) -> bool:
     # anything else is converted and copied first, and PyTorch's addcmul and cat are faster, up to 3 times on a small
     # map; in a compiled program they are joined with what is around them
     if torch.compiler.is_compiling():
@@ -234,33 +234,20 @@ def _by_cpp(context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tenso
     return all(t.dtype == torch.float32 and t.is_contiguous() for t in (context, gamma, beta, *before))
 
 
-def _by_triton(context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor]) -> bool:
+def _suits_triton(context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor]) -> bool:
     # a program per channel has too little to do on a small map: on an H200, in a CUDA graph, PyTorch's two kernels take
     # 0.7 times as long forward at 6 x 6, twice as long at 48 x 48; with the backward pass 1.7 times as long at 6 x 6
     if torch.compiler.is_compiling() or context.shape[2] * context.shape[3] >= 256:
         return True
-    return registry.wants_gradient(context, gamma, beta, *before)
+    return registry.needs_gradient(context, gamma, beta, *before)
 
 
-_OP = registry.define_fused(
+_OP = registry.define(
     "modulate",
     reference.modulate,
-    _fused,
-    cpp_where=("contiguous float32", _by_cpp),
-    triton_where=("256 pixels, or a gradient", _by_triton),
+    cpp=native.backend(partial(_fused, "cpp"), suits=_suits_cpp, condition="contiguous float32"),
+    triton=triton_utils.backend(partial(_fused, "triton"), suits=_suits_triton, condition="256 pixels, or a gradient"),
 )
-
-
-def _modulate_fits(context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor]) -> bool:
-    """What the checks ask of the shapes, without their words: two calls less on the way of a plain call."""
-    size = context.shape
-    if len(size) != 4 or gamma.shape != size[:2] or beta.shape != size[:2]:
-        return False
-    for part in before:
-        shape = part.shape
-        if len(shape) != 4 or shape[0] != size[0] or shape[2:] != size[2:]:
-            return False
-    return True
 
 
 def modulate(
@@ -271,17 +258,13 @@ def modulate(
     `before`: features (B,Ci,H,W) that the result is concatenated behind, in order, without a pass of its own. Raises
     ValueError on a wrong shape or dtype. Source: paper, Eq. 7.
     """
-    if backend is None and native.plain(context, gamma, beta, *before) and _modulate_fits(context, gamma, beta, before):
-        if registry.wants_gradient(context, gamma, beta, *before):
-            return _Modulate.apply("cpp", True, context, gamma, beta, *before)
-        return _plain_forward(before, context, gamma, beta)
     checks.shape("context", context, "B C H W")
     b, c, h, w = context.shape
-    checks.exactly("gamma", gamma, "B C", (b, c))
-    checks.exactly("beta", beta, "B C", (b, c))
-    for i, part in enumerate(before):
-        checks.shape(f"before[{i}]", part, "B Ci H W", B=b, H=h, W=w)
-    checks.same_device(
-        context=context, gamma=gamma, beta=beta, **{f"before[{i}]": part for i, part in enumerate(before)}
-    )
+    sizes = {"B": b, "C": c, "H": h, "W": w}
+    checks.shape("gamma", gamma, "B C", sizes)
+    checks.shape("beta", beta, "B C", sizes)
+    features = {f"before[{i}]": part for i, part in enumerate(before)}
+    for name, part in features.items():
+        checks.shape(name, part, "B Ci H W", sizes)
+    checks.same_device(context=context, gamma=gamma, beta=beta, **features)
     return _OP(context, gamma, beta, before, backend=backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import registry
+from .registry import Backend
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -50,37 +49,22 @@ def compute_type(*tensors: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def plain(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether there is nothing to choose and nothing to convert: contiguous tensors of `dtype` on the CPU, nobody who
-    watches, no backend asked for. Such a call goes straight to C++: once the data of an op of 30 us have taken the
-    cache, its way through all layers takes as long again, the straight one 10 us."""
-    for tensor in tensors:
-        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype is not dtype:
-            return False
-    # before tensors are asked what a tracer would take down
-    if _ENGINE is None or not registry.unwatched(*tensors):
-        return False
-    for tensor in tensors:
-        if not tensor.is_contiguous() or tensor.numel() == 0:
-            return False
-    return not registry.has_environment("AVFAST_BACKEND")
+def backend(function, *, suits=None, condition=None):
+    """`function`, which calls the extension, as a backend of an op."""
+    return Backend(function, unsupported, unavailable, None, suits, condition)
 
 
-def run(name: str, tensors: Sequence[Tensor], *rest: Any) -> None:
-    """`call` for tensors that are `plain`, outputs included."""
-    getattr(_ENGINE, name)(*map(Tensor.data_ptr, tensors), *rest, False, torch.get_num_threads())
-
-
-def call(
-    name: str, compute: torch.dtype, inputs: Sequence[Tensor], outputs: Sequence[Tensor | None], *rest: Any
-) -> None:
-    """Run one of the C++ functions: the addresses of the inputs, then of the outputs (None: a null pointer), then
-    the rest. Tensors lie as the function expects; those of another type than `compute` are converted, there and back.
-    """
-    given = [t if t.dtype == compute else t.to(compute) for t in inputs]
-    taken = [t if t is None or t.dtype == compute else torch.empty_like(t, dtype=compute) for t in outputs]
+def call(name, compute, inputs, outputs, **sizes):
+    if name == "modulate_forward":
+        before = [t.to(compute) for t in inputs.pop("before")]
+        channels = sizes.pop("before_channels")
+        out = outputs["out"]
+        sizes["out_stride"] = out.shape[1] * sizes["area"]
+        sizes["before"] = list(zip([t.data_ptr() for t in before], channels, strict=True))
+    given = [t if t.dtype == compute else t.to(compute) for t in inputs.values()]
+    taken = [t if t is None or t.dtype == compute else torch.empty_like(t, dtype=compute) for t in outputs.values()]
     addresses = [0 if t is None else t.data_ptr() for t in (*given, *taken)]
-    getattr(engine(), name)(*addresses, *rest, compute == torch.float64, torch.get_num_threads())
-    for output, buffer in zip(outputs, taken, strict=True):
+    getattr(engine(), name)(*addresses, *sizes.values(), compute == torch.float64, torch.get_num_threads())
+    for output, buffer in zip(outputs.values(), taken, strict=True):
         if output is not None and buffer is not None and output is not buffer:
             output.copy_(buffer)

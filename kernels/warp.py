@@ -11,10 +11,12 @@ CPU its order is always the same.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import checks, native, reference, registry, triton_utils
 from .triton_utils import jit, tile, tl
@@ -22,27 +24,27 @@ from .triton_utils import jit, tile, tl
 
 @jit
 def _taps(coordinate, size, ZEROS: tl.constexpr, OFFSET: tl.constexpr):
-    """Along one axis: (first and second tap, held inside the image, their weights, whether each counts, whether the
-    coordinate moves with the flow)."""
+    """Along one axis: (first and second tap, clamped into the image; their weights; whether each lies inside, as 0 or
+    1; whether the flow moves the coordinate)."""
     margin: tl.constexpr = 1 if ZEROS else 0
     low = -margin
     high = size - 1 + margin
     moving = (coordinate > low) & (coordinate < high)
     nan = coordinate != coordinate
-    held = tl.where(nan, 0.0, tl.minimum(tl.maximum(coordinate, low), high))
-    # clamped before the conversion: what lies outside the integers converts to anything
-    first = tl.minimum(tl.floor(held), tl.maximum(high - 1, low).to(held.dtype)).to(OFFSET)
+    clamped = tl.where(nan, 0.0, tl.minimum(tl.maximum(coordinate, low), high))
+    # clamped before the conversion: a float beyond the integers' range converts to any value
+    first = tl.minimum(tl.floor(clamped), tl.maximum(high - 1, low).to(clamped.dtype)).to(OFFSET)
     second = first + 1
-    weight = tl.where(nan, coordinate, held - first.to(held.dtype))
-    counts0 = ((first >= 0) | (not ZEROS)).to(held.dtype)
-    counts1 = ((second < size) | (not ZEROS)).to(held.dtype)
+    weight = tl.where(nan, coordinate, clamped - first.to(clamped.dtype))
+    valid0 = ((first >= 0) | (not ZEROS)).to(clamped.dtype)
+    valid1 = ((second < size) | (not ZEROS)).to(clamped.dtype)
     return (
         tl.maximum(first, 0),
         tl.minimum(second, size - 1),
-        (1 - weight) * counts0,
-        weight * counts1,
-        counts0,
-        counts1,
+        (1 - weight) * valid0,
+        weight * valid1,
+        valid0,
+        valid1,
         moving,
     )
 
@@ -57,8 +59,9 @@ def _coordinates(flow, flow_c, flow_h, flow_w, y, x, inside, COMPUTE: tl.constex
 
 @jit
 def _corners(channel, top, bottom, left, right, COMPUTE: tl.constexpr):
-    """The values of one channel at the four corners, from the offsets of two rows and two columns. No mask: taps are
-    held inside the image, those of pixels outside the tile too, and a mask costs an instruction a load."""
+    """The values of one channel at the four corners, from the offsets of two rows and two columns. The loads need no
+    mask, which would cost an instruction each: all taps are clamped into the image, those of pixels outside the tile
+    too."""
     v00 = tl.load(channel + (top + left)).to(COMPUTE)
     v01 = tl.load(channel + (top + right)).to(COMPUTE)
     v10 = tl.load(channel + (bottom + left)).to(COMPUTE)
@@ -82,7 +85,8 @@ def _warp_fwd_kernel(
     top, bottom, left, right = y0 * image_h, y1 * image_h, x0 * image_w, x1 * image_w
     pixel = y * out_h + x * out_w
     for _ in range(C // AT_ONCE):
-        # all loads before the first store, which no load may be moved over: else a thread waits for each channel
+        # all loads stand before the first store: the compiler moves no load over a store, and a thread would wait for
+        # each channel in turn
         outs = ()
         for _ in tl.static_range(AT_ONCE):
             v00, v01, v10, v11 = _corners(channel, top, bottom, left, right, COMPUTE)
@@ -95,9 +99,9 @@ def _warp_fwd_kernel(
 
 @jit
 def _add(at, value, scale, inside, FIXED: tl.constexpr):
-    # relaxed: nobody waits for another's sum, and the order that is the default costs barriers
+    # relaxed: no program waits for another's sum, and the default order costs barriers
     if FIXED:
-        # rounding by hand: a conversion cuts
+        # a conversion truncates, so round first
         tl.atomic_add(at, tl.floor(value * scale + 0.5).to(tl.int64), inside, sem="relaxed")
     else:
         tl.atomic_add(at, value, inside, sem="relaxed")
@@ -114,13 +118,13 @@ def _warp_bwd_kernel(
 ):  # fmt: skip
     b, y, x, inside = tile(height, width, COLUMNS, ROWS, IMAGES, OFFSET)
     px, py = _coordinates(flow_ptr + b * flow_b, flow_c, flow_h, flow_w, y, x, inside, COMPUTE)
-    x0, x1, wx0, wx1, nx0, nx1, moving_x = _taps(px, width, ZEROS, OFFSET)
-    y0, y1, wy0, wy1, ny0, ny1, moving_y = _taps(py, height, ZEROS, OFFSET)
+    x0, x1, wx0, wx1, valid_x0, valid_x1, moving_x = _taps(px, width, ZEROS, OFFSET)
+    y0, y1, wy0, wy1, valid_y0, valid_y1, moving_y = _taps(py, height, ZEROS, OFFSET)
     # tl.cast: a size of 1 is no tensor but a constant of the program
     plane = tl.cast(height, tl.int64) * width
     scale = tl.load(scale_ptr) if FIXED else 1.0
-    by_x = tl.zeros([COLUMNS * ROWS], COMPUTE)
-    by_y = tl.zeros([COLUMNS * ROWS], COMPUTE)
+    grad_x = tl.zeros([COLUMNS * ROWS], COMPUTE)
+    grad_y = tl.zeros([COLUMNS * ROWS], COMPUTE)
     channel, grad, to = image_ptr + b * image_b, grad_ptr + b * grad_b, grad_image_ptr + b * C * plane
     top, bottom, left, right = y0 * image_h, y1 * image_h, x0 * image_w, x1 * image_w
     pixel = y * grad_h + x * grad_w
@@ -131,8 +135,10 @@ def _warp_bwd_kernel(
             gs += (g,)  # type: ignore[assignment]
             if WANT_FLOW:
                 v00, v01, v10, v11 = _corners(channel, top, bottom, left, right, COMPUTE)
-                by_x += g * (wy0 * (nx1 * v01 - nx0 * v00) + wy1 * (nx1 * v11 - nx0 * v10))
-                by_y += g * (wx0 * (ny1 * v10 - ny0 * v00) + wx1 * (ny1 * v11 - ny0 * v01))
+                slope_top, slope_bottom = valid_x1 * v01 - valid_x0 * v00, valid_x1 * v11 - valid_x0 * v10
+                slope_left, slope_right = valid_y1 * v10 - valid_y0 * v00, valid_y1 * v11 - valid_y0 * v01
+                grad_x += g * (wy0 * slope_top + wy1 * slope_bottom)
+                grad_y += g * (wx0 * slope_left + wx1 * slope_right)
             channel += image_c
             grad += grad_c
         if WANT_IMAGE:
@@ -144,62 +150,52 @@ def _warp_bwd_kernel(
                 to += plane
     if WANT_FLOW:
         at = grad_flow_ptr + b * 2 * plane + (y * width + x)
-        tl.store(at, tl.where(moving_x, by_x, 0.0), inside)
-        tl.store(at + plane, tl.where(moving_y, by_y, 0.0), inside)
+        tl.store(at, tl.where(moving_x, grad_x, 0.0), inside)
+        tl.store(at + plane, tl.where(moving_y, grad_y, 0.0), inside)
 
 
 _PIXELS = 256
 """Pixels and threads of a program."""
+_PADDINGS = ("border", "zeros")
 
 
-def _plan(*given: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Of the strides of three tensors, height and width, then batch, channels, and constants by name."""
-    *strides, h, w, b, c, constants = given
-    grid, shape = triton_utils.tiles(b, h, w, _PIXELS)
-    reach = [triton_utils.extent((h, w), strides[i : i + 2]) for i in (2, 6, 10)]
-    # channels whose loads are under way together: three spill the registers of the sums in fixed point
-    at_once = 1 if ("FIXED", True) in constants else next(n for n in (4, 3, 2, 1) if c % n == 0)
-    return grid, {
-        **dict(constants),
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], **constants: Any) -> None:
+    """Run a kernel over all pixels of the first tensor (B,C,H,W). It takes the strides of the tensors in `strided`."""
+    batch, channels, h, w = tensors[0].shape
+    grid, shape = triton_utils.tiles(batch, h, w, _PIXELS)
+    spans = [triton_utils.extent((h, w), t.stride()[2:]) for t in strided]
+    # the loads of so many channels are under way together; three spill the registers of the fixed-point sums
+    at_once = 1 if constants.get("FIXED") else next(n for n in (4, 3, 2, 1) if channels % n == 0)
+    triton_utils.launch(
+        kernel,
+        grid,
+        *tensors,
+        *(step for t in strided for step in t.stride()),
+        h,
+        w,
+        C=channels,
+        AT_ONCE=at_once,
+        OFFSET=triton_utils.offsets(h * w, *spans),
+        **constants,
         **shape,
-        "C": c,
-        "AT_ONCE": at_once,
-        "OFFSET": triton_utils.offsets(h * w, *reach),
-        "num_warps": _PIXELS // 32,
-    }
-
-
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], a: Tensor, b: Tensor, c: Tensor, *constants: Any) -> None:
-    """Run a kernel over all pixels of a (B,C,H,W), which takes the strides of a, b and c."""
-    batch, channels, h, w = a.shape
-    numbers = *a.stride(), *b.stride(), *c.stride(), h, w
-    triton_utils.launch(kernel, _plan, tensors, numbers, (batch, channels, constants))
-
-
-def _plain_forward(image: Tensor, flow: Tensor, padding: str) -> Tensor:
-    out = torch.empty_like(image)
-    native.run("warp_forward", (image, flow, out), *image.shape, padding == "zeros")
-    return out
-
-
-def _plain_backward(image: Tensor, flow: Tensor, grad: Tensor, padding: str) -> tuple[Tensor, Tensor]:
-    grads = torch.empty_like(image), torch.empty_like(flow)
-    native.run("warp_backward", (image, flow, grad, *grads), *image.shape, padding == "zeros")
-    return grads
+        num_warps=_PIXELS // 32,
+    )
 
 
 def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
     out = _forward_fake(image, flow, padding, backend)
     if image.numel() == 0:
         return out
+    b, c, h, w = image.shape
     compute, zeros = native.compute_type(image, flow), padding == "zeros"
     if backend == "cpp":
-        plain = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-        inputs = (image.contiguous(), flow.contiguous())
-        native.call("warp_forward", compute, inputs, (plain,), *image.shape, zeros)
-        return out if plain is out else out.copy_(plain)
+        dense = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+        inputs = {"image": image.contiguous(), "flow": flow.contiguous()}
+        sizes = {"batch": b, "channels": c, "height": h, "width": w, "zeros": zeros}
+        native.call("warp_forward", compute, inputs, {"out": dense}, **sizes)
+        return out if dense is out else out.copy_(dense)
     tensors = image, flow, out
-    _launch(_warp_fwd_kernel, tensors, *tensors, ("ZEROS", zeros), ("COMPUTE", triton_utils.TYPES[compute]))
+    _launch(_warp_fwd_kernel, tensors, tensors, ZEROS=zeros, COMPUTE=triton_utils.TYPES[compute])
     return out
 
 
@@ -214,31 +210,40 @@ def _backward(
     grad_flow = torch.empty(flow.shape if want_flow else (0,), dtype=compute, device=image.device)
     # C++ zeroes each image's sums just before it adds to them
     make = torch.empty if backend == "cpp" else torch.zeros
-    sums = make(image.shape if want_image else (0,), dtype=compute, device=image.device)
+    grad_image = make(image.shape if want_image else (0,), dtype=compute, device=image.device)
     if image.numel() == 0:
         grad_flow.zero_()
     elif backend == "cpp":
-        inputs = [t.contiguous() for t in (image, flow, grad)]
-        outputs = (sums if want_image else None, grad_flow if want_flow else None)
-        native.call("warp_backward", compute, inputs, outputs, *image.shape, zeros)
+        b, c, h, w = image.shape
+        inputs = {"image": image.contiguous(), "flow": flow.contiguous(), "grad_out": grad.contiguous()}
+        outputs = {"grad_image": grad_image if want_image else None, "grad_flow": grad_flow if want_flow else None}
+        sizes = {"batch": b, "channels": c, "height": h, "width": w, "zeros": zeros}
+        native.call("warp_backward", compute, inputs, outputs, **sizes)
     else:
-        fixed = want_image and torch.are_deterministic_algorithms_enabled()
-        scale = sums
-        if fixed:
-            sums = torch.zeros(image.shape, dtype=torch.int64, device=image.device)
-            # the sum of one pixel is at most the largest gradient times the number of pixels
-            peak = grad.detach().abs().amax().to(compute)
-            exponent = torch.frexp(peak * (image.shape[2] * image.shape[3])).exponent
-            scale = torch.ldexp(torch.ones_like(peak), (62 - exponent).clamp(-120, 120))
-        tensors = image, flow, grad, sums, grad_flow, scale
-        _launch(
-            _warp_bwd_kernel, tensors, image, flow, grad, ("ZEROS", zeros), ("WANT_IMAGE", want_image),
-            ("WANT_FLOW", want_flow), ("FIXED", fixed), ("COMPUTE", triton_utils.TYPES[compute]),
-        )  # fmt: skip
-        if fixed:
-            # peak - peak: nothing, or NaN where a gradient was not finite, which integers cannot hold
-            sums = sums.to(compute) / scale + (peak - peak)
-    return sums.to(image.dtype), grad_flow.to(flow.dtype)
+        constants = {"ZEROS": zeros, "WANT_IMAGE": want_image, "WANT_FLOW": want_flow}
+        constants |= {"COMPUTE": triton_utils.TYPES[compute]}
+        if want_image and torch.are_deterministic_algorithms_enabled():
+            grad_image = _fixed_point_backward(image, flow, grad, grad_flow, compute, constants)
+        else:
+            # without fixed point the kernel does not read the scale
+            tensors = image, flow, grad, grad_image, grad_flow, grad_flow
+            _launch(_warp_bwd_kernel, tensors, (image, flow, grad), FIXED=False, **constants)
+    return grad_image.to(image.dtype), grad_flow.to(flow.dtype)
+
+
+def _fixed_point_backward(
+    image: Tensor, flow: Tensor, grad: Tensor, grad_flow: Tensor, compute: torch.dtype, constants: dict[str, Any]
+) -> Tensor:
+    """The image's gradient by integer atomics, whose sums do not depend on their order; fills grad_flow too."""
+    sums = torch.zeros(image.shape, dtype=torch.int64, device=image.device)
+    # the sum of one pixel is at most the largest gradient times the number of pixels
+    peak = grad.detach().abs().amax().to(compute)
+    exponent = torch.frexp(peak * (image.shape[2] * image.shape[3])).exponent
+    scale = torch.ldexp(torch.ones_like(peak), (62 - exponent).clamp(-120, 120))
+    tensors = image, flow, grad, sums, grad_flow, scale
+    _launch(_warp_bwd_kernel, tensors, (image, flow, grad), FIXED=True, **constants)
+    # peak - peak is 0, or NaN where a gradient was not finite, which integers cannot hold
+    return sums.to(compute) / scale + (peak - peak)
 
 
 def _backward_fake(
@@ -263,38 +268,31 @@ _BACKWARD = registry.torch_op(
 
 class _BackwardWarp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, image: Tensor, flow: Tensor, padding: str, backend: str, plain: bool) -> Tensor:
+    def forward(ctx: Any, image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
         ctx.save_for_backward(image, flow)
-        ctx.padding, ctx.backend, ctx.plain = padding, backend, plain
-        return _plain_forward(image, flow, padding) if plain else _FORWARD(image, flow, padding, backend)
+        ctx.padding, ctx.backend = padding, backend
+        return _FORWARD(image, flow, padding, backend)
 
     @staticmethod
-    @registry.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         image, flow = ctx.saved_tensors
         want_image, want_flow = ctx.needs_input_grad[:2]
-        if ctx.plain and want_image and want_flow and native.plain(grad):
-            return *_plain_backward(image, flow, grad, ctx.padding), None, None, None
-        by_image, by_flow = _BACKWARD(image, flow, grad, ctx.padding, want_image, want_flow, ctx.backend)
-        return by_image if want_image else None, by_flow if want_flow else None, None, None, None
+        grad_image, grad_flow = _BACKWARD(image, flow, grad, ctx.padding, want_image, want_flow, ctx.backend)
+        return grad_image if want_image else None, grad_flow if want_flow else None, None, None
 
 
 def _fused(backend: str, image: Tensor, flow: Tensor, padding: str) -> Tensor:
-    if not registry.wants_gradient(image, flow):
-        return _FORWARD(image, flow, padding, backend)
-    return _BackwardWarp.apply(image, flow, padding, backend, False)
+    run = _BackwardWarp.apply if registry.needs_gradient(image, flow) else _FORWARD
+    return run(image, flow, padding, backend)
 
 
-_OP = registry.define_fused("backward_warp", reference.backward_warp, _fused)
-
-
-_PADDINGS = ("border", "zeros")
-
-
-def _flow_fits(image: Tensor, flow: Tensor) -> bool:
-    """What the checks ask of the shapes, without their words: two calls less on the way of a plain call."""
-    size = image.shape
-    return len(size) == 4 and flow.shape == (size[0], 2, size[2], size[3])
+_OP = registry.define(
+    "backward_warp",
+    reference.backward_warp,
+    cpp=native.backend(partial(_fused, "cpp")),
+    triton=triton_utils.backend(partial(_fused, "triton")),
+)
 
 
 def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backend: str | None = None) -> Tensor:
@@ -305,13 +303,9 @@ def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backe
     NaN at its pixel. Raises ValueError on a wrong shape, dtype or padding, or a backend that cannot run it.
     Source: paper, Eq. 4.
     """
-    if backend is None and native.plain(image, flow) and padding in _PADDINGS and _flow_fits(image, flow):
-        if registry.wants_gradient(image, flow):
-            return _BackwardWarp.apply(image, flow, padding, "cpp", True)
-        return _plain_forward(image, flow, padding)
     checks.shape("image", image, "B C H W")
     b, _, h, w = image.shape
-    checks.exactly("flow", flow, "B 2 H W", (b, 2, h, w))
+    checks.shape("flow", flow, "B 2 H W", {"B": b, "H": h, "W": w})
     checks.same_device(image=image, flow=flow)
     checks.choice("padding", padding, _PADDINGS)
     return _OP(image, flow, padding, backend=backend)

@@ -10,28 +10,18 @@ D/
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
+from avfast.data.base import DataSettings
+from avfast.data.clips import ClipSettings
 from avfast.data.digits import SPLITS, Split
-from avfast.data.store import DATASET_FORMAT, ClipStore, built_mmnist, load_mmnist, read_index
+from avfast.data.store import DATASET_FORMAT, ClipStore, read_index
 from avfast.errors import InputError
-from avfast.ui.progress import Progress
-
-if TYPE_CHECKING:
-    from avfast.training.config import TrainConfig
-
-
-@dataclass(frozen=True)
-class ClipsConfig:
-    """A data set that `avfast prepare` has made."""
-
-    data: str | None = None
-    """Its folder (with --dataset clips)."""
-
 
 DATASET_VERSION = 1
 """Raised whenever a data set prepared before could no longer be read."""
@@ -99,38 +89,32 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_split(run: TrainConfig, split: Split, *, quiet: bool = False) -> ClipStore:
-    """One split of a run's data set: opened, or generated into the cache with progress shown.
+@dataclass(frozen=True)
+class ClipsConfig(DataSettings):
+    """A data set that `avfast prepare` has made of somebody's videos."""
 
-    Raises InputError as `open_split` and `load_mmnist` do, and for prepared clips that do not fit the run.
-    """
-    if run.dataset == "clips":
-        assert run.clips.data is not None
-        store = open_split(run.clips.data, split)
-        _refuse_misfit(run, store)
-        return store
-    with Progress(f"data set, {split}", quiet=quiet) as progress:
-        return load_mmnist(run.data, split, run.data_cache, flow_preset=run.flow_preset, progress=progress.update)
+    name: ClassVar[str] = "clips"
 
+    data: str | None = None
+    """Its folder."""
 
-def built_split(run: TrainConfig, split: Split) -> ClipStore | None:
-    """One split of a run's data set where it is there already, else None. Raises InputError as `load_split` does."""
-    if run.dataset == "clips":
-        return load_split(run, split)
-    return built_mmnist(run.data, split, run.data_cache, flow_preset=run.flow_preset)
+    @property
+    def title(self) -> str:
+        return Path(self._folder()).absolute().name
 
+    def check(self, frames: int, batch_size: int) -> None:
+        self._folder()
 
-def _refuse_misfit(run: TrainConfig, store: ClipStore) -> None:
-    for flag, wanted, found in (
-        ("image-channels", run.model.image_channels, store.frames.shape[2]),
-        ("audio-shape", run.model.audio_shape, store.audio_shape),
-        ("flow-preset", run.flow_preset, store.parameters["flow"]["preset"]),
-    ):
-        if wanted != found:
-            raise InputError(f"{flag} is {wanted}, but the clips in {store.folder} have {found}")
-    longest = run.context_frames + max(run.pred_frames, run.eval_frames)
-    if longest > store.clip_frames:
-        raise InputError(
-            f"context-frames + pred-frames or eval-frames is {longest}, more than the {store.clip_frames} frames of "
-            f"the clips in {store.folder}"
-        )
+    def load(self, split: Split, *, cache: str, flow_preset: str, quiet: bool = False) -> ClipStore:
+        return open_split(self._folder(), split)
+
+    def clip_settings(self, parameters: Mapping[str, Any], image_channels: int) -> ClipSettings:
+        if parameters["layout"] != "videos":
+            raise InputError(f"the model was trained on the ready-made spectrograms of layout {parameters['layout']}")
+        settings = {field.name: parameters[field.name] for field in dataclasses.fields(ClipSettings)}
+        return ClipSettings(**{**settings, "size": tuple(settings["size"])})
+
+    def _folder(self) -> str:
+        if self.data is None:
+            raise InputError("--data is missing, expected the folder of a data set with --dataset clips")
+        return self.data

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -19,13 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avfast.data.digits import Split
-from avfast.data.mmnist import MMNISTConfig, MovingMNIST, mmnist_spectrogram
 from avfast.errors import InputError
 from avfast.files.atomic import npy_appender
 from avfast.media.prefetch import ahead
 from avfast.media.spectrogram import SpectrogramConfig, spectrogram
-from avfast.opticalflow.tvl1 import PRESETS, tvl1_flow
+from avfast.opticalflow.tvl1 import tvl1_flow
 
 FORMAT = "avfast-clips"
 FORMAT_VERSION = 1
@@ -36,7 +32,6 @@ _KINDS = {FORMAT: "clip store", DATASET_FORMAT: "data set"}
 # dtype and number of dimensions; little-endian, so that the files serve every machine. The frames are always there, and
 # of the sound its spectrogram or its waveform
 _ARRAYS = {"frames": ("|u1", 5), "audio": ("<f4", 5), "flow": ("<f2", 5), "waveform": ("<i2", 2)}
-_CHUNK = 32
 
 
 class Batch(NamedTuple):
@@ -48,10 +43,14 @@ class Batch(NamedTuple):
     """(B, T, 1, F, S) float32 in [0, 1]."""
     flow: Tensor
     """(B, T, 2, H, W) float32, backward, in pixels; flow[:, 0] = 0."""
+    waveform: Tensor | None = None
+    """(B, T * samples_per_frame) int16, where it was asked for."""
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+    def first_frames(self, count: int) -> Batch:
+        """The first `count` frames of every window."""
+        frames, audio, flow = (part[:, :count] for part in self[:3])
+        samples = 0 if self.waveform is None else self.waveform.shape[1] // self.frames.shape[1]
+        return Batch(frames, audio, flow, None if self.waveform is None else self.waveform[:, : count * samples])
 
 
 class Windows(NamedTuple):
@@ -64,9 +63,9 @@ class Windows(NamedTuple):
     flow: Tensor | None
     """(B, T, 2, H, W) float16."""
     waveform: Tensor | None
-    """(B, T * samples_per_frame) int16, gathered only where there is no spectrogram."""
+    """(B, T * samples_per_frame) int16, gathered where it is asked for or there is no spectrogram."""
 
-    def moved(self, change: Callable[[Tensor], Tensor]) -> Windows:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Windows:
         """Every part changed, such as brought to another device."""
         return Windows(change(self.frames), *(None if part is None else change(part) for part in self[1:]))
 
@@ -128,18 +127,29 @@ class ClipStore:
     def _spectrogram(self) -> SpectrogramConfig:
         return SpectrogramConfig(**self.parameters["spectrogram"])
 
-    def cached(self, where: Literal["none", "ram", "device"], device: torch.device | str = "cpu") -> ClipStore:
+    def cached(
+        self, where: Literal["none", "ram", "device"], device: torch.device | str = "cpu", *, waveform: bool = False
+    ) -> ClipStore:
         """The same store with what `gather` reads mapped from the disk, copied into memory, or put on the device."""
         if where == "none":
             return self
-        read = {name: array for name, array in self._arrays.items() if name != "waveform" or self.audio is None}
+        wanted = waveform or self.audio is None
+        read = {name: array for name, array in self._arrays.items() if name != "waveform" or wanted}
         copies: dict[str, Any] = {name: np.array(array) for name, array in read.items()}
         if where == "device":
             copies = {name: torch.from_numpy(array).to(device) for name, array in copies.items()}
         return ClipStore(self.folder, copies, self.parameters)
 
-    def gather(self, clips: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray, length: int) -> Windows:
-        """Windows of `length` frames as stored: window i is clip clips[i] from frame starts[i] (counted from 0).
+    def gather(
+        self,
+        clips: Sequence[int] | np.ndarray,
+        starts: Sequence[int] | np.ndarray,
+        length: int,
+        *,
+        waveform: bool = False,
+    ) -> Windows:
+        """Windows of `length` frames as stored: window i is clip clips[i] from frame starts[i] (counted from 0). The
+        waveform is among them where it is asked for, or stored in place of a spectrogram.
 
         Raises ValueError for different lengths or a window outside its clip.
         """
@@ -158,11 +168,13 @@ class ClipStore:
             windows = [array[c, s * unit : (s + length) * unit] for c, s in zip(clips, starts, strict=True)]
             return torch.stack(windows) if isinstance(array, Tensor) else torch.from_numpy(np.stack(windows))
 
-        waveform = None if self.audio is not None else self.waveform
-        samples = 0 if waveform is None else waveform.shape[1] // self.clip_frames
+        if waveform and self.waveform is None:
+            raise ValueError(f"waveform: {self.folder} does not hold it")
+        sound = self.waveform if waveform or self.audio is None else None
+        samples = 0 if sound is None else sound.shape[1] // self.clip_frames
         frames = take(self.frames)
         assert frames is not None
-        return Windows(frames, take(self.audio), take(self.flow), take(waveform, samples))
+        return Windows(frames, take(self.audio), take(self.flow), take(sound, samples))
 
     def convert(self, windows: Windows) -> Batch:
         """Gathered windows as a batch, on the device they are on; flow[:, 0] is 0: a window's first frame has no
@@ -176,7 +188,7 @@ class ClipStore:
         else:
             flow = windows.flow.float()
             flow[:, 0] = 0
-        return Batch(windows.frames.float() / 255, audio, flow)
+        return Batch(windows.frames.float() / 255, audio, flow, windows.waveform)
 
     def batch(
         self,
@@ -184,22 +196,30 @@ class ClipStore:
         starts: Sequence[int] | np.ndarray,
         length: int,
         device: torch.device | str = "cpu",
+        *,
+        waveform: bool = False,
     ) -> Batch:
         """`gather`, then `convert`: the stored types travel to the device and are converted there."""
-        return self.convert(self.gather(clips, starts, length).moved(lambda part: part.to(device)))
+        windows = self.gather(clips, starts, length, waveform=waveform)
+        return self.convert(windows.map(lambda part: part.to(device)))
 
     def batches(
-        self, keys: Iterable[tuple[np.ndarray, np.ndarray]], length: int, device: torch.device
+        self,
+        keys: Iterable[tuple[np.ndarray, np.ndarray]],
+        length: int,
+        device: torch.device,
+        *,
+        waveform: bool = False,
     ) -> Generator[Batch, None, None]:
         """The batches of many (clips, starts), in their order. For a GPU a thread gathers the next one into pinned
         memory in the meantime; close the iterator to end it."""
-        gathered = (self.gather(clips, starts, length) for clips, starts in keys)
+        gathered = (self.gather(clips, starts, length, waveform=waveform) for clips, starts in keys)
         if device.type != "cuda" or isinstance(self.frames, Tensor):
-            yield from (self.convert(windows.moved(lambda part: part.to(device))) for windows in gathered)
+            yield from (self.convert(windows.map(lambda part: part.to(device))) for windows in gathered)
             return
-        with closing(ahead(windows.moved(Tensor.pin_memory) for windows in gathered)) as pinned:
+        with closing(ahead(windows.map(Tensor.pin_memory) for windows in gathered)) as pinned:
             for windows in pinned:
-                yield self.convert(windows.moved(lambda part: part.to(device, non_blocking=True)))
+                yield self.convert(windows.map(lambda part: part.to(device, non_blocking=True)))
 
 
 def read_index(folder: Path, kind: str, version: int) -> dict[str, Any]:
@@ -314,58 +334,3 @@ def _write_arrays(folder: Path, clips: int, chunks: Iterable[dict[str, np.ndarra
     if written != clips:
         raise ValueError(f"chunks hold {written} clips: expected {clips}")
     return shapes
-
-
-def load_mmnist(
-    config: MMNISTConfig,
-    split: Split,
-    cache: str | Path,
-    *,
-    flow_preset: str,
-    threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> ClipStore:
-    """One split of Multimodal MovingMNIST with spectrograms and backward TV-L1 flow, from the cache or built into it.
-
-    The folder is `<cache>/mmnist-<split>-<hash>`, the hash of exactly those parameters that change this split's data
-    (digit files by content). progress(done, clips) is called as clips are built; threads are the flow's. Raises
-    InputError for bad settings or digit files, a damaged folder in the cache, a full disk or an unwritable cache.
-    """
-    if flow_preset not in PRESETS:
-        raise InputError(f"flow_preset={flow_preset!r}: expected one of {', '.join(PRESETS)}")
-    source = MovingMNIST(config, split)
-    folder, parameters = _mmnist_place(source, split, cache, flow_preset)
-    if folder.exists():
-        return ClipStore.open(folder)
-
-    def build() -> Iterable[dict[str, np.ndarray]]:
-        config_audio = mmnist_spectrogram(config.tone)
-        for first in range(0, len(source), _CHUNK):
-            clips = source.clips(first, min(_CHUNK, len(source) - first))
-            flow = tvl1_flow(torch.from_numpy(clips.frames), preset=flow_preset, threads=threads)
-            yield {
-                "frames": clips.frames,
-                "audio": spectrogram(torch.from_numpy(clips.waveform), config_audio).numpy(),
-                "flow": flow.numpy().astype(np.float16),
-                "waveform": clips.waveform,
-            }
-            if progress is not None:
-                progress(first + len(clips.frames), len(source))
-
-    return write_store(folder, len(source), build(), parameters)
-
-
-def _mmnist_place(
-    source: MovingMNIST, split: Split, cache: str | Path, flow_preset: str
-) -> tuple[Path, dict[str, Any]]:
-    """The folder of a split in a cache, and the parameters whose hash is in its name."""
-    flow_parameters = {"preset": flow_preset, **dataclasses.asdict(PRESETS[flow_preset])}
-    parameters = {**source.parameters(), "flow": flow_parameters}
-    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(cache) / f"mmnist-{split}-{digest}", parameters
-
-
-def built_mmnist(config: MMNISTConfig, split: Split, cache: str | Path, *, flow_preset: str) -> ClipStore | None:
-    """The same where it has been built into the cache already, else None. Raises InputError as `load_mmnist`."""
-    folder, _ = _mmnist_place(MovingMNIST(config, split), split, cache, flow_preset)
-    return ClipStore.open(folder) if folder.exists() else None

@@ -1,173 +1,110 @@
-"""MME and CAR: motion first, then appearance (paper section 3).
+"""The paper's model, MME followed by CAR: motion first, then appearance (section 3), and its two training stages.
 
-Indices are the paper's, from 1. Step t = 1..T-1 of MME reads (F_t, V_t) and the memory of A_1..A_{t+1} and predicts
-F_{t+1}; step t = K..T-1 of CAR warps V_t by F_{t+1}, reads A_t and renders V_{t+1}. In MME frame t is the given one for
-t <= K, else the warp of frame t-1 by the predicted flow, unrefined; the flow likewise. CAR feeds back its own output,
-clamped to [0,1]; the loss sees the unclamped one.
-
-What is computed ahead of the recurrence, exactly (the literal step-by-step equations are the tests' oracle): all audio
-vectors and every prefix's condensed memory (the whole sound track is given), E_m on the K observed frames in one call,
-the context features once per clip; D_m runs only where its flow is used.
+Indices are the paper's, from 1; `mme` and `car` say what a step reads. Frames are not clamped in training; predicted
+frames are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from avfast.data.store import Batch
 from avfast.errors import InputError
-from avfast.files.atomic import replacing
-from avfast.kernels import backward_warp
-from avfast.kernels.winograd.strided import Kept
-from avfast.models.networks import (
-    FEATURES,
-    AudioEncoder,
-    ContextEncoder,
-    MotionDecoder,
-    MotionEncoder,
-    UNet,
-    batch_norms,
-)
-from avfast.models.settings import ModelConfig
-from avfast.modules import Condense, ContextModulation, ConvLSTM, Recall
-
-FORMAT = 2
-"""Version of config.json."""
+from avfast.kernels import flow_loss
+from avfast.models.base import ModelSettings, Rollout, Stage, TrainingSettings, VideoModel, WindowKeys, repeated
+from avfast.models.car import CAR
+from avfast.models.checkpoint import load_pretrained, save_pretrained
+from avfast.models.losses import frame_loss
+from avfast.models.mme import MME, Motion, RecallMotion, VisualMotion
+from avfast.models.networks import FEATURES, ContextEncoder, UNet, batch_norms
+from avfast.modules import ContextModulation
 
 
-class Rollout(NamedTuple):
-    """Predictions for frames K+1..T: frames (B,P,C,H,W) and backward flow (B,P,2,H,W) in pixels, P = T-K."""
+@dataclass(frozen=True)
+class ModelConfig(ModelSettings):
+    """Settings of the paper's model."""
 
-    frames: Tensor
-    flow: Tensor
+    name: ClassVar[str] = "mme-car"
+
+    motion: Literal["v", "v+recall", "mme"] = "mme"
+    """Motion stage (Table 4): `v` without sound, `v+recall` attends over all audio vectors, `mme` condenses first."""
+    refinement: Literal["none", "unet", "unet+context", "car"] = "car"
+    """Appearance stage (Table 5); `none` predicts the warped frame."""
+    convlstm_layers: int = 4
+    """Stacked ConvLSTM cells."""
+    unet_width: int = 64
+    """Channels of the U-Net's first level; the others are 2, 4, 8, 16 times as wide."""
 
 
-class Motion(NamedTuple):
-    """What MME predicts: flow (B,P,2,H,W), the unrefined warped frames (B,P,C,H,W), and E_a's vectors (B,T,D) before
-    Condense (None for the variant `v`)."""
+@dataclass(frozen=True)
+class PaperTraining(TrainingSettings):
+    """How the two stages of the paper's model are trained."""
 
-    flow: Tensor
-    frames: Tensor
-    audio: Tensor | None
+    name: ClassVar[str] = ModelConfig.name
+    fixed: ClassVar[tuple[str, ...]] = ("car_batch_size",)
+
+    mme: str | None = None
+    """Run or checkpoint whose MME the appearance stage uses (with --stage car, and only there)."""
+    car_batch_size: int | None = None
+    """Clips per step and process in the appearance stage, where it is not batch-size."""
+    mme_steps: int = 100_000
+    """Optimiser steps of the motion stage."""
+    car_steps: int = 50_000
+    """Optimiser steps of the appearance stage."""
+    mme_lr: float = 1e-4
+    """Adam's learning rate in the motion stage (the paper's)."""
+    car_lr: float = 1e-3
+    """Adam's learning rate in the appearance stage (the paper's)."""
+    smooth_weight: float = 0.01
+    """Lambda of Eq. 8."""
+    flow_cache_gb: float = 2.0
+    """Memory for MME's flows in the appearance stage, which never change there; 0: computed anew at every step."""
+
+    def check(self, stage: str) -> None:
+        for name in ("mme_steps", "car_steps", "car_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name.replace('_', '-')} is {value}, expected at least 1")
+        if (stage == "car") != (self.mme is not None):
+            raise InputError("--mme PATH names the motion model of --stage car, and only of that stage")
+
+    def earlier_checkpoints(self) -> dict[str, str]:
+        return {} if self.mme is None else {"mme": self.mme}
 
 
-class MME(nn.Module):
-    """Multimodal motion estimation (section 3.1).
+class AVModel(VideoModel):
+    """MME followed by CAR, or by nothing where refinement is `none`: the prediction is the warped frame then."""
 
-    Variants (Table 4): `v` hears nothing; `v+recall` recalls from all audio vectors so far by attention; `mme` recalls
-    from the one condensed vector, which adds a projection of it at every position.
-    """
+    settings: ModelConfig
+    settings_class, training_class = ModelConfig, PaperTraining
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, settings: ModelConfig) -> None:
         super().__init__()
-        self.variant = config.motion
-        self.encoder = MotionEncoder(config.image_channels)
-        self.lstm = ConvLSTM(FEATURES, [FEATURES] * config.convlstm_layers)
-        self.decoder = MotionDecoder()
-        if self.variant != "v":
-            self.audio_encoder = AudioEncoder(config.audio_shape)
-            self.recall = Recall(FEATURES, single=self.variant == "mme")
-        if self.variant == "mme":
-            self.condense = Condense(FEATURES)
-
-    def forward(self, frames: Tensor, flow: Tensor, audio: Tensor) -> Motion:
-        """frames (B,K,C,H,W) in [0,1], flow (B,K,2,H,W) with flow[:,0] = 0, audio (B,T,1,F,S), T > K >= 1."""
-        given, total = frames.shape[1], audio.shape[1]
-        vectors = key = value = None
-        if self.variant != "v":
-            vectors = self.audio_encoder(audio)
-            key, value = self.recall.project(self.condense(vectors) if self.variant == "mme" else vectors)
-
-        kept: Kept = {}
-        observed = self.encoder(flow, frames, kept)
-        image, motion = frames[:, -1], flow[:, -1]
-        step = self.lstm.recurrence(observed[:, 0])
-        flows, images = [], []
-        for t in range(1, total):
-            feature = observed[:, t - 1] if t <= given else self.encoder(motion[:, None], image[:, None], kept)[:, 0]
-            if value is not None:
-                memory = slice(t if self.variant == "mme" else 0, t + 1)
-                feature = self.recall(feature, None if key is None else key[:, memory], value[:, memory])
-            hidden = step(feature)
-            if t >= given:
-                motion = self.decoder(hidden, kept)
-                image = backward_warp(image, motion)
-                flows.append(motion)
-                images.append(image)
-        return Motion(torch.stack(flows, dim=1), torch.stack(images, dim=1), vectors)
-
-
-class CAR(nn.Module):
-    """Context-aware refinement (section 3.2). Variants (Table 5): `unet`, `unet+context` (no affine), `car`.
-
-    E_m and E_a are MME's, frozen: they are passed in and belong to no parameter list of this module.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.variant = config.refinement
-        with_context = self.variant != "unet"
-        self.unet = UNet(config.image_channels, config.unet_width, with_context=with_context)
-        if with_context:
-            self.context_encoder = ContextEncoder(config.image_channels, config.unet_width)
-        if self.variant == "car":
-            motion_size = FEATURES * (1 if config.motion == "v" else 2)
-            self.affine = nn.ModuleList(ContextModulation(motion_size, config.unet_width << i) for i in range(4))
-
-    def forward(self, frame: Tensor, flow: Tensor, audio: Tensor | None, motion_encoder: MotionEncoder) -> Tensor:
-        """frame V_K (B,C,H,W), flow F_{K+1}..F_T (B,P,2,H,W), audio vectors of A_K..A_{T-1} (B,P,D) or None -> frames
-        K+1..T (B,P,C,H,W), not clamped."""
-        contexts = self.context_encoder(frame) if self.variant != "unet" else None
-        kept: Kept = {}
-        outputs = []
-        for t in range(flow.shape[1]):
-            vector = None if audio is None else audio[:, t]
-            outputs.append(self.step(frame, flow[:, t], vector, contexts, motion_encoder, kept))
-            frame = outputs[-1].clamp(0, 1)
-        return torch.stack(outputs, dim=1)
-
-    def step(
-        self,
-        frame: Tensor,
-        flow: Tensor,
-        audio: Tensor | None,
-        contexts: list[Tensor] | None,
-        motion_encoder: MotionEncoder,
-        kept: Kept | None = None,
-    ) -> Tensor:
-        """One step: frame V_t (B,C,H,W), flow F_{t+1} (B,2,H,W), vector of A_t (B,D) or None, context features or None
-        -> V_{t+1} (B,C,H,W), not clamped. kept: see `strided_conv`."""
-        affine = motion = None
-        if self.variant == "car":
-            affine = self.affine
-            motion = motion_encoder(flow[:, None], frame[:, None], kept)[:, 0].mean(dim=(-2, -1))
-            if audio is not None:
-                motion = torch.cat((motion, audio), dim=1)
-        warped = backward_warp(frame, flow)
-        return warped + self.unet(warped, contexts, affine, motion)
-
-
-class AVModel(nn.Module):
-    """MME followed by CAR (or by nothing, refinement `none`: the prediction is the warped frame)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.mme = MME(config)
-        self.car = None if config.refinement == "none" else CAR(config)
+        self.settings = settings
+        channels, width = settings.image_channels, settings.unet_width
+        motion_kind = {"v": VisualMotion, "v+recall": RecallMotion, "mme": MME}[settings.motion]
+        self.mme: VisualMotion = motion_kind(channels, settings.audio_shape, settings.convlstm_layers)
+        self.car: CAR | None = None
+        if settings.refinement != "none":
+            has_context, has_affine = settings.refinement != "unet", settings.refinement == "car"
+            unet = UNet(channels, width, with_context=has_context)
+            context_encoder = ContextEncoder(channels, width) if has_context else None
+            size = FEATURES * (2 if self.mme.hears else 1)
+            levels = (ContextModulation(size, width << i) for i in range(4))
+            affine = nn.ModuleList(levels) if has_affine else None
+            self.car = CAR(unet, context_encoder, affine, uses_sound=has_affine and self.mme.hears)
 
     def check_inputs(self, frames: Tensor, flow: Tensor, audio: Tensor) -> None:
         """Raise ValueError, naming argument and value, unless the three fit each other and the model."""
-        if frames.dim() != 5 or frames.shape[2] != self.config.image_channels:
-            raise ValueError(
-                f"frames has shape {tuple(frames.shape)}, expected (B, K, {self.config.image_channels}, H, W)"
-            )
+        channels, audio_shape = self.settings.image_channels, self.settings.audio_shape
+        if frames.dim() != 5 or frames.shape[2] != channels:
+            raise ValueError(f"frames has shape {tuple(frames.shape)}, expected (B, K, {channels}, H, W)")
         b, k, _, h, w = frames.shape
         if h % 16 or w % 16 or 0 in (b, k, h, w):
             raise ValueError(
@@ -175,8 +112,8 @@ class AVModel(nn.Module):
             )
         if flow.shape != (b, k, 2, h, w):
             raise ValueError(f"flow has shape {tuple(flow.shape)}, expected {(b, k, 2, h, w)}")
-        if audio.dim() != 5 or audio.shape[0] != b or tuple(audio.shape[2:]) != (1, *self.config.audio_shape):
-            raise ValueError(f"audio has shape {tuple(audio.shape)}, expected {(b, 'T', 1, *self.config.audio_shape)}")
+        if audio.dim() != 5 or audio.shape[0] != b or tuple(audio.shape[2:]) != (1, *audio_shape):
+            raise ValueError(f"audio has shape {tuple(audio.shape)}, expected {(b, 'T', 1, *audio_shape)}")
         if audio.shape[1] <= k:
             raise ValueError(f"audio covers T = {audio.shape[1]} frames, expected more than the K = {k} given frames")
 
@@ -185,41 +122,29 @@ class AVModel(nn.Module):
         and W multiples of 16. The frames are not clamped. Raises ValueError on inputs that do not fit."""
         self.check_inputs(frames, flow, audio)
         motion = self.mme(frames, flow, audio)
-        return self.refine(frames[:, -1], motion)
-
-    def refine(self, frame: Tensor, motion: Motion) -> Rollout:
-        """Render the frames of a predicted motion from the last given frame (B,C,H,W)."""
         if self.car is None:
             return Rollout(motion.frames, motion.flow)
-        steps = motion.flow.shape[1]
-        audio = None if motion.audio is None else motion.audio[:, -steps - 1 : -1]
-        return Rollout(self.car(frame, motion.flow, audio, self.mme.encoder), motion.flow)
+        return Rollout(self.car(frames[:, -1], motion.flow, car_audio(motion), self.mme.encoder), motion.flow)
 
     @torch.no_grad()
-    def predict(self, frames: Tensor, flow: Tensor, audio: Tensor) -> Rollout:
-        """`forward` without gradients, frames clamped to [0,1]. Raises ValueError in training mode, where the clips of
-        a batch would change each other's prediction."""
+    def predict(self, frames: Tensor, flow: Tensor, audio: Tensor, *, samples: int = 1) -> Rollout:
+        """`forward` without gradients, frames clamped to [0,1]; see `VideoModel.predict`. Raises ValueError in training
+        mode, where the clips of a batch would change each other's prediction."""
         if batch_norms(self):
             raise ValueError("predict needs evaluation mode: call eval() first")
-        frames, flow = self(frames, flow, audio)
-        return Rollout(frames.clamp(0, 1), flow)
+        frames, predicted_flow = self(frames, flow, audio)
+        return repeated(Rollout(frames.clamp(0, 1), predicted_flow), samples)
 
     def motion_only(self) -> AVModel:
         """A model with refinement `none` that shares this one's MME."""
         with torch.device("meta"):
-            model = AVModel(dataclasses.replace(self.config, refinement="none"))
+            model = AVModel(dataclasses.replace(self.settings, refinement="none"))
         model.mme = self.mme
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into a folder, each under a temporary name first."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = json.dumps({"format": FORMAT, **dataclasses.asdict(self.config)}, indent=2) + "\n"
-        # serialised in memory: safetensors reports a full disk as an error of its own, without the file's name
-        for name, content in (("model.safetensors", save(self.state_dict())), ("config.json", config.encode())):
-            with replacing(folder / name) as temporary:
-                temporary.write_bytes(content)
+        save_pretrained(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> AVModel:
@@ -227,42 +152,98 @@ class AVModel(nn.Module):
 
         Raises InputError when a file is missing, damaged, or does not belong to the other.
         """
-        config, weights = read_pretrained(folder)
-        model = cls(config)
-        load_weights(model, weights, str(folder))
-        return model.to(device).eval()
+        return load_pretrained(folder, {ModelConfig.name: cls}, device=device)
+
+    @classmethod
+    def stage_names(cls, settings: ModelSettings) -> tuple[str, ...]:
+        assert isinstance(settings, ModelConfig)
+        return ("mme",) if settings.refinement == "none" else ("mme", "car")
+
+    def stage(self, name: str, training: TrainingSettings, context_frames: int) -> Stage:
+        assert isinstance(training, PaperTraining)
+        kind = {"mme": MotionStage, "car": AppearanceStage}[name]
+        return kind(self, training, context_frames)
+
+    def stage_weights(self, settings: ModelSettings, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(settings, ModelConfig)
+        if settings.motion != self.settings.motion:
+            raise InputError(f"motion is {settings.motion!r} in the checkpoint, expected {self.settings.motion!r}")
+        # a whole model has the weights of the motion stage too
+        return weights if self.car is not None else {k: w for k, w in weights.items() if k.startswith("mme.")}
 
 
-def read_pretrained(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and the weights of a saved model. Raises InputError when they cannot be read."""
-    folder = Path(folder)
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-        known = {f.name for f in dataclasses.fields(ModelConfig)}
-        if fields.pop("format") != FORMAT or fields.keys() != known:
-            raise ValueError(f"unknown settings {sorted(fields.keys() ^ known)}")
-        fields["audio_shape"] = tuple(fields["audio_shape"])
-        return ModelConfig(**fields), load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder} holds no model: {Path(error.filename or 'model.safetensors').name} is missing"
-        ) from None
-    except Exception as error:
-        # json, key and safetensors errors all mean the same to the user: this is not a model of ours, or it is damaged
-        raise InputError(f"the model in {folder} cannot be read: {error}") from None
+def car_audio(motion: Motion) -> Tensor | None:
+    """The audio vectors of A_K..A_{T-1} (B,P,D), which CAR's steps take."""
+    steps = motion.flow.shape[1]
+    return None if motion.audio is None else motion.audio[:, -steps - 1 : -1]
 
 
-def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load weights strictly. Raises InputError that names what does not fit, and changes nothing then."""
-    own = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    theirs = {name: tuple(t.shape) for name, t in weights.items()}
-    missing, foreign = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
-    if missing or foreign:
-        what = f"lacks {missing[0]}" if missing else f"has {foreign[0]}, which this model does not"
-        raise InputError(
-            f"{source} is of another variant or stage: it {what} ({len(missing)} missing, {len(foreign)} foreign)"
-        )
-    for name, shape in own.items():
-        if theirs[name] != shape:
-            raise InputError(f"{source} is of another model: {name} has shape {theirs[name]}, expected {shape}")
-    module.load_state_dict(weights)
+class MotionStage(Stage):
+    """Stage `mme`: MME learns the true flow (Eq. 8). Its checkpoints hold the model with refinement `none`."""
+
+    name = "mme"
+
+    def __init__(self, model: AVModel, training: PaperTraining, context_frames: int) -> None:
+        self.model, self.trained = model.motion_only(), model.mme
+        self.steps, self.lr, self.smooth_weight = training.mme_steps, training.mme_lr, training.smooth_weight
+        self.context_frames = context_frames
+
+    def loss(self, batch: Batch, keys: WindowKeys, horizon: int) -> Tensor:
+        k, end = self.context_frames, self.context_frames + horizon
+        motion = self.trained(batch.frames[:, :k], batch.flow[:, :k], batch.audio[:, :end])
+        return self._flow_loss(motion.flow, batch.flow[:, k:end], batch.frames[:, k:end])
+
+    def validation_loss(self, rollout: Rollout, batch: Batch) -> Tensor:
+        assert rollout.flow is not None
+        steps = rollout.flow.shape[1]
+        return self._flow_loss(rollout.flow, batch.flow[:, -steps:], batch.frames[:, -steps:])
+
+    def _flow_loss(self, prediction: Tensor, target: Tensor, frames: Tensor) -> Tensor:
+        return flow_loss(prediction, target, frames, smooth_weight=self.smooth_weight)
+
+
+class AppearanceStage(Stage):
+    """Stage `car`: CAR learns the true frames (Eq. 11) on the flow of a frozen MME in evaluation mode.
+
+    MME's recurrence never sees CAR's output, so its flow of a window is kept for the next time that window comes, as
+    fp32 and exact, until `flow_cache_gb` is full.
+    """
+
+    name = "car"
+
+    def __init__(self, model: AVModel, training: PaperTraining, context_frames: int) -> None:
+        assert model.car is not None
+        self.model, self.trained, self.mme = model, model.car, model.mme
+        self.mme.requires_grad_(False).eval()
+        self.steps, self.lr, self.batch_size = training.car_steps, training.car_lr, training.car_batch_size
+        self.context_frames = context_frames
+        self._cache: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self._free_bytes = int(training.flow_cache_gb * 2**30)
+
+    def loss(self, batch: Batch, keys: WindowKeys, horizon: int) -> Tensor:
+        k = self.context_frames
+        flow, audio = self._motion(batch, keys)
+        frames = self.trained(batch.frames[:, k - 1], flow[:, :horizon], audio, self.mme.encoder)
+        return frame_loss(frames, batch.frames[:, k : k + horizon])
+
+    def validation_loss(self, rollout: Rollout, batch: Batch) -> Tensor:
+        return frame_loss(rollout.frames, batch.frames[:, -rollout.frames.shape[1] :])
+
+    @torch.no_grad()
+    def _motion(self, batch: Batch, keys: WindowKeys) -> tuple[Tensor, Tensor | None]:
+        """MME's flow (B,P,2,H,W) and the audio vectors of A_K..A_{T-1} (B,P,D), from the cache or computed."""
+        windows = list(zip(*(part.tolist() for part in keys), strict=True))
+        if all(w in self._cache for w in windows):
+            flow, *rest = (torch.stack(parts) for parts in zip(*(self._cache[w] for w in windows), strict=True))
+            return flow, (rest[0] if rest else None)
+        # a batch with any unknown window is computed whole: the batch size, and with it the rounding, stays the same
+        k = self.context_frames
+        motion = self.mme(batch.frames[:, :k], batch.flow[:, :k], batch.audio)
+        audio = car_audio(motion)
+        for i, window in enumerate(windows):
+            parts = tuple(x[i].clone() for x in (motion.flow, audio) if x is not None)
+            size = sum(x.nbytes for x in parts)
+            if window not in self._cache and size <= self._free_bytes:
+                self._cache[window] = parts
+                self._free_bytes -= size
+        return motion.flow, audio

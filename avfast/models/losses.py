@@ -1,15 +1,8 @@
-"""Losses of the two stages (paper section 3.3)."""
+"""Losses of the appearance stage (paper section 3.3); the motion stage's is the op `avfast.kernels.flow_loss`."""
 
 from __future__ import annotations
 
 from torch import Tensor
-
-from avfast.kernels import flow_loss
-
-
-def motion_loss(prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float = 0.01) -> Tensor:
-    """Eq. 8 on flows (B,P,2,H,W) in pixels and the true frames (B,P,C,H,W) -> a scalar, summed over the P steps."""
-    return flow_loss(prediction, target, frames, smooth_weight=smooth_weight)
 
 
 def frame_loss(prediction: Tensor, target: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avfast.errors import InputError
-from avfast.kernels.winograd.strided import Kept, strided_conv, strided_conv_transpose
+from avfast.kernels import patch_conv, strided_conv, strided_conv_transpose
 
 FEATURES = 128
 SLOPE = 0.2
@@ -83,67 +83,47 @@ def batch_norms(module: nn.Module) -> list[BatchNorm]:
 
 
 class PatchConv(nn.Conv2d):
-    """A convolution with one input channel or few outputs per image: on the CPU one matrix product over its patches.
-
-    Forward and backward of 320 images, on 2 cores with AVX2: 1.9 times as fast as PyTorch's for 1x23x21 to 64x20x18,
-    1.35 times for 256x5x4 to 512x2x2, 2.6 times for 512x2x2 to 128x1x1; with more channels and from some twenty outputs
-    on, copying the patches costs more than it gains. The result is channels-last.
-    """
+    """A convolution computed by `patch_conv`: for one input channel, or few outputs per image."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
         height, width = map(int, self.padding)
-        patches = F.pad(x, (width, width, height, height)).permute(0, 2, 3, 1)
-        for axis in (1, 2):
-            patches = patches.unfold(axis, self.kernel_size[axis - 1], self.stride[axis - 1])
-        patches = patches.permute(0, 1, 2, 4, 5, 3)
-        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)
-        out = patches.flatten(3) @ weight
-        return (out if self.bias is None else out + self.bias).permute(0, 3, 1, 2)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """On the CPU, where convolutions are faster between maps that lie as `strided_conv` gives them."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+        return patch_conv(x, self.weight, self.bias, stride=self.stride, padding=(height, width))
 
 
 class StridedConv(nn.Conv2d):
-    """A convolution 4x4, stride 2; `kept` as in `strided_conv`, which computes it where it has no bias."""
+    """A convolution 4x4 with stride 2, computed by `strided_conv`."""
 
     def __init__(self, c_in: int, c_out: int, padding: int = 1) -> None:
         super().__init__(c_in, c_out, 4, 2, padding, bias=False)
 
-    def forward(self, x: Tensor, kept: Kept | None = None) -> Tensor:
-        # a folded BatchNorm leaves a bias
-        if self.bias is not None:
-            return super().forward(x)
-        return strided_conv(x, self.weight, padding=int(self.padding[0]), kept=kept)
+    def forward(self, x: Tensor) -> Tensor:
+        return strided_conv(x, self.weight, self.bias, padding=int(self.padding[0]))
 
 
 class StridedConvTranspose(nn.ConvTranspose2d):
-    """The transpose, padding 1."""
+    """Its transpose, padding 1."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__(c_in, c_out, 4, 2, 1, bias=False)
 
-    def forward(self, x: Tensor, kept: Kept | None = None) -> Tensor:  # type: ignore[override]
-        if self.bias is not None:
-            return super().forward(x)
-        return strided_conv_transpose(x, self.weight, kept=kept)
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return strided_conv_transpose(x, self.weight, self.bias)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """On the CPU, where convolutions are faster between maps of the layout that `strided_conv` gives."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 class ConvBlock(nn.Module):
-    """Convolution (or transposed convolution), BatchNorm, activation; `steps` as in `BatchNorm`, `kept` as in
-    `strided_conv`, where the convolution is one."""
+    """Convolution (or transposed convolution), BatchNorm, activation; `steps` as in `BatchNorm`."""
 
     def __init__(self, conv: nn.Module, channels: int, activation: nn.Module) -> None:
         super().__init__()
         self.conv, self.norm, self.activation = conv, BatchNorm(channels), activation
 
-    def forward(self, x: Tensor, steps: int = 1, kept: Kept | None = None) -> Tensor:
-        out = self.conv(x) if kept is None else self.conv(x, kept)
-        return self.activation(self.norm(out, steps))
+    def forward(self, x: Tensor, steps: int = 1) -> Tensor:
+        return self.activation(self.norm(self.conv(x), steps))
 
 
 def _activation(last: bool) -> nn.Module:
@@ -161,11 +141,11 @@ class MotionEncoder(nn.Module):
             for i, (c_in, c_out) in enumerate(pairwise(channels))
         )
 
-    def forward(self, flow: Tensor, frames: Tensor, kept: Kept | None = None) -> Tensor:
+    def forward(self, flow: Tensor, frames: Tensor) -> Tensor:
         b, steps = flow.shape[:2]
         x = _channels_last(torch.cat((flow, frames), dim=2).flatten(0, 1))
         for block in self.blocks:
-            x = block(x, steps, kept)
+            x = block(x, steps)
         return x.view(b, steps, *x.shape[1:])
 
 
@@ -184,9 +164,9 @@ class MotionDecoder(nn.Module):
         )
         self.last = nn.ConvTranspose2d(channels[-1], 2, 4, 2, 1)
 
-    def forward(self, x: Tensor, kept: Kept | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x, kept=kept)
+            x = block(x)
         with torch.autocast(x.device.type, enabled=False):
             return self.last(x.to(self.last.weight.dtype))
 

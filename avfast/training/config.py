@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+from avfast.data.base import DataSettings
+from avfast.data.digits import Split
 from avfast.data.mmnist import MMNISTConfig
 from avfast.data.prepared import ClipsConfig
+from avfast.data.registry import DATASETS
+from avfast.data.store import ClipStore
 from avfast.errors import InputError
-from avfast.models.settings import ModelConfig
+from avfast.files.settings import Choices
+from avfast.models.avmodel import ModelConfig, PaperTraining
+from avfast.models.base import ModelSettings, TrainingSettings
+from avfast.models.registry import MODELS
+
+CHOICES: Choices = {
+    "dataset": {name: {"data": settings} for name, settings in DATASETS.items()},
+    "model": {
+        name: {"model": model.settings_class, "training": model.training_class} for name, model in MODELS.items()
+    },
+}
+"""What `--dataset` and `--model` choose: name -> the classes of the fields that hold their settings."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run: data, model, and how both stages are trained."""
+    """One training run: data, model, and how its stages are trained."""
 
-    dataset: Literal["mmnist", "clips"] = "mmnist"
-    """Multimodal MovingMNIST, generated as needed, or a prepared folder of clips (wants --data)."""
-    data: MMNISTConfig = MMNISTConfig()
-    clips: ClipsConfig = ClipsConfig()
-    model: ModelConfig = ModelConfig()
+    data: DataSettings = MMNISTConfig()
+    model: ModelSettings = ModelConfig()
+    training: TrainingSettings = PaperTraining()
 
-    stage: Literal["mme", "car", "both"] = "both"
-    """Train the motion stage, the appearance stage (wants --mme), or one after the other."""
-    mme: str | None = None
-    """Run or checkpoint whose MME the appearance stage uses (stage `car` only)."""
+    stage: str = "all"
+    """Train one stage of the model, such as `mme` or `car`, or `all`, one after the other."""
     context_frames: int = 5
     """K, the given frames."""
     pred_frames: int = 15
@@ -35,33 +47,18 @@ class TrainConfig:
     batch_size: int = 32
     """Clips per step and process. In the motion stage BatchNorm takes the batch's mean motion away: with TV-L1 flow
     that fills the background, 8 clips hardly learn (see the preset mmnist-small)."""
-    car_batch_size: int | None = None
-    """The same for the appearance stage, where it is not batch-size."""
-    mme_steps: int = 100_000
-    """Optimiser steps of the motion stage."""
-    car_steps: int = 50_000
-    """Optimiser steps of the appearance stage."""
     max_steps: int | None = None
     """Upper limit for the steps of each stage."""
-    mme_lr: float = 1e-4
-    """Adam's learning rate in the motion stage (the paper's)."""
-    car_lr: float = 1e-3
-    """Adam's learning rate in the appearance stage (the paper's)."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate over a stage: constant, or after 2 % of linear warm-up half a cosine down to zero."""
     clip_grad: float | None = None
     """Largest norm of the whole gradient."""
     curriculum: float = 0.0
     """Share of each stage's steps over which the frames predicted in training grow from 1 to pred-frames."""
-    smooth_weight: float = 0.01
-    """Lambda of Eq. 8."""
     flow_preset: str = "chambolle-pock"
     """TV-L1 preset of the true flow."""
     bn_recalibrate: int = 20
     """Training batches over which BatchNorm's running statistics are re-estimated before an evaluation; 0 = off."""
-    flow_cache_gb: float = 2.0
-    """Memory for MME's flows in the appearance stage, which never change there; 0 = computed anew at every step."""
-
     seed: int = 0
     """Seed of the weights and of the data order."""
     deterministic: bool = False
@@ -99,45 +96,63 @@ class TrainConfig:
                 f"context-frames, pred-frames and eval-frames are {self.context_frames}, {self.pred_frames} and "
                 f"{self.eval_frames}, expected at least 1 each"
             )
-        if (self.dataset == "clips") != (self.clips.data is not None):
-            raise InputError("--dataset clips and --data FOLDER go together: one is given and the other is not")
-        generated = self.dataset == "mmnist"
-        for flag, predicted in (("pred-frames", self.pred_frames), ("eval-frames", self.eval_frames)):
-            if generated and self.context_frames + predicted > self.data.clip_frames:
-                raise InputError(
-                    f"context-frames + {flag} is {self.context_frames} + {predicted}, more than the clip's "
-                    f"{self.data.clip_frames} frames (clip-frames)"
-                )
-        for flag in (
-            "batch_size",
-            "mme_steps",
-            "car_steps",
-            "log_every",
-            "eval_every",
-            "eval_clips",
-            "save_every",
-            "keep_last",
-        ):
-            if getattr(self, flag) < 1:
-                raise InputError(f"{flag.replace('_', '-')} is {getattr(self, flag)}, expected at least 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise InputError(f"max-steps is {self.max_steps}, expected at least 1")
-        if self.car_batch_size is not None and self.car_batch_size < 1:
-            raise InputError(f"car-batch-size is {self.car_batch_size}, expected at least 1")
+        for name in ("batch_size", "max_steps", "log_every", "eval_every", "eval_clips", "save_every", "keep_last"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name.replace('_', '-')} is {value}, expected at least 1")
         if not 0 <= self.curriculum <= 1:
             raise InputError(f"curriculum is {self.curriculum}, expected a share between 0 and 1")
-        largest = max(self.batch_size, self.car_batch_size or 1)
-        if generated and largest > self.data.train_clips:
-            raise InputError(f"batch-size is {largest}, more than the {self.data.train_clips} training clips")
-        if self.stage == "car" and self.model.refinement == "none":
-            raise InputError("refinement is none, which has nothing to train in stage car")
-        if (self.stage == "car") != (self.mme is not None) and self.resume is None:
-            raise InputError("--mme PATH names the motion model of --stage car, and only of that stage")
+        if self.training.name != self.model.name:
+            raise InputError(f"training is that of {self.training.name}, expected that of the model {self.model.name}")
+        if self.stage not in ("all", *self.stage_names):
+            found = ", ".join(self.stage_names)
+            raise InputError(f"stage is {self.stage!r}, expected all or a stage of this model: {found}")
+        if self.resume is None:
+            self.training.check(self.stage)
+        self.data.check(self.longest_window, self.batch_size)
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The stages of the model."""
+        return MODELS[self.model.name].stage_names(self.model)
+
+    @property
+    def longest_window(self) -> int:
+        """Frames that training or evaluation takes of a clip at most."""
+        return self.context_frames + max(self.pred_frames, self.eval_frames)
+
+    def load_split(self, split: Split, *, quiet: bool = False) -> ClipStore:
+        """One split of the run's data set, made where that is possible. Raises InputError where it cannot be had, or
+        does not fit the run."""
+        store = self.data.load(split, cache=self.data_cache, flow_preset=self.flow_preset, quiet=quiet)
+        self._refuse_misfit(store)
+        return store
+
+    def built_split(self, split: Split) -> ClipStore | None:
+        """The same where nothing has to be made for it, else None."""
+        store = self.data.built(split, cache=self.data_cache, flow_preset=self.flow_preset)
+        if store is not None:
+            self._refuse_misfit(store)
+        return store
+
+    def _refuse_misfit(self, store: ClipStore) -> None:
+        for flag, wanted, found in (
+            ("image-channels", self.model.image_channels, store.frames.shape[2]),
+            ("audio-shape", tuple(self.model.audio_shape), tuple(store.audio_shape)),
+            ("flow-preset", self.flow_preset, store.parameters["flow"]["preset"]),
+        ):
+            if wanted != found:
+                raise InputError(f"{flag} is {wanted}, but the clips in {store.folder} have {found}")
+        if self.longest_window > store.clip_frames:
+            raise InputError(
+                f"context-frames with pred-frames or eval-frames is {self.longest_window} frames, more than the "
+                f"{store.clip_frames} frames of the clips in {store.folder}"
+            )
 
 
 _MMNIST = TrainConfig()
 _CLIPS = TrainConfig(
-    dataset="clips",
+    data=ClipsConfig(),
     name="painting",
     model=ModelConfig(image_channels=3, audio_shape=(45, 17)),
     context_frames=15,
@@ -154,10 +169,7 @@ PRESETS: dict[str, TrainConfig] = {
         name="small",
         model=ModelConfig(unet_width=16),
         data=MMNISTConfig(train_clips=4000),
-        car_batch_size=8,
-        mme_steps=1300,
-        car_steps=1000,
-        mme_lr=5e-4,
+        training=PaperTraining(car_batch_size=8, mme_steps=1300, car_steps=1000, mme_lr=5e-4),
         schedule="cosine",
         curriculum=0.7,
         eval_every=200,
@@ -171,12 +183,9 @@ PRESETS: dict[str, TrainConfig] = {
         name="demo",
         model=ModelConfig(unet_width=8),
         data=MMNISTConfig(clip_frames=20, train_clips=1000, val_clips=64, test_clips=128),
+        training=PaperTraining(car_batch_size=8, mme_steps=250, car_steps=200, mme_lr=5e-4),
         pred_frames=10,
         eval_frames=15,
-        car_batch_size=8,
-        mme_steps=250,
-        car_steps=200,
-        mme_lr=5e-4,
         schedule="cosine",
         curriculum=0.7,
         eval_every=50,
@@ -189,3 +198,21 @@ PRESETS: dict[str, TrainConfig] = {
     "drums": replace(_CLIPS, name="drums"),
     "painting96": replace(_CLIPS, name="painting96"),
 }
+
+
+def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a config.yaml, of any version, as the present TrainConfig has it.
+
+    The first version had the settings of both data sets, and those of the paper's stages among its own.
+    """
+    values = dict(values)
+    if "dataset" in values:
+        name, clips = values.pop("dataset"), values.pop("clips", None)
+        settings = clips if name == ClipsConfig.name else values.get("data")
+        values["data"] = {"name": name, **(settings or {})}
+    known = set(PaperTraining.__dataclass_fields__) & values.keys()
+    if known:
+        values["training"] = {name: values.pop(name) for name in known}
+    if values.get("stage") == "both":
+        values["stage"] = "all"
+    return values

@@ -30,15 +30,13 @@ from typing import Any
 
 import torch
 
+from avfast.data.input_spec import InputSpec
 from avfast.errors import InputError
 from avfast.files.atomic import new_folder, numbered, read_records, replacing
 from avfast.files.settings import load_config, to_dict
-from avfast.models.avmodel import AVModel
-from avfast.training.config import TrainConfig
-
-STAGES = ("mme", "car")
-"""The stages in the order in which a run trains them."""
-
+from avfast.models.base import VideoModel
+from avfast.models.checkpoint import save_pretrained
+from avfast.training.config import CHOICES, TrainConfig, upgraded
 
 class Run:
     """One run folder, written by the main process."""
@@ -78,9 +76,11 @@ class Run:
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop the records after a step of a stage: a resumed run writes them again."""
-        # a stage's first evaluation has the step at which the stage before it ended
-        last = (STAGES.index(stage), step)
-        kept = [r for r in self.records() if (STAGES.index(r["stage"]), r["step"]) <= last]
+        records = self.records()
+        # stages in their order: the first evaluation of one has the step at which the stage before it ended
+        order = list(dict.fromkeys([*(r["stage"] for r in records), stage]))
+        last = (order.index(stage), step)
+        kept = [r for r in records if (order.index(r["stage"]), r["step"]) <= last]
         self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept).encode())
         self.write_results()
 
@@ -106,7 +106,7 @@ class Run:
         self,
         link: str,
         step: int,
-        model: AVModel,
+        model: VideoModel,
         metrics: dict[str, Any],
         state: dict[str, Any] | None = None,
         keep: int = 1,
@@ -124,7 +124,7 @@ class Run:
         temporary = self.checkpoints / f".{name}.tmp"
         try:
             self._remove_hidden()
-            model.save_pretrained(temporary)
+            save_pretrained(model, temporary)
             if state is not None:
                 # through memory: torch.save reports a full disk as an internal error without a file name
                 buffer = io.BytesIO()
@@ -169,7 +169,12 @@ class Run:
 
 
 def _base_folder(config: TrainConfig) -> Path:
-    return Path(config.output_dir) / f"{config.dataset}-{config.name}"
+    return Path(config.output_dir) / f"{config.data.name}-{config.name}"
+
+
+def best_link(config: TrainConfig, stage: str) -> str:
+    """The link to the best checkpoint of a stage: `best` is that of the model's final one."""
+    return "best" if stage == config.stage_names[-1] else f"best-{stage}"
 
 
 def find_run(config: TrainConfig) -> Run | None:
@@ -199,9 +204,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     for checkpoint in (path, path.parent / "checkpoints" / path.name):
         if (checkpoint / "model.safetensors").is_file():
             return checkpoint
-    for name in ("best", "best-mme", "last"):
-        if (path / "checkpoints" / name / "model.safetensors").is_file():
-            return path / "checkpoints" / name
+    folder = path / "checkpoints"
+    # of a run whose final stage was not trained, the best of the latest stage
+    earlier = sorted(folder.glob("best-*"), key=lambda p: p.resolve().name.rpartition("_")[2], reverse=True)
+    for checkpoint in (folder / "best", *(p for p in earlier if p.is_symlink()), folder / "last"):
+        if (checkpoint / "model.safetensors").is_file():
+            return checkpoint
     raise InputError(f"{path} is neither a checkpoint (no model.safetensors) nor a run folder with one")
 
 
@@ -215,7 +223,7 @@ def load_run_config(checkpoint: str | Path) -> TrainConfig:
     """The training config of the run that a checkpoint lies in. Raises InputError when there is none."""
     for folder in Path(checkpoint).absolute().parents:
         if (folder / "config.yaml").is_file():
-            return load_config(folder / "config.yaml", TrainConfig())
+            return load_config(folder / "config.yaml", TrainConfig(), choices=CHOICES, upgrade=upgraded)
     raise InputError(f"{checkpoint} lies in no run folder: no config.yaml above it")
 
 
@@ -226,3 +234,15 @@ def read_data_parameters(checkpoint: str | Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read, which tells what the run was trained on: {error}") from None
+
+
+def input_spec(checkpoint: Path, run: TrainConfig) -> InputSpec:
+    """How the model of a run's checkpoint is fed: as the run's training data was read.
+
+    Raises InputError where the run does not tell, and where films cannot be read so.
+    """
+    try:
+        clips = run.data.clip_settings(read_data_parameters(checkpoint), run.model.image_channels)
+    except InputError as error:
+        raise InputError(f"{checkpoint}: {error}") from None
+    return InputSpec(run.context_frames, run.eval_frames, run.flow_preset, clips)

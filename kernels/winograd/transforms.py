@@ -1,5 +1,6 @@
-"""Winograd's minimal filtering: m outputs of a filter of r taps from m + r - 1 products, as Toom and Cook construct it.
+"""Winograd's minimal filtering F(m, r): m outputs of a filter of r taps from m + r - 1 products.
 
+The transforms are constructed by the Toom-Cook method: polynomials are evaluated at some points and at infinity.
 Source: Winograd 1980; for convolutions Lavin and Gray, CVPR 2016.
 """
 
@@ -14,46 +15,49 @@ from torch import Tensor
 _POINTS = [Fraction(p) for p in (0, 1, -1, 2, -2)]
 
 
-class Filtering(NamedTuple):
-    """The three linear maps, in double; outputs = outputs @ ((taps @ filter) * (inputs @ signal)), n products."""
+class Transforms(NamedTuple):
+    """The three linear maps in float64: outputs = output_transform @ ((filter_transform @ filter) * (input_transform @
+    inputs)), n = m + r - 1 products."""
 
-    taps: Tensor
-    """(n, r)"""
-    inputs: Tensor
-    """(n, n): of the n signal values that m outputs depend on."""
-    outputs: Tensor
-    """(m, n)"""
+    filter_transform: Tensor
+    """G (n, r)."""
+    input_transform: Tensor
+    """B^T (n, n), of the n inputs that m outputs depend on."""
+    output_transform: Tensor
+    """A^T (m, n)."""
 
 
-def minimal_filtering(size: int, taps: int) -> Filtering:
-    """F(size, taps), evaluated at the first points and at infinity; exact but for the conversion to double."""
-    points = _POINTS[: size + taps - 2]
-    of_taps, of_inputs = [], []
+def winograd_transforms(outputs: int, taps: int) -> Transforms:
+    """The transforms of F(outputs, taps), computed with fractions and then rounded to float64."""
+    points = _POINTS[: outputs + taps - 2]
+    filter_rows, input_rows = [], []
     for point in points:
         others = [p for p in points if p != point]
-        weight = Fraction(1)
+        scale = Fraction(1)
         for other in others:
-            weight *= point - other
-        of_taps.append([point**i / weight for i in range(taps)])
-        of_inputs.append([*_with_roots(others), Fraction(0)])
-    of_taps.append([Fraction(0)] * (taps - 1) + [Fraction(1)])
-    of_inputs.append(_with_roots(points))
-    of_outputs = [[point**i for point in points] + [Fraction(i == size - 1)] for i in range(size)]
-    return Filtering(_double(of_taps), _double(of_inputs), _double(of_outputs))
+            scale *= point - other
+        filter_rows.append([point**i / scale for i in range(taps)])
+        input_rows.append([*_polynomial(others), Fraction(0)])
+    # the point at infinity
+    filter_rows.append([Fraction(0)] * (taps - 1) + [Fraction(1)])
+    input_rows.append(_polynomial(points))
+    output_rows = [[point**i for point in points] + [Fraction(i == outputs - 1)] for i in range(outputs)]
+    return Transforms(_float64(filter_rows), _float64(input_rows), _float64(output_rows))
 
 
-def cheapest_size(length: int, taps: int) -> tuple[int, int]:
-    """(size, tiles) that give `length` outputs from the fewest products; of equals the smallest, which errs least."""
+def best_tile(length: int, taps: int) -> tuple[int, int]:
+    """(outputs per tile, tiles) that give `length` outputs from the fewest products. Of equals it is the smallest tile,
+    which has the smallest rounding error."""
     sizes = range(2, len(_POINTS) + 3 - taps)
     size = min(sizes, key=lambda m: -(-length // m) * (m + taps - 1))
     return size, -(-length // size)
 
 
-def _double(rows: list[list[Fraction]]) -> Tensor:
+def _float64(rows: list[list[Fraction]]) -> Tensor:
     return torch.tensor([[float(x) for x in row] for row in rows], dtype=torch.float64)
 
 
-def _with_roots(roots: list[Fraction]) -> list[Fraction]:
+def _polynomial(roots: list[Fraction]) -> list[Fraction]:
     """Coefficients, constant first, of the polynomial with these roots and leading coefficient 1."""
     polynomial = [Fraction(1)]
     for root in roots:

@@ -1,0 +1,56 @@
+"""What the harness asks of a data set: training, scoring and export know data sets through this class.
+
+A data set is one file in this folder, with a subclass of `DataSettings`, and one line in `registry`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from avfast.data.clips import ClipSettings
+from avfast.data.digits import Split
+from avfast.data.store import ClipStore
+
+
+@dataclass(frozen=True)
+class DataSettings(ABC):
+    """Settings of a data set, and the way to its clips."""
+
+    name: ClassVar[str]
+    """What `--dataset` calls it."""
+    regenerated: ClassVar[bool] = False
+    """It is a regeneration of a published set: scores on it are not comparable with published ones."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What tables call it."""
+
+    @property
+    def seed(self) -> int | None:
+        """The seed it was generated from; None where it was not."""
+        return None
+
+    @abstractmethod
+    def check(self, frames: int, batch_size: int) -> None:
+        """Raise InputError for settings that cannot work, or that have no windows of so many frames or fewer training
+        clips than a batch, as far as they tell without the data."""
+
+    @abstractmethod
+    def load(self, split: Split, *, cache: str, flow_preset: str, quiet: bool = False) -> ClipStore:
+        """One split, opened, or made and kept in the folder `cache`; progress is shown unless `quiet`.
+
+        Raises InputError, one line, where it cannot be had.
+        """
+
+    def built(self, split: Split, *, cache: str, flow_preset: str) -> ClipStore | None:
+        """The same where nothing has to be made for it, else None."""
+        return self.load(split, cache=cache, flow_preset=flow_preset, quiet=True)
+
+    @abstractmethod
+    def clip_settings(self, parameters: Mapping[str, Any], image_channels: int) -> ClipSettings:
+        """How a film is read for a model that was trained on a set of these parameters. Raises InputError where films
+        cannot be read so."""
