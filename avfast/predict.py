@@ -32,7 +32,7 @@ import tyro
 from torch import Tensor
 
 from avfast import __version__, runtime
-from avfast.cli.main import print_failures
+from avfast.cli.command import print_failures
 from avfast.cli.parser import parse
 from avfast.data.clips import film_rate, planes, sound_windows
 from avfast.data.store import Batch
@@ -312,6 +312,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli.main import run_command
+    from avfast.cli.command import run_command
 
     run_command(main)

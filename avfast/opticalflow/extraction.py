@@ -39,7 +39,7 @@ import torch
 import tyro
 
 from avfast import __version__
-from avfast.cli.main import print_failures
+from avfast.cli.command import print_failures
 from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.files.result_folder import MARKER, Place, read_marker, sweep

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import avfast
-from avfast.cli.main import SUBCOMMANDS, main, run_command
+from avfast.cli.command import run_command
+from avfast.cli.main import SUBCOMMANDS, main
 from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.evaluate import EvaluateConfig
@@ -195,7 +196,7 @@ def test_the_device_is_one_that_is_there(present: bool, automatic: str, monkeypa
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell with pipes")
 def test_a_reader_that_leaves_early_is_not_an_error():
-    code = "from avfast.cli.main import run_command; run_command(lambda argv: print('line\\n' * 100_000))"
+    code = "from avfast.cli.command import run_command; run_command(lambda argv: print('line\\n' * 100_000))"
     ended = subprocess.run(
         f"'{sys.executable}' -c \"{code}\" | head -n 1", cwd=ROOT, shell=True, capture_output=True, text=True
     )
