@@ -37,10 +37,10 @@ from avfast.cli.parser import parse
 from avfast.data.clips import film_rate, planes, sound_windows
 from avfast.data.store import Batch
 from avfast.data.usage import Usage, usage_of
-from avfast.env import commit
 from avfast.errors import InputError
 from avfast.evaluate import Prediction, Predictor, copy_last_flow, repeat_last, score
 from avfast.files.atomic import hidden_folder, publish
+from avfast.machine.commit import commit
 from avfast.machine.device import choose_device
 from avfast.media.inputs import Item, find_items, settle_failures
 from avfast.media.prefetch import ahead

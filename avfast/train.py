@@ -170,7 +170,7 @@ class Trainer:
         self.length = config.context_frames + config.pred_frames
 
     def _describe(self, resumed: dict[str, Any] | None) -> None:
-        from avfast.env import environment
+        from avfast.machine.environment import environment
 
         print(f"run folder {self.run.folder}", flush=True)
         if resumed:

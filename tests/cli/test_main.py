@@ -40,13 +40,13 @@ def test_import_loads_nothing_heavy():
 
 
 def test_every_export_resolves_to_its_home():
-    import avfast.env
     import avfast.kernels
+    import avfast.machine.environment
     import avfast.models.avmodel
 
     assert avfast.AVModel is avfast.models.avmodel.AVModel
     assert avfast.backward_warp is avfast.kernels.backward_warp
-    assert avfast.environment is avfast.env.environment
+    assert avfast.environment is avfast.machine.environment.environment
     assert all(getattr(avfast, name) is not None for name in avfast.__all__)
     assert set(avfast.__all__) <= set(dir(avfast))
     with pytest.raises(AttributeError, match="no attribute 'backwards_warp'"):
