@@ -46,7 +46,8 @@ from avfast.media.inputs import Item, find_items, settle_failures
 from avfast.media.prefetch import ahead
 from avfast.media.sound import Samples, SoundTrack, read_sound
 from avfast.media.spectrogram import spectrogram
-from avfast.media.video import read_video, video_writer
+from avfast.media.video import read_video
+from avfast.media.video_writer import video_writer
 from avfast.models.avmodel import AVModel, Rollout
 from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.report import refresh_report
