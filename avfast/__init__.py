@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from avfast.env import environment
     from avfast.errors import InputError
     from avfast.kernels import (
         backward_warp,
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
         strided_conv,
         strided_conv_transpose,
     )
+    from avfast.machine.environment import environment
     from avfast.models.avmodel import AVModel
     from avfast.models.settings import ModelConfig
     from avfast.opticalflow.tvl1 import tvl1_flow
@@ -38,7 +38,7 @@ _HOME = {
     "backward_warp": "avfast.kernels",
     "condense": "avfast.kernels",
     "convlstm_gates": "avfast.kernels",
-    "environment": "avfast.env",
+    "environment": "avfast.machine.environment",
     "flow_loss": "avfast.kernels",
     "modulate": "avfast.kernels",
     "patch": "avfast.patching",

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from avfast.cli.parser import parse
-from avfast.env import commit
 from avfast.errors import InputError
 from avfast.files.atomic import new_folder, replacing
 from avfast.kernels import backward_warp
+from avfast.machine.commit import commit
 from avfast.machine.device import choose_device
 from avfast.report import refresh_report
 from avfast.scoring.counterfactuals import Hearing, check_hearing, describe, heard, other_clip
@@ -457,6 +457,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli.main import run_command
+    from avfast.cli.command import run_command
 
     run_command(main)

@@ -32,21 +32,22 @@ import tyro
 from torch import Tensor
 
 from avfast import __version__, runtime
-from avfast.cli.main import print_failures
+from avfast.cli.command import print_failures
 from avfast.cli.parser import parse
 from avfast.data.clips import film_rate, planes, sound_windows
 from avfast.data.store import Batch
 from avfast.data.usage import Usage, usage_of
-from avfast.env import commit
 from avfast.errors import InputError
 from avfast.evaluate import Prediction, Predictor, copy_last_flow, repeat_last, score
 from avfast.files.atomic import hidden_folder, publish
+from avfast.machine.commit import commit
 from avfast.machine.device import choose_device
 from avfast.media.inputs import Item, find_items, settle_failures
 from avfast.media.prefetch import ahead
 from avfast.media.sound import Samples, SoundTrack, read_sound
 from avfast.media.spectrogram import spectrogram
-from avfast.media.video import read_video, video_writer
+from avfast.media.video import read_video
+from avfast.media.video_writer import video_writer
 from avfast.models.avmodel import AVModel, Rollout
 from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.report import refresh_report
@@ -312,6 +313,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli.main import run_command
+    from avfast.cli.command import run_command
 
     run_command(main)

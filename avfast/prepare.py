@@ -37,7 +37,7 @@ import torch
 import tyro
 
 from avfast import __version__
-from avfast.cli.main import EXIT_SOME_FAILED
+from avfast.cli.command import EXIT_SOME_FAILED
 from avfast.cli.parser import parse
 from avfast.data import sound2sight
 from avfast.data.clips import ClipSettings, film_rate, iter_clips
@@ -547,6 +547,6 @@ PRESETS: dict[str, PrepareConfig] = {
 
 
 if __name__ == "__main__":
-    from avfast.cli.main import run_command
+    from avfast.cli.command import run_command
 
     run_command(main)

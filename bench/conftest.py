@@ -218,8 +218,8 @@ def _repeat(call: Callable[[], Any], times: int) -> None:
 
 
 def _write(path: Path) -> None:
-    from avfast.env import environment
     from avfast.files.atomic import replacing
+    from avfast.machine.environment import environment
 
     # without the path of the interpreter, which is nobody's business
     surroundings = environment() | {"python": platform.python_version()}

@@ -22,7 +22,7 @@ from fastapi.responses import Response
 
 from avfast.errors import InputError
 from avfast.media.sound import read_sound
-from avfast.media.video import video_writer
+from avfast.media.video_writer import video_writer
 from avfast.runtime import Predictor
 
 RATE = 44_100

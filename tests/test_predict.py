@@ -212,7 +212,7 @@ def test_settings_and_scores(full: Path, done: Done) -> None:
 def test_film(done: Done) -> None:
     frames = list(read_video(done.folder / "film.mp4"))
     assert [f.time for f in frames] == pytest.approx([i / FPS for i in range(K + P)], abs=1e-4)
-    side = math.ceil(plots.FILM / 48) * 48 + 2 * plots.BORDER
+    side = math.ceil(plots.FILM_SIDE / 48) * 48 + 2 * plots.BORDER
     height = plots.HEADER + side + plots.GAP
     size = (height + height % 2, (2 * side + 3 * plots.GAP + 1) // 2 * 2, 3)
     predicted, true = np.load(done.folder / "frames.npy"), np.load(done.folder / "true_frames.npy")
@@ -265,7 +265,7 @@ def test_a_horizon_behind_the_films_end(run: Path, films: Path, tmp_path: Path) 
     assert len(frames) == 20 and Image.open(folder / "film.gif").n_frames == 20
     samples, rate = heard_in(folder / "film.mp4")
     assert abs(len(samples) - 2 * rate) <= 1024
-    side = math.ceil(plots.FILM / 48) * 48 + 2 * plots.BORDER
+    side = math.ceil(plots.FILM_SIDE / 48) * 48 + 2 * plots.BORDER
     for t, frame in enumerate(frames):
         edge = frame[plots.HEADER : plots.HEADER + 2, 40 : side - 40].mean((0, 1))
         want = plots.GIVEN if t < K else plots.FUTURE if t < 5 else plots.BACKGROUND

@@ -17,7 +17,7 @@ from PIL import Image
 
 from avfast.errors import InputError
 from avfast.files.settings import to_dict
-from avfast.media.video import video_writer
+from avfast.media.video_writer import video_writer
 from avfast.report import ReportConfig, main, refresh_report, report, write_report
 from avfast.scoring.metrics import MetricResult
 from avfast.scoring.tables import TableInfo, format_tables

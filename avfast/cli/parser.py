@@ -1,19 +1,35 @@
-"""Settings dataclasses as command lines: every command is `parse(SomeConfig, ...)`, then a function of its result."""
+"""Settings dataclasses as command lines: every command is `parse(SomeConfig, ...)`, then a function of its result.
+
+argparse splits the command line into flags and their words, `files.settings.convert` turns words into values (so flags
+and YAML files take the same values and answer with the same messages), and tyro draws the page of --help.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import io
-import re
 import sys
-import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, make_dataclass, replace
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+
+import tyro
 
 from avfast.errors import InputError
-from avfast.files.settings import Config, did_you_mean, load_config, to_dict
+from avfast.files.settings import (
+    Choices,
+    Config,
+    check_name,
+    choose,
+    convert,
+    did_you_mean,
+    load_config,
+    setting_types,
+    to_dict,
+)
+
+FlagChoices = Mapping[str, Choices]
+"""{flag: {field: {name: settings class}}}."""
 
 
 def parse(
@@ -23,89 +39,184 @@ def parse(
     argv: list[str] | None = None,
     presets: Mapping[str, Config] | None = None,
     default: Config | None = None,
+    choices: FlagChoices | None = None,
 ) -> Config:
     """Build a config from a command line: `--preset NAME`, then `--config FILE` (repeatable), then flags.
 
-    Flags of nested configs carry no prefix. `--print-config` prints the result as YAML and exits. With `default` the
-    flags alone are laid over it. Raises InputError (one line) for an unknown flag, with the nearest known one, a bad
-    value, or a flag given twice.
-    """
-    import tyro
-    import yaml
+    Each field is a flag; fields of nested settings carry no prefix. Which settings a field holds is read from the
+    default instance, not from the annotation. With `default` neither preset nor files are read, only flags.
 
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=prog, exit_on_error=False)
-    description = (kind.__doc__ or "").strip()
-    if presets:
-        first.add_argument("--preset")
-        description += f" --preset NAME starts from a named preset: {', '.join(presets)}."
-    first.add_argument("--config", action="append", default=[])
-    first.add_argument("--print-config", action="store_true")
-    description += " --config FILE reads YAML, --print-config prints the result and exits; flags win."
-    try:
-        known, rest = first.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise InputError(str(error)) from None
+    choices: {flag: {field: {name: settings class}}}. With {"dataset": {"data": {"circles": Circles}}} the flag
+    `--dataset NAME` chooses the class whose settings stand in the field `data`, and a YAML table `data` may hold
+    `name: NAME`, which does the same. A flag may choose for several fields.
+
+    `--print-config` prints the result as YAML, `--help` every flag; both raise SystemExit(0). Raises InputError (one
+    line) for an unknown flag, with the nearest known one, a bad value, or a flag given twice.
+    """
+    argv = [_with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+    presets, choices = presets or {}, choices or {}
+    # these are read first: they decide which other flags there are
+    first = _Parser(prog)
+    actions = [
+        first.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS),
+        first.add_argument("--print-config", action=_Once, nargs=0),
+        first.add_argument("--config", action="append", default=argparse.SUPPRESS),
+    ]
+    choosing = ["preset", *choices] if presets else [*choices]
+    actions += [first.add_argument(f"--{flag}", action=_Once) for flag in choosing]
+    known = vars(first.parse_known_args(argv)[0])
+    names = {flag: known[flag][1] for flag in choosing if flag in known}
 
     if default is None:
-        default = kind()
-        if presets:
-            name = known.preset or next(iter(presets))
-            if name not in presets:
-                raise InputError(
-                    f"preset is {name!r}{did_you_mean(name, presets)}, expected one of {', '.join(presets)}"
-                )
-            default = presets[name]
-        for path in known.config:
-            default = load_config(path, default)
+        start = _preset(presets, names.get("preset")) if presets else kind()
+        default = _with_chosen(start, names, choices)
+        for path in known.get("config", []):
+            default = load_config(path, default, {k: v for fields in choices.values() for k, v in fields.items()})
+    # again, because a file may have chosen otherwise: flags win
+    default = _with_chosen(default, names, choices)
+    if "help" in known:
+        _print_help(default, prog, names.get("preset"), presets, choices)
 
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            config, unknown = tyro.cli(
-                kind,
-                default=default,
-                args=rest,
-                prog=prog,
-                description=description,
-                return_unknown_args=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        # tyro draws a box around several lines
-        text = re.sub(r"[\u2500-\u257f]+", " ", errors.getvalue())
-        text = re.sub(r"For full helptext.*", "", " ".join(text.split()))
-        raise InputError(re.sub(r"^Parsing error ", "", text).strip()) from None
+    parser = _Parser(prog, [first])
+    settings = list(_all_settings(default))
+    actions += [_add_argument(parser, name, hint) for name, hint in settings]
+    namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise InputError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0].replace('_', '-'), _flags(kind))}")
-    _refuse_repeated(argv, _flags(kind))
-    if known.print_config:
+        word = unknown[0].partition("=")[0]
+        flags = [flag for action in actions for flag in action.option_strings]
+        raise InputError(f"unknown argument {word!r}{did_you_mean(word, flags)}")
+    given = vars(namespace)
+    values = {name: _value(name, hint, *given[name]) for name, hint in settings if name in given}
+    config = _with_values(default, values)
+    if "print_config" in given:
+        import yaml
+
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
 
 
-def _flags(kind: Any) -> dict[str, Any]:
-    """The flags of a config, nested ones too, with their types."""
-    flags: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        flags |= _flags(hint) if dataclasses.is_dataclass(hint) else {f"--{name.replace('_', '-')}": hint}
-    return flags
+def _preset(presets: Mapping[str, Config], name: str | None) -> Config:
+    """The preset of that name, without a name the first one."""
+    name = next(iter(presets)) if name is None else name
+    check_name(name, presets, "preset")
+    return presets[name]
 
 
-def _refuse_repeated(argv: list[str], flags: Mapping[str, Any]) -> None:
-    """Raise InputError for a flag given twice, of which tyro would silently take the last. --config may repeat."""
-    given: dict[str, str] = {}
-    for word in argv:
-        if not word.startswith("--"):
-            continue
-        flag = word.partition("=")[0].replace("_", "-")
-        positive = flag.replace("--no-", "--", 1)
-        key = positive if flags.get(positive) is bool else flag
-        if key in given and key != "--config":
-            earlier = f", as {given[key]} before" if given[key] != flag else ""
-            values = " with all its values" if typing.get_origin(flags.get(key)) is tuple else ""
-            raise InputError(f"{flag} is given twice{earlier}, expected once{values}")
-        given[key] = flag
+def _with_chosen(config: Any, names: Mapping[str, str], choices: FlagChoices) -> Any:
+    for flag in choices.keys() & names.keys():
+        for field, classes in choices[flag].items():
+            config = replace(config, **{field: choose(getattr(config, field), names[flag], classes, flag)})
+    return config
+
+
+def _with_hyphens(word: str) -> str:
+    """--batch_size=4 as --batch-size=4."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, writes no help, and raises InputError."""
+
+    def __init__(self, prog: str, parents: Sequence[argparse.ArgumentParser] = ()) -> None:
+        super().__init__(prog=prog, parents=list(parents), add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+class _Once(argparse.Action):
+    """Store (the flag as typed, its words); refuse a flag that is given a second time."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(default=argparse.SUPPRESS, **options)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            before, _ = getattr(namespace, self.dest)
+            other_form = f", as {before} before" if before != option_string else ""
+            all_values = " with all its values" if isinstance(values, list) and values else ""
+            parser.error(f"{option_string} is given twice{other_form}, expected once{all_values}")
+        setattr(namespace, self.dest, (option_string, values))
+
+
+def _all_settings(config: Any) -> Iterator[tuple[str, Any]]:
+    """(field name, annotated type) of every field, those of nested settings in place of the settings."""
+    for name, hint in setting_types(config).items():
+        value = getattr(config, name)
+        if is_dataclass(value):
+            yield from _all_settings(value)
+        else:
+            yield name, hint
+
+
+def _with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """The config with values by field name, in nested settings too."""
+    changes = {}
+    for field in fields(config):
+        current = getattr(config, field.name)
+        if is_dataclass(current):
+            changes[field.name] = _with_values(current, values)
+        elif field.name in values:
+            changes[field.name] = values[field.name]
+    return replace(config, **changes)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _add_argument(parser: _Parser, name: str, hint: Any) -> argparse.Action:
+    """The flag of a field: --x and --no-x for a bool, as many words as a tuple has, otherwise one word."""
+    kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    length = next((get_args(a) for a in alternatives if get_origin(a) is tuple), None)
+    words = None if length is None else "*" if length[-1] is Ellipsis else len(length)
+    if tyro.conf.Positional in marks:
+        return parser.add_argument(name, action=_Once, nargs=words or "?")
+    if kind is bool:
+        return parser.add_argument(_flag(name), _flag(f"no_{name}"), dest=name, action=_Once, nargs=0)
+    return parser.add_argument(_flag(name), action=_Once, nargs=words)
+
+
+def _value(name: str, hint: Any, typed: str | None, words: Any) -> Any:
+    """The value of a field whose flag was typed as `typed`, with these words; None: a positional argument."""
+    return typed == _flag(name) if hint is bool else convert(hint, words, typed or name)
+
+
+def _print_help(
+    config: Any, prog: str, preset: str | None, presets: Mapping[str, Any], choices: FlagChoices
+) -> NoReturn:
+    """Print every flag with its present value, and end.
+
+    tyro draws the page of a class, so the flags that are no fields become fields of a class made for the page.
+    """
+    extra: list[tuple[str, Any, Any]] = []
+
+    def add(flag: str, kind: Any, value: Any, text: str, metavar: str | None = None) -> None:
+        # a flag may be called as a field of the config
+        mark = tyro.conf.arg(name=flag, help=text, metavar=metavar)
+        extra.append((f"flag_{len(extra)}", Annotated[kind, mark, tyro.conf.FlagCreatePairsOff], value))
+
+    for flag, chosen_fields in choices.items():
+        field, classes = next(iter(chosen_fields.items()))
+        chosen = next(name for name, kind in classes.items() if type(getattr(config, field)) is kind)
+        add(flag, Literal[tuple(classes)], chosen, f"Chooses the {field} options listed below.")
+    if presets:
+        add("preset", Literal[tuple(presets)], preset or next(iter(presets)), "Start from these settings.")
+    add("config", str | None, None, "Read YAML files over them, each after its own --config; flags win.", "FILE")
+    add("print-config", bool, False, "Print the settings as YAML and exit.")
+    kind = type(config)
+    page = make_dataclass(kind.__name__, extra, bases=(kind,), frozen=True)
+    tyro.cli(
+        page,
+        default=page(**{field.name: getattr(config, field.name) for field in fields(config)}),
+        args=["--help"],
+        prog=prog,
+        description=(kind.__doc__ or "").strip(),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    raise AssertionError("tyro.cli ends with SystemExit after --help")

@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avfast.errors import InputError
+from avfast.media.images import Pixels
 from avfast.media.sound import Samples, SoundTrack
 from avfast.media.spectrogram import SpectrogramConfig
-from avfast.media.video import Pixels, probe_video, read_video
+from avfast.media.video import probe_video, read_video
 
 # encoders cut the sound a little short of the last frame: this many seconds without it are silence, more are an error
 _SOUND_SLACK = 0.1

@@ -20,7 +20,8 @@ import numpy as np
 
 from avfast.data.clips import ClipSettings, planes
 from avfast.errors import InputError
-from avfast.media.video import Pixels, read_video
+from avfast.media.images import Pixels
+from avfast.media.video import read_video
 
 _PICKLES = {"gif": "stft_wav_pickle", "mp4": "stft_pickle"}
 

@@ -1,68 +1,142 @@
-"""Settings dataclasses as plain dictionaries and as YAML files."""
+"""Settings dataclasses as dictionaries and YAML files, and the one conversion that YAML and flags share."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from avfast.errors import InputError
 
 Config = TypeVar("Config")
+Choices = Mapping[str, Mapping[str, type]]
+"""{field: {name: settings class}}: the classes of which one field of a config may hold an instance."""
+
+_EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain nested dictionaries and lists, ready for YAML or JSON."""
-    values = dataclasses.asdict(config)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    """A config as nested dictionaries and lists, ready for YAML or JSON.
+
+    Settings whose class has an attribute `name: ClassVar[str]` have that name as their first key.
+    """
+    name = _class_name(config)
+    values: dict[str, Any] = {} if name is None else {"name": name}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            value = to_dict(value)
+        values[field.name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
-def from_dict(default: Config, values: Mapping[str, Any], where: str) -> Config:
-    """Replace fields of a (nested) config by values of a dictionary. Raises InputError on an unknown key or a value of
-    another type."""
-    hints = typing.get_type_hints(type(default))
+def from_dict(default: Config, values: Mapping[str, Any], where: str, choices: Choices | None = None) -> Config:
+    """Replace fields of a config by values of a dictionary; nested settings are tables.
+
+    A table may hold `name: NAME`, which says whose settings it holds: one of `choices` for that field, or without
+    choices the name that the settings already have. Raises InputError, which begins with `where`, for an unknown key or
+    name and for a value of another type.
+    """
+    hints = setting_types(default)
     changes: dict[str, Any] = {}
     for key, value in values.items():
         key = str(key).replace("-", "_")
         if key not in hints:
             raise InputError(f"{where}: unknown key {key!r}{did_you_mean(key, hints)}")
         current = getattr(default, key)
-        if dataclasses.is_dataclass(current):
-            if not isinstance(value, Mapping):
-                raise InputError(f"{where}: {key} is {value!r}, expected a table")
-            changes[key] = from_dict(current, value, where)
+        if not is_dataclass(current):
+            changes[key] = convert(hints[key], value, f"{where}: {key}")
+        elif isinstance(value, Mapping):
+            changes[key] = _from_table(current, value, where, key, (choices or {}).get(key))
         else:
-            changes[key] = _convert(hints[key], value, f"{where}: {key}")
+            raise InputError(f"{where}: {key} is {value!r}, expected a table")
     return replace(default, **changes)  # type: ignore[type-var]
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """A value from YAML as the annotated type: Literal, T | None, tuple, bool, int, float, str."""
+def _from_table(
+    current: Any, table: Mapping[str, Any], where: str, key: str, classes: Mapping[str, type] | None
+) -> Any:
+    own_name = _class_name(current)
+    if classes is None and own_name is not None:
+        classes = {own_name: type(current)}
+    if classes is not None and "name" in table:
+        current = choose(current, table["name"], classes, f"{where}: {key}: name")
+        table = {k: v for k, v in table.items() if k != "name"}
+    return from_dict(current, table, where)
+
+
+def choose(current: Any, name: Any, classes: Mapping[str, type], where: str) -> Any:
+    """The settings called `name`: `current` if they are of that class already, else that class's defaults.
+
+    Raises InputError, which begins with `where`, for an unknown name.
+    """
+    check_name(name, classes, where)
+    return current if type(current) is classes[name] else classes[name]()
+
+
+def check_name(name: Any, known: Iterable[str], where: str) -> None:
+    """Raise InputError, which begins with `where` and suggests the most similar name, unless the name is known."""
+    known = list(known)
+    if name not in known:
+        raise InputError(f"{where} is {name!r}{did_you_mean(str(name), known)}, expected one of {', '.join(known)}")
+
+
+def setting_types(config: Any) -> dict[str, Any]:
+    """{field: annotated type} of a config's own fields; class attributes are no fields."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    return {field.name: hints[field.name] for field in fields(config)}
+
+
+def convert(kind: Any, value: Any, where: str) -> Any:
+    """A value from YAML or the text of a flag as the annotated type: Literal, T | None, tuple, bool, int, float, str.
+
+    Text becomes a number where the type is one: YAML itself reads 1e-4 as text. Raises InputError, which begins with
+    `where`, for a value that does not fit.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal and value in arguments:
-        return value
+    if origin is typing.Annotated:
+        return convert(arguments[0], value, where)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple and isinstance(value, list | tuple):
+        optional = next(a for a in arguments if a is not type(None))
+        return None if value in (None, "None") else convert(optional, value, where)
+    if origin is Literal:
+        for choice in arguments:
+            if str(value) == str(choice) and type(value) in (type(choice), str):
+                return choice
+    elif origin is tuple and isinstance(value, list | tuple):
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) == len(value):
-            return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, type) and type(value) is kind:
+            return tuple(convert(k, v, where) for k, v in zip(kinds, value, strict=True))
+    elif type(value) is kind:
         return value
-    raise InputError(f"{where} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+    elif kind in (int, float) and type(value) in (int, str):
+        with suppress(ValueError):
+            return kind(value)
+    near = did_you_mean(value, map(str, arguments)) if origin is Literal and isinstance(value, str) else ""
+    raise InputError(f"{where} is {value!r}{near}, expected {_expected(kind)}")
 
 
-def load_config(path: str | Path, default: Config) -> Config:
-    """Read a YAML file over a default config. Raises InputError when it is missing, not YAML, or does not fit."""
+def _expected(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        count = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
+        return f"a list{count}, each {_expected(arguments[0])}"
+    return _EXPECTED[kind]
+
+
+def load_config(path: str | Path, default: Config, choices: Choices | None = None) -> Config:
+    """Read a YAML file over a default config, as `from_dict` does. A config class whose files looked otherwise before
+    has a static method `upgraded(values)`, which brings the content of older files into the present form.
+
+    Raises InputError when the file is missing, is not YAML, or does not fit.
+    """
     import yaml
 
     try:
@@ -73,10 +147,17 @@ def load_config(path: str | Path, default: Config) -> Config:
         raise InputError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise InputError(f"config file {path} holds {type(values).__name__}, expected keys and values")
-    return from_dict(default, values, f"config file {path}")
+    upgrade = getattr(type(default), "upgraded", None)
+    return from_dict(default, values if upgrade is None else upgrade(values), f"config file {path}", choices)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'X'?)" with the known word that is most like this one; empty where none is."""
+    """ " (did you mean 'X'?)" with the known word that is most like this one; empty if none is."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _class_name(config: Any) -> str | None:
+    """The class attribute `name` of settings; None if they have none, or a field of that name."""
+    name = getattr(type(config), "name", None)
+    return name if isinstance(name, str) and "name" not in {field.name for field in fields(config)} else None

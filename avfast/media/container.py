@@ -16,10 +16,10 @@ from avfast.errors import InputError
 
 
 @contextmanager
-def opened(path: str | Path, kind: Literal["video", "audio"]) -> Iterator[tuple[Any, Any]]:
-    """The container and its first real stream of that kind: cover pictures do not count. Raises InputError."""
-    with one_line(path):
-        # `file:` and the whitelist: names with a colon stay names, and a playlist opens nothing on the network
+def open_stream(path: str | Path, kind: Literal["video", "audio"]) -> Iterator[tuple[Any, Any]]:
+    """The container and its first stream of that kind; cover pictures do not count. Raises InputError."""
+    with _one_line_errors(path):
+        # `file:` and the whitelist: a name with a colon is still a file, and a playlist opens nothing on the network
         container: Any = av.open(f"file:{path}", container_options={"protocol_whitelist": "file"})
     with container:
         for stream in getattr(container.streams, kind):
@@ -30,41 +30,41 @@ def opened(path: str | Path, kind: Literal["video", "audio"]) -> Iterator[tuple[
 
 
 @contextmanager
-def one_line(path: str | Path, after: str = "") -> Iterator[None]:
-    """FFmpeg's errors as InputError, with the file and the reason alone."""
+def _one_line_errors(path: str | Path, after: str = "") -> Iterator[None]:
+    """Turn FFmpeg's errors into InputErrors that hold the file and the reason only."""
     try:
         yield
     except av.error.FFmpegError as error:
         raise InputError(f"{path}: {error.strerror}{after}") from None
 
 
-def decoded(path: str | Path, container: Any, stream: Any) -> Iterator[Any]:
+def decode_frames(path: str | Path, container: Any, stream: Any) -> Iterator[Any]:
     """Every frame in the order of display. Raises InputError for a damaged stream and for one without a frame."""
     count = 0
-    trouble: av.error.FFmpegError | None = None
+    first_error: av.error.FFmpegError | None = None
     packets = container.demux(stream)
     what = "" if stream.type == "video" else " of the sound"
     while True:
         frames: list[Any] = []
-        with one_line(path, f", after frame {count}{what}"):
+        with _one_line_errors(path, f", after frame {count}{what}"):
             try:
                 packet = next(packets, None)
                 if packet is None:
                     break
                 frames = packet.decode()
             except av.error.InvalidDataError as error:
-                # a recording that begins between two key frames opens with packets nobody can decode
+                # a recording that begins between two key frames starts with packets that cannot be decoded
                 if count:
                     raise
-                trouble = trouble or error
+                first_error = first_error or error
         count += len(frames)
         yield from frames
     if not count:
-        reason = f" that can be decoded: {trouble.strerror}" if trouble else ""
+        reason = f" that can be decoded: {first_error.strerror}" if first_error else ""
         raise InputError(f"{path}: no frame{what} in it{reason}")
 
 
 def has_timestamps(container: Any) -> bool:
-    """Whether the file's format knows times."""
+    """Whether the file's format has timestamps."""
     # raw H.264, MJPEG ...: FFmpeg makes up 25 frames per second for them, and timestamps to match
     return not container.format.flags & Flags.no_timestamps.value

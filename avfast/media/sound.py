@@ -1,9 +1,9 @@
 """Sound out of films and sound files: the first track, mixed to mono, at one rate, placed on the file's clock.
 
-Sample n of a track at `rate` samples a second stands for the time n / rate on the file's own clock, the one that
-`avfast.media.video` gives frames their times on; it need not begin at 0. Timestamps decide where sound lies: what a
-track leaves out is silence, what it says twice is heard once, an encoder's priming samples are not heard at all.
-Reading holds a handful of blocks, whatever the length of the track.
+Sample n of a track at `rate` samples a second belongs to the time n / rate on the file's own clock, which is also the
+clock of the frames of `avfast.media.video`; it need not begin at 0. Timestamps decide where sound lies: a gap becomes
+silence, of an overlap only the first copy is used, an encoder's priming samples are dropped. Reading holds a handful of
+blocks, whatever the length of the track.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from av.audio.resampler import AudioResampler
 from numpy.typing import NDArray
 
 from avfast.errors import InputError
-from avfast.media.container import decoded, has_timestamps, opened
+from avfast.media.container import decode_frames, has_timestamps, open_stream
 
 Samples = NDArray[np.int16]
 
-# a timestamp this far from where the samples before it end is a gap or an overlap; less is rounding (Matroska counts in
-# milliseconds) and the jitter of a muxer
+# seconds between a timestamp and the end of the samples before it from which on it is a gap or an overlap; less is
+# rounding (Matroska counts in milliseconds) or a muxer's jitter
 _JITTER = 0.02
 
 
@@ -40,8 +40,8 @@ class Sound(NamedTuple):
 
 
 def read_sound(path: str | Path, rate: int, *, start: float | None = None, seconds: float | None = None) -> Sound:
-    """The whole first sound track of a film or sound file, or the part from `start` (a time on the file's clock, by
-    default the track's first) that lasts `seconds`; what the track does not reach is silence.
+    """The first sound track of a film or sound file: all of it, or `seconds` of it from `start`, a time on the file's
+    clock (by default the track's first). Times outside the track are silence.
 
     Mono (FFmpeg's mix, normalised so that it cannot clip), int16, resampled to `rate` by FFmpeg.
     Raises InputError for a file that cannot be opened, has no sound track, or is damaged.
@@ -55,7 +55,7 @@ def read_sound(path: str | Path, rate: int, *, start: float | None = None, secon
 
 
 class SoundTrack:
-    """Reads a track once from its start to its end, window after window, and holds no more than a window asks for.
+    """Reads a track once from its start to its end, window after window, and holds no more than one window needs.
 
     Raises InputError, here and while it is read, as `read_sound` does. Close it, or use it in a `with` block.
     """
@@ -64,15 +64,15 @@ class SoundTrack:
         if rate < 1:
             raise ValueError(f"rate is {rate}, expected at least 1 sample per second")
         self.rate = rate
-        self._blocks = _blocks(path, rate)
-        self._held: deque[tuple[int, Samples]] = deque()
-        self._given = -math.inf
+        self._blocks = _read_blocks(path, rate)
+        self._buffer: deque[tuple[int, Samples]] = deque()
+        self._last_window = -math.inf
         first, samples = next(self._blocks)
-        self._held.append((first, samples))
+        self._buffer.append((first, samples))
         self.start = first
         """Number of the track's first sample."""
         self.end = first + len(samples)
-        """Number behind the last sample read so far: the track's end once a window has reached behind it."""
+        """Number after the last sample read so far; the track's end once a window has gone past it."""
 
     def __enter__(self) -> SoundTrack:
         return self
@@ -81,7 +81,7 @@ class SoundTrack:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._blocks.close()
 
     def window(self, first: int, count: int) -> Samples:
@@ -89,41 +89,44 @@ class SoundTrack:
 
         Windows may overlap, but none may begin before the one before it (ValueError).
         """
-        if first < self._given:
-            raise ValueError(f"first is {first}, after a window that began at {self._given}: expected none earlier")
-        self._given = first
-        while self.end < first + count and self._read():
-            self._drop(first)
-        self._drop(first)
+        if first < self._last_window:
+            raise ValueError(
+                f"first is {first}, after a window that began at {self._last_window}: expected none earlier"
+            )
+        self._last_window = first
+        while self.end < first + count and self._read_block():
+            self._drop_before(first)
+        self._drop_before(first)
         window = np.zeros(count, np.int16)
-        for number, samples in self._held:
+        for number, samples in self._buffer:
             low, high = max(first, number), min(first + count, number + len(samples))
             if low < high:
                 window[low - first : high - first] = samples[low - number : high - number]
         return window
 
     def finish(self) -> None:
-        """Read on to the end, keeping what is read, so that `end` is the track's."""
-        while self._read():
+        """Read and keep everything up to the track's end, so that `end` is the track's."""
+        while self._read_block():
             pass
 
-    def _read(self) -> bool:
+    def _read_block(self) -> bool:
         block = next(self._blocks, None)
         if block is not None:
-            self._held.append(block)
+            self._buffer.append(block)
             self.end = block[0] + len(block[1])
         return block is not None
 
-    def _drop(self, first: int) -> None:
-        while self._held and self._held[0][0] + len(self._held[0][1]) <= first:
-            self._held.popleft()
+    def _drop_before(self, first: int) -> None:
+        while self._buffer and self._buffer[0][0] + len(self._buffer[0][1]) <= first:
+            self._buffer.popleft()
 
 
-def _blocks(path: str | Path, rate: int) -> Generator[tuple[int, Samples], None, None]:
-    """Non-empty blocks (number of the first sample, samples) in increasing order, none overlapping another."""
+def _read_blocks(path: str | Path, rate: int) -> Generator[tuple[int, Samples], None, None]:
+    """Non-empty blocks (number of the first sample, samples) in increasing order, without overlaps."""
     end: int | None = None
-    with opened(path, "audio") as (container, stream):
-        for first, samples in _resampled(decoded(path, container, stream), has_timestamps(container), rate):
+    with open_stream(path, "audio") as (container, stream):
+        frames = decode_frames(path, container, stream)
+        for first, samples in _resample(frames, has_timestamps(container), rate):
             skipped = 0 if end is None else max(0, end - first)
             if skipped < len(samples):
                 end = first + len(samples)
@@ -132,14 +135,16 @@ def _blocks(path: str | Path, rate: int) -> Generator[tuple[int, Samples], None,
         raise InputError(f"{path}: no sample in its sound track")
 
 
-def _resampled(frames: Iterator[Any], stamped: bool, rate: int) -> Iterator[tuple[int, Samples]]:
-    """Blocks at the new rate; a new resampler begins wherever the track jumps or changes its format."""
+def _resample(frames: Iterator[Any], use_timestamps: bool, rate: int) -> Iterator[tuple[int, Samples]]:
+    """Blocks (number of the first sample, samples) at the new rate. A new resampler begins where the track jumps or
+    changes its format."""
     resampler: AudioResampler | None = None
-    form: tuple[Any, ...] = ()
-    # where the next decoded frame belongs, in seconds, and the next block, in samples
-    due, number = 0.0, 0
+    resampled_format: tuple[Any, ...] = ()
+    # where the decoded samples so far end, in seconds, and the resampled ones, in samples
+    end_time, number = 0.0, 0
 
-    def taken(frame: Any) -> Iterator[tuple[int, Samples]]:
+    def resample(frame: Any) -> Iterator[tuple[int, Samples]]:
+        """The blocks that a frame gives; None: those that the resampler still holds."""
         nonlocal number
         assert resampler is not None
         for part in resampler.resample(frame):
@@ -148,16 +153,16 @@ def _resampled(frames: Iterator[Any], stamped: bool, rate: int) -> Iterator[tupl
             number += len(samples)
 
     for frame in frames:
-        time = float(frame.pts * frame.time_base) if stamped and frame.pts is not None else due
-        now = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if resampler is None or now != form or abs(time - due) > _JITTER:
+        time = float(frame.pts * frame.time_base) if use_timestamps and frame.pts is not None else end_time
+        frame_format = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if resampler is None or frame_format != resampled_format or abs(time - end_time) > _JITTER:
             if resampler is not None:
-                yield from taken(None)
-            resampler, form = AudioResampler("s16", "mono", rate), now
-            due, number = time, round(time * rate)
-        due += frame.samples / frame.sample_rate
-        # the block's place is counted here, and stamps that jitter would only worry the filter
+                yield from resample(None)
+            resampler, resampled_format = AudioResampler("s16", "mono", rate), frame_format
+            end_time, number = time, round(time * rate)
+        end_time += frame.samples / frame.sample_rate
+        # samples are counted here; the resampler would adjust them to timestamps that jitter
         frame.pts = None
-        yield from taken(frame)
+        yield from resample(frame)
     if resampler is not None:
-        yield from taken(None)
+        yield from resample(None)

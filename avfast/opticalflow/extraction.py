@@ -39,14 +39,15 @@ import torch
 import tyro
 
 from avfast import __version__
-from avfast.cli.main import print_failures
+from avfast.cli.command import print_failures
 from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.files.result_folder import MARKER, Place, read_marker, sweep
 from avfast.machine.device import choose_device
+from avfast.media.images import Frame, read_images, resize, target_size
 from avfast.media.inputs import Item, find_items, settle_failures
 from avfast.media.prefetch import ahead
-from avfast.media.video import Frame, probe_video, read_images, read_video, resize, target_size
+from avfast.media.video import probe_video, read_video
 from avfast.opticalflow.flow_files import Format, flow_writer
 from avfast.opticalflow.tvl1 import PRESETS, tvl1_flow
 from avfast.ui.progress import Progress

@@ -17,7 +17,8 @@ import numpy as np
 
 from avfast.errors import InputError
 from avfast.files.atomic import npy_appender, replacing
-from avfast.media.video import Pixels, video_writer
+from avfast.media.images import Pixels
+from avfast.media.video_writer import video_writer
 from avfast.ui.plots import flow_to_rgb
 
 Format = Literal["npy", "flo", "jpg", "png", "hsv-png", "hsv-mp4"]

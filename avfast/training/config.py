@@ -18,13 +18,14 @@ from avfast.models.avmodel import ModelConfig, PaperTraining
 from avfast.models.base import ModelSettings, TrainingSettings
 from avfast.models.registry import MODELS
 
-CHOICES: Choices = {
-    "dataset": {name: {"data": settings} for name, settings in DATASETS.items()},
+CHOICES: dict[str, Choices] = {
+    "dataset": {"data": DATASETS},
     "model": {
-        name: {"model": model.settings_class, "training": model.training_class} for name, model in MODELS.items()
+        "model": {name: model.settings_class for name, model in MODELS.items()},
+        "training": {name: model.training_class for name, model in MODELS.items()},
     },
 }
-"""What `--dataset` and `--model` choose: name -> the classes of the fields that hold their settings."""
+"""What the flags `--dataset` and `--model` choose: {flag: {field: {name: settings class}}}."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,24 @@ class TrainConfig:
         if self.resume is None:
             self.training.check(self.stage)
         self.data.check(self.longest_window, self.batch_size)
+
+    @staticmethod
+    def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of a config.yaml, of any version, as the present TrainConfig has it.
+
+        The first version had the settings of both data sets, and those of the paper's stages among its own.
+        """
+        values = dict(values)
+        if "dataset" in values:
+            name, clips = values.pop("dataset"), values.pop("clips", None)
+            settings = clips if name == ClipsConfig.name else values.get("data")
+            values["data"] = {"name": name, **(settings or {})}
+        known = set(PaperTraining.__dataclass_fields__) & values.keys()
+        if known:
+            values["training"] = {name: values.pop(name) for name in known}
+        if values.get("stage") == "both":
+            values["stage"] = "all"
+        return values
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -198,21 +217,3 @@ PRESETS: dict[str, TrainConfig] = {
     "drums": replace(_CLIPS, name="drums"),
     "painting96": replace(_CLIPS, name="painting96"),
 }
-
-
-def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a config.yaml, of any version, as the present TrainConfig has it.
-
-    The first version had the settings of both data sets, and those of the paper's stages among its own.
-    """
-    values = dict(values)
-    if "dataset" in values:
-        name, clips = values.pop("dataset"), values.pop("clips", None)
-        settings = clips if name == ClipsConfig.name else values.get("data")
-        values["data"] = {"name": name, **(settings or {})}
-    known = set(PaperTraining.__dataclass_fields__) & values.keys()
-    if known:
-        values["training"] = {name: values.pop(name) for name in known}
-    if values.get("stage") == "both":
-        values["stage"] = "all"
-    return values

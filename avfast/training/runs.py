@@ -36,7 +36,8 @@ from avfast.files.atomic import new_folder, numbered, read_records, replacing
 from avfast.files.settings import load_config, to_dict
 from avfast.models.base import VideoModel
 from avfast.models.checkpoint import save_pretrained
-from avfast.training.config import CHOICES, TrainConfig, upgraded
+from avfast.training.config import CHOICES, TrainConfig
+
 
 class Run:
     """One run folder, written by the main process."""
@@ -221,9 +222,10 @@ def run_folder(checkpoint: str | Path) -> Path:
 
 def load_run_config(checkpoint: str | Path) -> TrainConfig:
     """The training config of the run that a checkpoint lies in. Raises InputError when there is none."""
+    choices = {field: classes for fields in CHOICES.values() for field, classes in fields.items()}
     for folder in Path(checkpoint).absolute().parents:
         if (folder / "config.yaml").is_file():
-            return load_config(folder / "config.yaml", TrainConfig(), choices=CHOICES, upgrade=upgraded)
+            return load_config(folder / "config.yaml", TrainConfig(), choices)
     raise InputError(f"{checkpoint} lies in no run folder: no config.yaml above it")
 
 

@@ -328,5 +328,3 @@ def _horizon(config: TrainConfig, index: int, steps: int) -> int:
 
 def _time(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
-
-

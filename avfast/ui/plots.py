@@ -1,8 +1,8 @@
 """Pictures: flow colours, strips and GIFs of true and predicted clips, loss and metric curves.
 
-Clips are tensors or arrays on the CPU: frames (T,C,H,W) in [0,1] with C = 1 or 3, flow (T,2,H,W) in pixels; predictions
-(P,...) are the last P of the T frames, of which the true clip may have the first ones only. Given frames are framed
-white, predicted ones red, true future ones grey. Every file is written under a temporary name, then renamed.
+Clips are tensors or arrays on the CPU: frames (T,C,H,W) in [0,1] with C = 1 or 3, flow (T,2,H,W) in pixels. Predictions
+(P,...) are the last P of the T frames; the true clip (T',...) may end before them. Given frames have a white border,
+predicted ones a red one, true future ones a grey one. Every file is written under a temporary name, then renamed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,17 +22,15 @@ from avfast.files.atomic import read_records, replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from avfast.scoring.metrics import MetricResult
-
 GIVEN, FUTURE, PREDICTED = (255, 255, 255), (110, 110, 110), (230, 40, 40)
 BACKGROUND, TEXT = (24, 24, 24), (230, 230, 230)
 BORDER, GAP, TEXT_SIZE = 2, 4, 14
 HEADER, LEGEND, LEGEND_WIDTH = TEXT_SIZE + 2 * GAP, 64, 320
-READABLE, FILM = 96, 240
-"""In strips and GIFs, and in films, frames are enlarged by a whole factor until their longer side has at least this
-many pixels."""
+STRIP_SIDE, FILM_SIDE = 96, 240
+"""Frames are enlarged by a whole factor until their longer side has at least this many pixels: in strips and GIFs, and
+in films."""
 
-# the wheel of Baker et al.: hues between six corner colours, more of them where the eye tells more apart
+# the wheel of Baker et al.: how many hues lie between six corner colours, more where the eye distinguishes more
 WHEEL_ENDS = np.cumsum([0, 15, 6, 4, 11, 13, 6])
 WHEEL_COLOURS = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]], dtype=float)
 
@@ -44,10 +42,10 @@ def flow_to_rgb(flow: ArrayLike, max_flow: float | None = None) -> Pixels:
     """Colour-code a flow: (...,2,H,W) in pixels, x then y -> uint8 (...,H,W,3). Hue is direction, saturation magnitude.
 
     A vector to the right is red, down yellow, left sky blue, up violet; white is no motion. A vector of `max_flow`
-    pixels is fully saturated, a longer one is darkened by a quarter; by default that is the largest magnitude in the
-    whole array, one scale for all of its frames. A vector that is not finite is black. ValueError: another shape,
-    max_flow <= 0. Source: Baker et al., "A Database and Evaluation Methodology for Optical Flow", IJCV 2011, its wheel
-    taken as a continuous circle.
+    pixels is fully saturated, a longer one is darkened by a quarter; by default max_flow is the largest magnitude in
+    the whole array, one scale for all of its frames. A vector that is not finite is black. ValueError: another shape,
+    max_flow <= 0. Source: Baker et al., "A Database and Evaluation Methodology for Optical Flow", IJCV 2011, with its
+    wheel as a continuous circle.
     """
     flow = np.asarray(flow, dtype=np.float64)
     if flow.ndim < 3 or flow.shape[-3] != 2:
@@ -65,8 +63,8 @@ def flow_to_rgb(flow: ArrayLike, max_flow: float | None = None) -> Pixels:
 
 
 def colour_wheel(diameter: int) -> Pixels:
-    """The legend of `flow_to_rgb`, (diameter,diameter,3): each pixel's colour is that of the vector from the centre to
-    it, full at the rim. Outside lies `BACKGROUND`."""
+    """The legend of `flow_to_rgb`, (diameter,diameter,3): each pixel has the colour of the vector from the centre to
+    it, fully saturated at the rim. Outside the wheel is `BACKGROUND`."""
     axis = (np.arange(diameter) + 0.5) * 2 / diameter - 1
     vectors = np.stack(np.meshgrid(axis, axis))
     inside = np.hypot(*vectors) <= 1
@@ -88,34 +86,34 @@ def save_strip(
     """One clip as labelled rows over time: true, predicted, true flow, predicted flow, sound; a column per frame.
 
     true (T',C,H,W), predicted (P,C,H,W), true_flow (T',2,H,W), predicted_flow (P,2,H,W), audio (T,1,F,S) magnitudes,
-    T = context_frames + P; where the true clip ends earlier, T' < T, its cells stay empty. Frames are numbered from 1
+    T = context_frames + P; if the true clip is shorter, T' < T, its last cells stay empty. Frames are numbered from 1,
     and `frames` chooses some of them; `first_frame` is the number printed over the first. Small frames are enlarged
-    with nearest neighbour. The flow rows share one scale, the largest true magnitude (the predicted one, without true
-    flow), and the colour wheel stands below them with it. The sound has low frequencies at the bottom and 60 dB from
-    black to the loudest value. ValueError: shapes that do not fit, a frame number outside 1..T.
+    with nearest neighbour. The flow rows share one scale, the largest true magnitude (without true flow the largest
+    predicted one), and the colour wheel below them states it. The sound has low frequencies at the bottom and 60 dB
+    from black to the loudest value. ValueError: shapes that do not fit, a frame number outside 1..T.
     """
-    images, guesses = _pair(true, predicted, context_frames)
-    total = context_frames + len(guesses)
-    rows: list[tuple[str, Pixels]] = [("true", images), ("predicted", guesses)]
-    flows = {"true flow": (true_flow, len(images)), "predicted flow": (predicted_flow, len(guesses))}
+    images, predictions = _image_pair(true, predicted, context_frames)
+    total = context_frames + len(predictions)
+    rows: list[tuple[str, Pixels]] = [("true", images), ("predicted", predictions)]
+    flows = {"true flow": (true_flow, len(images)), "predicted flow": (predicted_flow, len(predictions))}
     scale = next((_max_flow(flow) for flow, _ in flows.values() if flow is not None), None)
     for label, (flow, count) in flows.items():
         if flow is not None:
-            _expect(label.replace(" ", "_"), flow, (count, 2, *images.shape[1:3]))
+            _check_shape(label.replace(" ", "_"), flow, (count, 2, *images.shape[1:3]))
             rows.append((label, flow_to_rgb(flow, scale)))
     if audio is not None:
-        _expect("audio", audio, (total, 1, *np.shape(audio)[2:]))
+        _check_shape("audio", audio, (total, 1, *np.shape(audio)[2:]))
         rows.append(("sound", _spectrogram_images(audio)))
     numbers = range(1, total + 1) if frames is None else sorted(set(frames))
     if not numbers or numbers[0] < 1 or numbers[-1] > total:
         raise ValueError(f"frames is {list(numbers)}, expected numbers from 1 to {total}")
 
-    factor = _enlargement(images, READABLE)
+    factor = _zoom(images, STRIP_SIDE)
     height, width = (factor * s + 2 * BORDER for s in images.shape[1:3])
     font = ImageFont.load_default(TEXT_SIZE)
     margin = math.ceil(max(font.getlength(label) for label, _ in rows)) + 3 * GAP
     bottom = HEADER + len(rows) * (height + GAP)
-    # a strip of few frames still has room for its legend
+    # a strip of few frames must be wide enough for the legend
     canvas_width = max(margin + len(numbers) * (width + GAP), LEGEND_WIDTH if scale else 0)
     canvas = Image.new("RGB", (canvas_width, bottom + (LEGEND if scale else 0)), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
@@ -151,9 +149,9 @@ def save_gif(
         true, predicted = true[None], predicted[None]
     if true.ndim != 5 or len(true) != len(predicted) or not len(true):
         raise ValueError(f"true has shape {true.shape}, predicted {predicted.shape}, expected N clips each")
-    pairs = [_pair(*clips, context_frames) for clips in zip(true, predicted, strict=True)]
-    pictures = list(_side_by_side(pairs, context_frames, READABLE))
-    # in whole hundredths of a second, as GIF counts them, but right in the mean
+    pairs = [_image_pair(*clips, context_frames) for clips in zip(true, predicted, strict=True)]
+    pictures = list(_side_by_side(pairs, context_frames, STRIP_SIDE))
+    # GIF counts in hundredths of a second: each frame is rounded, the mean is right
     ends = [round(100 * (i + 1) / frames_per_second) for i in range(len(pictures))]
     durations = [10 * (end - begin) for begin, end in zip([0, *ends], ends, strict=False)]
     with replacing(path) as temporary:
@@ -161,21 +159,21 @@ def save_gif(
 
 
 def film_frames(true: ArrayLike, predicted: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
-    """The pictures of `save_gif` for one clip, larger, one after the other: (height,width,3) for a film. Raises
-    ValueError as it does."""
-    pairs = [_pair(true, predicted, context_frames)]
-    return map(np.asarray, _side_by_side(pairs, context_frames, FILM))
+    """The pictures of `save_gif` for one clip, larger, one after the other: (height,width,3) uint8 for a film.
+
+    ValueError: shapes that do not fit.
+    """
+    pairs = [_image_pair(true, predicted, context_frames)]
+    return map(np.asarray, _side_by_side(pairs, context_frames, FILM_SIDE))
 
 
 def flow_film_frames(true_flow: ArrayLike, predicted_flow: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
-    """The same for flow, true_flow (T',2,H,W) and predicted_flow (P,2,H,W), in colours with their wheel below.
-
-    Full colour is the largest true magnitude, as in `save_strip`.
-    """
+    """The pictures of `film_frames` for flow, true_flow (T',2,H,W) and predicted_flow (P,2,H,W), with the colour wheel
+    below. The largest true magnitude is fully saturated, as in `save_strip`."""
     scale = _max_flow(true_flow)
     true, predicted = (flow_to_rgb(flow, scale) for flow in (true_flow, predicted_flow))
-    _expect_lengths(true, predicted, context_frames)
-    return map(np.asarray, _side_by_side([(true, predicted)], context_frames, FILM, scale))
+    _check_lengths(true, predicted, context_frames)
+    return map(np.asarray, _side_by_side([(true, predicted)], context_frames, FILM_SIDE, scale))
 
 
 class ContactRow(NamedTuple):
@@ -193,29 +191,28 @@ class ContactRow(NamedTuple):
 def save_contact_sheet(path: str | Path, rows: Sequence[ContactRow], columns: int = 8) -> None:
     """Clips one below another, each as evenly spaced frames with the sound and the flow that belong to them.
 
-    The sound is the frame's spectrogram, drawn as in `save_strip`. Colours of the flow are full at the clip's largest
-    vector. ValueError: no row, shapes that do not fit.
+    The sound is the frame's spectrogram, drawn as in `save_strip`. The clip's largest flow vector is fully saturated.
+    ValueError: no row, shapes that do not fit.
     """
     if not rows:
         raise ValueError("rows is empty, expected at least one clip")
     font = ImageFont.load_default(TEXT_SIZE)
-    header = TEXT_SIZE + 2 * GAP
     blocks = []
     for row in rows:
         images, audio, flow = _images("frames", row.frames), np.asarray(row.audio), np.asarray(row.flow)
         expected = ((len(images), 1, *audio.shape[2:]), (len(images), 2, *images.shape[1:3]))
         if (audio.shape, flow.shape) != expected:
             raise ValueError(f"audio and flow have shapes {audio.shape} and {flow.shape}, expected {expected}")
-        factor = _enlargement(images, READABLE)
+        factor = _zoom(images, STRIP_SIDE)
         height, width = (factor * side for side in images.shape[1:3])
         sound = _spectrogram_images(audio)
         chosen = sorted({round(i) for i in np.linspace(0, len(images) - 1, columns)})
         block = Image.new(
-            "RGB", (GAP + columns * (width + GAP), header + 2 * height + height // 2 + 2 * GAP), BACKGROUND
+            "RGB", (GAP + columns * (width + GAP), HEADER + 2 * height + height // 2 + 2 * GAP), BACKGROUND
         )
-        ImageDraw.Draw(block).text((GAP, header // 2), row.label, fill=TEXT, font=font, anchor="lm")
+        ImageDraw.Draw(block).text((GAP, HEADER // 2), row.label, fill=TEXT, font=font, anchor="lm")
         for column, t in enumerate(chosen):
-            left, top = GAP + column * (width + GAP), header
+            left, top = GAP + column * (width + GAP), HEADER
             for pixels, high in (
                 (images[t], height),
                 (sound[t], height // 2),
@@ -236,7 +233,7 @@ def save_contact_sheet(path: str | Path, rows: Sequence[ContactRow], columns: in
 def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
     """Draw a run's losses from its metrics.jsonl, one panel per stage: "loss" and every key that ends with "_loss".
 
-    Records are objects with "stage", "step" and some of those keys. A last line cut short by a kill is left out.
+    Records are objects with "stage", "step" and some of those keys. A last line that a kill cut short is left out.
     InputError: another line that is not a JSON object, no loss at all.
     """
     stages: dict[str, dict[str, list[tuple[int, float]]]] = {}
@@ -250,7 +247,7 @@ def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
     for axes, (stage, curves) in zip(figure.axes, stages.items(), strict=True):
         for key, points in curves.items():
             steps, values = zip(*points, strict=True)
-            # few points are seldom visible as a line
+            # a line of few points is hard to see
             axes.plot(steps, values, label=key, marker="." if len(points) < 50 else None, linewidth=1.2)
         if all(value > 0 for points in curves.values() for _, value in points):
             axes.set_yscale("log")
@@ -259,12 +256,24 @@ def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
     _save_figure(figure, path)
 
 
-def save_metric_curves(
-    path: str | Path, results: Mapping[str, MetricResult], *, context_frames: int = 0, references: Collection[str] = ()
-) -> None:
-    """Draw SSIM and PSNR, and AEPE where some predictor has flow, over the frame number; `references` are dashed.
+class FrameScores(Protocol):
+    """The scores of one predictor: a value per predicted frame."""
 
-    results: scores per predictor, of clips of the same length. ValueError: no results.
+    @property
+    def ssim(self) -> list[float]: ...
+    @property
+    def psnr(self) -> list[float]: ...
+    @property
+    def aepe(self) -> list[float] | None:
+        """None: the predictor has no flow."""
+
+
+def save_metric_curves(
+    path: str | Path, results: Mapping[str, FrameScores], *, context_frames: int = 0, references: Collection[str] = ()
+) -> None:
+    """Draw SSIM and PSNR, and AEPE if some predictor has flow, over the frame number; `references` are dashed.
+
+    results: {predictor: scores}, all of clips of the same length. ValueError: no results.
     """
     if not results:
         raise ValueError("results is empty, expected at least one predictor")
@@ -273,7 +282,7 @@ def save_metric_curves(
         ("PSNR, dB", {name: r.psnr for name, r in results.items()}),
         ("AEPE, px", {name: r.aepe for name, r in results.items() if r.aepe is not None}),
     ]
-    panels = [panel for panel in panels if panel[1]]
+    panels = [(title, curves) for title, curves in panels if curves]
     figure = _figure(len(panels))
     colours = {name: f"C{i % 10}" for i, name in enumerate(results)}
     for axes, (title, curves) in zip(figure.axes, panels, strict=True):
@@ -289,7 +298,7 @@ def save_metric_curves(
 
 
 def _images(name: str, frames: ArrayLike) -> Pixels:
-    """(T,C,H,W) in [0,1] -> uint8 (T,H,W,3); what is not finite is black."""
+    """(T,C,H,W) in [0,1] -> uint8 (T,H,W,3); values that are not finite are black."""
     frames = np.asarray(frames, dtype=np.float64)
     if frames.ndim != 4 or frames.shape[1] not in (1, 3) or 0 in frames.shape:
         raise ValueError(f"{name} has shape {frames.shape}, expected (T, 1 or 3, H, W)")
@@ -297,13 +306,13 @@ def _images(name: str, frames: ArrayLike) -> Pixels:
     return np.repeat(pixels, 3 // frames.shape[1], axis=1).transpose(0, 2, 3, 1)
 
 
-def _pair(true: ArrayLike, predicted: ArrayLike, context_frames: int) -> tuple[Pixels, Pixels]:
-    images, guesses = _images("true", true), _images("predicted", predicted)
-    _expect_lengths(images, guesses, context_frames)
-    return images, guesses
+def _image_pair(true: ArrayLike, predicted: ArrayLike, context_frames: int) -> tuple[Pixels, Pixels]:
+    images, predictions = _images("true", true), _images("predicted", predicted)
+    _check_lengths(images, predictions, context_frames)
+    return images, predictions
 
 
-def _expect_lengths(true: Pixels, predicted: Pixels, context_frames: int) -> None:
+def _check_lengths(true: Pixels, predicted: Pixels, context_frames: int) -> None:
     total = context_frames + len(predicted)
     if predicted.shape[1:] != true.shape[1:] or not context_frames <= len(true) <= total:
         raise ValueError(
@@ -312,7 +321,7 @@ def _expect_lengths(true: Pixels, predicted: Pixels, context_frames: int) -> Non
         )
 
 
-def _expect(name: str, array: ArrayLike, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, array: ArrayLike, shape: tuple[int, ...]) -> None:
     if np.shape(array) != shape:
         raise ValueError(f"{name} has shape {np.shape(array)}, expected {shape}")
 
@@ -322,18 +331,20 @@ def _spectrogram_images(audio: ArrayLike) -> Pixels:
     from matplotlib import colormaps
 
     magnitude = np.asarray(audio, dtype=np.float64)[:, 0, ::-1]
-    # silence is as far below the loudest value as can be shown
+    # silence has no logarithm: it is drawn at -60 dB
     decibels = 20 * np.log10(np.maximum(magnitude / (magnitude.max() or 1.0), 1e-3))
     return (255 * colormaps["magma"](1 + decibels / 60)[..., :3]).astype(np.uint8)
 
 
 def _max_flow(flow: ArrayLike) -> float:
+    """The largest finite magnitude, 1 if nothing moves."""
     x, y = np.moveaxis(np.nan_to_num(np.asarray(flow, dtype=np.float64), posinf=0, neginf=0), -3, 0)
     return float(np.hypot(x, y).max(initial=0.0)) or 1.0
 
 
-def _enlargement(images: Pixels, least: int) -> int:
-    return max(1, math.ceil(least / max(images.shape[1:3])))
+def _zoom(images: Pixels, side: int) -> int:
+    """The whole factor that makes the longer side at least `side` pixels."""
+    return max(1, math.ceil(side / max(images.shape[1:3])))
 
 
 def _enlarged(pixels: Pixels, factor: int) -> Image.Image:
@@ -348,11 +359,11 @@ def _framed(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
 
 
 def _side_by_side(
-    pairs: list[tuple[Pixels, Pixels]], context_frames: int, least: int, flow_scale: float | None = None
+    pairs: list[tuple[Pixels, Pixels]], context_frames: int, side: int, flow_scale: float | None = None
 ) -> Iterator[Image.Image]:
-    """For every frame one picture: a row per pair, true on the left, given or predicted on the right."""
+    """One picture per frame: a row per pair of clips, true on the left, given or predicted on the right."""
     true, predicted = pairs[0]
-    factor = _enlargement(true, least)
+    factor = _zoom(true, side)
     height, width = (factor * s + 2 * BORDER for s in true.shape[1:3])
     bottom = HEADER + len(pairs) * (height + GAP)
     size = (2 * width + 3 * GAP, bottom)
@@ -365,14 +376,14 @@ def _side_by_side(
         draw = ImageDraw.Draw(canvas)
         for column, title in enumerate((f"true {t + 1}", "given" if given else "predicted")):
             draw.text((GAP + column * (width + GAP) + width // 2, HEADER // 2), title, TEXT, font, anchor="mm")
-        for row, (truth, guess) in enumerate(pairs):
+        for row, (true, predicted) in enumerate(pairs):
             top = HEADER + row * (height + GAP)
-            if t < len(truth):
-                canvas.paste(_framed(_enlarged(truth[t], factor), GIVEN if given else FUTURE), (GAP, top))
+            if t < len(true):
+                canvas.paste(_framed(_enlarged(true[t], factor), GIVEN if given else FUTURE), (GAP, top))
             else:
                 middle = (GAP + width // 2, top + height // 2)
                 draw.text(middle, "no frame:\nthe film\nhas ended", FUTURE, font, anchor="mm", align="center")
-            shown = truth[t] if given else guess[t - context_frames]
+            shown = true[t] if given else predicted[t - context_frames]
             canvas.paste(_framed(_enlarged(shown, factor), GIVEN if given else PREDICTED), (width + 2 * GAP, top))
         if flow_scale is not None:
             _draw_legend(canvas, bottom, flow_scale)
@@ -380,7 +391,7 @@ def _side_by_side(
 
 
 def _draw_legend(canvas: Image.Image, top: int, scale: float) -> None:
-    """The colour wheel and what it means, in the lower left corner."""
+    """The colour wheel and its meaning, in the lower left corner."""
     diameter = LEGEND - 2 * GAP
     canvas.paste(Image.fromarray(colour_wheel(diameter)), (GAP, top + GAP))
     text = f"flow: the hue points to where a pixel\ncomes from, full colour {scale:.2g} px"
@@ -389,7 +400,7 @@ def _draw_legend(canvas: Image.Image, top: int, scale: float) -> None:
 
 
 def _figure(panels: int) -> Figure:
-    # without pyplot: no global state, and Agg whatever the display
+    # without pyplot, which keeps global state and depends on the display
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * panels, 4.2), dpi=110, layout="constrained")

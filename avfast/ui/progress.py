@@ -8,18 +8,20 @@ from typing import Any
 
 
 class Progress:
-    """Context manager around long work: `update(done, total, text)` as often as wanted, `note(line)` for a line above.
+    """Shows how far a long work is: use it in a `with` block, call `update` as often as you like.
 
-    On a terminal a rich bar with time left; else a plain line at most every 20 seconds; nothing at all with `quiet`.
+    On a terminal it is a bar with the time left, otherwise a line every 20 seconds and at the end, and with `quiet`
+    nothing. description: what is done, in which unit ("scoring, clips"). done: how much was done before, by an earlier
+    run that this one continues.
     """
 
-    _PLAIN_SECONDS = 20.0
+    _LINE_SECONDS = 20.0
 
     def __init__(self, description: str, total: int | None = None, done: int = 0, quiet: bool = False) -> None:
         self.description, self.quiet = description, quiet
-        self._total, self._first = total, done
+        self._total, self._done_before = total, done
         self._bar: Any = None
-        self._began = self._printed = time.monotonic()
+        self._start = self._last_line = time.monotonic()
 
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stderr.isatty():
@@ -36,7 +38,7 @@ class Progress:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(self.description, total=self._total, completed=self._first, text="")
+            self._task = self._bar.add_task(self.description, total=self._total, completed=self._done_before, text="")
             self._bar.start()
         return self
 
@@ -45,20 +47,19 @@ class Progress:
             self._bar.stop()
 
     def update(self, done: int, total: int, text: str = "") -> None:
-        """`done` of `total` is finished."""
+        """Show that `done` of `total` is finished, with a text such as the loss."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, text=text)
             return
         now = time.monotonic()
-        if self.quiet or (done < total and now - self._printed < self._PLAIN_SECONDS):
+        if self.quiet or (done < total and now - self._last_line < self._LINE_SECONDS):
             return
-        self._printed = now
-        work = max(done - self._first, 1)
-        left = (now - self._began) / work * (total - done)
+        self._last_line = now
+        left = (now - self._start) / max(done - self._done_before, 1) * (total - done)
         print(f"{self.description}: {done}/{total}  {text}  {left:.0f} s left".replace("    ", "  "), flush=True)
 
     def note(self, line: str) -> None:
-        """Print a line above the bar."""
+        """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(line, highlight=False)
         elif not self.quiet:

@@ -11,12 +11,9 @@ from pathlib import Path
 import pytest
 
 import avfast
-from avfast.cli.main import SUBCOMMANDS, main, run_command
-from avfast.cli.parser import parse
+from avfast.cli.command import run_command
+from avfast.cli.main import SUBCOMMANDS, main
 from avfast.errors import InputError
-from avfast.evaluate import EvaluateConfig
-from avfast.machine.device import choose_device
-from avfast.training.config import PRESETS, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,13 +40,13 @@ def test_import_loads_nothing_heavy():
 
 
 def test_every_export_resolves_to_its_home():
-    import avfast.env
     import avfast.kernels
+    import avfast.machine.environment
     import avfast.models.avmodel
 
     assert avfast.AVModel is avfast.models.avmodel.AVModel
     assert avfast.backward_warp is avfast.kernels.backward_warp
-    assert avfast.environment is avfast.env.environment
+    assert avfast.environment is avfast.machine.environment.environment
     assert all(getattr(avfast, name) is not None for name in avfast.__all__)
     assert set(avfast.__all__) <= set(dir(avfast))
     with pytest.raises(AttributeError, match="no attribute 'backwards_warp'"):
@@ -145,57 +142,9 @@ def test_exit_of_the_command_itself_passes_through():
     assert status(SystemExit(7)) == 7
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("--seed 1 --seed 2", "--seed is given twice, expected once"),
-        ("--seed 1 --seed=1", "--seed is given twice, expected once"),
-        ("--batch-size 3 --batch_size 4", "--batch-size is given twice, expected once"),
-        ("--block --no-block", "--no-block is given twice, as --block before, expected once"),
-        ("--no_block --no-block", "--no-block is given twice, expected once"),
-        ("--preset demo --seed 1 --preset mmnist", "--preset is given twice, expected once"),
-        ("--audio-shape 2 3 --audio-shape 2 3", "--audio-shape is given twice, expected once with all its values"),
-        # what else is wrong is said first
-        ("--sed 1 --sed 2", "unknown argument '--sed' (did you mean '--seed'?)"),
-    ],
-)
-def test_a_flag_given_twice_is_refused(line: str, message: str):
-    with pytest.raises(InputError) as error:
-        parse(TrainConfig, prog="avfast train", argv=line.split(), presets=PRESETS)
-    assert str(error.value) == message
-
-
-def test_several_checkpoints_stand_behind_one_flag():
-    kind = EvaluateConfig
-    assert parse(kind, prog="", argv=["--checkpoint", "a", "b"]).checkpoint == ("a", "b")
-    with pytest.raises(InputError, match="^--checkpoint is given twice, expected once with all its values$"):
-        parse(kind, prog="", argv=["--checkpoint", "a", "--clips", "3", "--checkpoint", "b"])
-
-
-def test_what_looks_like_a_second_flag_is_none(tmp_path: Path):
-    (tmp_path / "a.yaml").write_text("seed: 1")
-    (tmp_path / "b.yaml").write_text("seed: 2\nname: b")
-    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
-    config = parse(TrainConfig, prog="", argv=[*files, "--name=--seed", "--seed", "3", "--data-cache", "seed"])
-    assert (config.seed, config.name, config.data_cache) == (3, "--seed", "seed")
-
-
-@pytest.mark.parametrize("present, automatic", [(True, "cuda"), (False, "cpu")])
-def test_the_device_is_one_that_is_there(present: bool, automatic: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: present)
-    assert choose_device("auto") == automatic and choose_device("cpu") == "cpu"
-    with pytest.raises(InputError, match="device is 'gpu', expected auto, cpu or cuda"):
-        choose_device("gpu")
-    if present:
-        assert choose_device("cuda") == "cuda"
-    else:
-        with pytest.raises(InputError, match="device is 'cuda', but PyTorch sees no CUDA device here"):
-            choose_device("cuda")
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell with pipes")
 def test_a_reader_that_leaves_early_is_not_an_error():
-    code = "from avfast.cli.main import run_command; run_command(lambda argv: print('line\\n' * 100_000))"
+    code = "from avfast.cli.command import run_command; run_command(lambda argv: print('line\\n' * 100_000))"
     ended = subprocess.run(
         f"'{sys.executable}' -c \"{code}\" | head -n 1", cwd=ROOT, shell=True, capture_output=True, text=True
     )

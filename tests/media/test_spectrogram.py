@@ -36,7 +36,7 @@ def test_against_numpy(config, shape, dtype):
             assert np.allclose(result[index][t, 0], by_numpy(frame, config), rtol=1e-5, atol=1e-6)
 
 
-def test_a_frame_does_not_hear_its_neighbours():
+def test_a_frame_does_not_depend_on_its_neighbours():
     waveform = torch.rand(3 * 440, generator=torch.Generator().manual_seed(0)) * 2 - 1
     changed = waveform.clone()
     changed[:440], changed[880:] = 0, 0

@@ -1,4 +1,4 @@
-"""Decoding and encoding against made films whose pixels, times and orientation are known."""
+"""Decoding against made films whose pixels, times and orientation are known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from avfast.errors import InputError
-from avfast.media.video import probe_video, read_images, read_video, resize, target_size, video_writer
+from avfast.media.video import probe_video, read_video
 
 H, W = 32, 48
 
@@ -305,151 +305,9 @@ def test_leaving_early_closes_the_file(tmp_path: Path) -> None:
     assert list(frames) == []
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted", "result"),
-    [
-        ((180, 320), {"short_side": 256}, (256, 455)),
-        ((720, 1280), {"short_side": 256}, (256, 455)),
-        ((1280, 720), {"short_side": 256}, (455, 256)),
-        ((1000, 1), {"short_side": 2}, (2000, 2)),
-        ((90, 70), {"size": (20, 10)}, (10, 20)),
-        ((90, 70), {}, (90, 70)),
-    ],
-)
-def test_target_size(given: tuple[int, int], wanted: dict, result: tuple[int, int]) -> None:
-    assert target_size(*given, **wanted) == result
-
-
-def test_resize_averages_areas_and_enlarges_linearly() -> None:
-    image = np.random.default_rng(0).uniform(size=(12, 18, 2)).astype(np.float32)
-    np.testing.assert_allclose(resize(image, 4, 6), image.reshape(4, 3, 6, 3, 2).mean((1, 3)), rtol=1e-5)
-    # one axis shrinks and the other grows: area averages along the first, linear along the second
-    rows = resize(np.repeat(image[:, :1], 5, 1), 4, 10)
-    np.testing.assert_allclose(rows[:, 3], image[:, 0].reshape(4, 3, 2).mean(1), rtol=1e-5)
-    ramp = np.broadcast_to(np.arange(8, dtype=np.float32), (4, 8))
-    inside = resize(np.ascontiguousarray(ramp), 4, 16)[:, 1:-1]
-    np.testing.assert_allclose(inside, np.broadcast_to((np.arange(1, 15) + 0.5) / 2 - 0.5, (4, 14)), atol=1e-5)
-    assert resize(image, 12, 18) is image
-
-
 def test_resized_frames(tmp_path: Path) -> None:
     path = film(tmp_path / "a.mkv", [picture(i) for i in range(3)])
     for i, frame in enumerate(read_video(path, short_side=16)):
         want = picture(i).reshape(16, 2, 24, 2, 3).astype(float).mean((1, 3))
         assert frame.image.shape == (16, 24, 3) and np.abs(frame.image - want).max() <= 1
     assert next(read_video(path, size=(20, 30), grey=True)).image.shape == (30, 20)
-
-
-def test_image_files(tmp_path: Path) -> None:
-    image = picture(3)
-    Image.fromarray(image).save(tmp_path / "rgb.png")
-    Image.fromarray(np.concatenate([image, image[..., :1]], -1)).save(tmp_path / "rgba.png")
-    Image.fromarray(image[..., 0]).save(tmp_path / "grey.png")
-    Image.fromarray(image[..., 0].astype(np.uint16) * 256 + 99).save(tmp_path / "deep.png")
-    exif = Image.Exif()
-    # 6: the camera was turned, the picture has to go 90 degrees clockwise
-    exif[0x0112] = 6
-    Image.fromarray(np.ascontiguousarray(np.rot90(image))).save(tmp_path / "turned.png", exif=exif)
-    names = ["rgb.png", "rgba.png", "grey.png", "deep.png", "turned.png"]
-    frames = list(read_images([tmp_path / name for name in names]))
-    assert [(f.number, f.time) for f in frames] == [(i, None) for i in range(5)]
-    grey = np.repeat(image[..., :1], 3, 2)
-    for frame, want in zip(frames, [image, image, grey, grey, image], strict=True):
-        np.testing.assert_array_equal(frame.image, want)
-
-
-def test_image_files_that_do_not_do(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "a.jpg")
-    Image.fromarray(noise[1:]).save(tmp_path / "b.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:900])
-    (tmp_path / "text.jpg").write_text("no")
-    for name, reason in (
-        ("b.jpg", "is 48x31 pixels, the first one 48x32: give a size for all"),
-        ("cut.jpg", "cut.jpg: image file is truncated"),
-        ("text.jpg", "text.jpg: cannot identify image file$"),
-        ("none.jpg", "none.jpg: No such file or directory"),
-    ):
-        with pytest.raises(InputError, match=reason):
-            list(read_images([tmp_path / "a.jpg", tmp_path / name]))
-    assert len(list(read_images([tmp_path / "a.jpg", tmp_path / "b.jpg"], size=(20, 20)))) == 2
-
-
-@pytest.mark.parametrize(("h", "w"), [(32, 48), (31, 47), (1, 1)])
-def test_writing_a_film(h: int, w: int, tmp_path: Path) -> None:
-    times = [0.0, 0.04, 0.08, 0.2, 0.24]
-    # smooth, so that neither coarse chroma nor compression changes much
-    y, x = np.mgrid[:h, :w][..., None]
-    images = [(np.array([200, 40 * i, 90]) * 0.4 + 4 * y + x).astype(np.uint8) for i in range(5)]
-    with video_writer(tmp_path / "a.mp4", 25) as write:
-        for image, time in zip(images, times, strict=True):
-            write(image, time)
-        assert not (tmp_path / "a.mp4").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
-    frames = list(read_video(tmp_path / "a.mp4"))
-    assert [f.time for f in frames] == pytest.approx(times)
-    for frame, image in zip(frames, images, strict=True):
-        assert frame.image.shape == (h + h % 2, w + w % 2, 3)
-        assert np.abs(frame.image[:h, :w].astype(int) - image).mean() < 2
-    assert probe_video(tmp_path / "a.mp4").seconds == pytest.approx(0.28)
-
-
-def decoded_sound(path: Path) -> tuple[np.ndarray, int, float]:
-    """The samples of the first track in [-1,1], their rate, and the time of the first one."""
-    with av.open(str(path)) as container:
-        frames = list(container.decode(audio=0))
-        samples = np.concatenate([f.to_ndarray().mean(0) for f in frames])
-        return samples, frames[0].sample_rate, frames[0].time
-
-
-@pytest.mark.parametrize(
-    ("rate", "coded", "fps"),
-    [(22_050, 22_050, 30), (44_100, 44_100, 25), (4400, 8000, 10), (96_000, 96_000, 24), (192_000, 96_000, 30)],
-)
-def test_a_film_with_sound(rate: int, coded: int, fps: int, tmp_path: Path) -> None:
-    """A tone and a light begin with frame 12; the tone is found there to the sample."""
-    at, count = 12, 30
-    seconds = np.arange(count * rate // fps) / rate
-    tone = np.sin(2 * np.pi * 300 * (seconds - at / fps)) * (seconds >= at / fps)
-    with video_writer(tmp_path / "a.mp4", fps, ((20_000 * tone).astype(np.int16), rate)) as write:
-        for i in range(count):
-            write(np.full((H, W, 3), 200 if i >= at else 30, np.uint8), i / fps)
-    frames = list(read_video(tmp_path / "a.mp4"))
-    assert [f.image.mean() > 100 for f in frames] == [i >= at for i in range(count)]
-    assert [f.time for f in frames] == pytest.approx([i / fps for i in range(count)], abs=1e-4)
-    samples, found, first = decoded_sound(tmp_path / "a.mp4")
-    assert found == coded and first == 0
-    # AAC fills its last block of 1024 samples with silence
-    assert 0 <= len(samples) - count / fps * coded <= 1024
-    want = np.interp(np.arange(len(samples)) / coded, seconds, tone * 20_000 / 32_768, right=0)
-    lags = range(-30, 31)
-    fit = [np.dot(np.roll(samples, lag)[40:-40], want[40:-40]) for lag in lags]
-    assert lags[int(np.argmax(fit))] == 0
-    # the coder is lossy, and a tone that begins at once is the hardest for it
-    assert np.abs(samples - want).mean() < 0.02 * np.abs(want).mean() + 2e-3
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        assert [stream.type for stream in container.streams] == ["video", "audio"]
-        assert container.duration / av.time_base == pytest.approx(count / fps, abs=0.01)
-
-
-def test_sound_and_frames_lie_side_by_side(tmp_path: Path) -> None:
-    """A player need not search: no packet lies more than half a second before one that is shown earlier."""
-    with video_writer(tmp_path / "a.mp4", 30, (np.zeros(5 * 22_050, np.int16), 22_050)) as write:
-        for i in range(150):
-            write(picture(i), i / 30)
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        times = [(p.pos, float(p.pts * p.time_base)) for p in container.demux() if p.pts is not None]
-    times.sort()
-    latest = np.maximum.accumulate([time for _, time in times])
-    assert len(times) > 200 and (latest - [time for _, time in times]).max() < 0.5
-
-
-def test_a_film_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), video_writer(tmp_path / "a.mp4") as write:
-        write(picture(0), 0.0)
-        raise RuntimeError("stop")
-    with pytest.raises(InputError, match="a.mp4: no frame was written"), video_writer(tmp_path / "a.mp4"):
-        pass
-    with pytest.raises(OSError), video_writer(tmp_path / "nowhere" / "a.mp4") as write:
-        write(picture(0), 0.0)
-    assert list(tmp_path.iterdir()) == []

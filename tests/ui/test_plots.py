@@ -171,7 +171,7 @@ def test_film_frames() -> None:
     data = clip(3)
     short = data["true"][:4]
     frames = list(film_frames(short, data["predicted"], context_frames=K))
-    factor = math.ceil(plots.FILM / W)
+    factor = math.ceil(plots.FILM_SIDE / W)
     assert len(frames) == T and {f.shape for f in frames} == {frames[0].shape} and frames[0].dtype == np.uint8
     height, width = factor * H + 2 * plots.BORDER, factor * W + 2 * plots.BORDER
     assert frames[0].shape == (plots.HEADER + height + plots.GAP, 2 * width + 3 * plots.GAP, 3)
@@ -189,7 +189,7 @@ def test_film_frames() -> None:
 def test_flow_film_frames() -> None:
     data = clip()
     frames = list(flow_film_frames(data["true_flow"][:4], data["predicted_flow"], context_frames=K))
-    factor = math.ceil(plots.FILM / W)
+    factor = math.ceil(plots.FILM_SIDE / W)
     height, width = factor * H + 2 * plots.BORDER, factor * W + 2 * plots.BORDER
     assert len(frames) == T
     for t, frame in enumerate(frames):

@@ -1,0 +1,164 @@
+"""What this machine is and what avfast uses on it: printed by `avfast env`, and `env.json` in every run folder.
+
+Nothing here raises: what cannot be found out is reported with the reason, and a missing package is part of the report.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from avfast import __version__
+from avfast.machine.commit import commit
+
+# these decide which variant of the native code can run (x86-64-v3 and v4)
+_INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+# all of these install a module cv2: the one installed last overwrites the files of the others
+_OPENCV = (
+    "opencv-contrib-python-headless",
+    "opencv-contrib-python",
+    "opencv-python-headless",
+    "opencv-python",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Describe this machine as nested dictionaries and lists that JSON can hold.
+
+    Keys: avfast, commit, python, os, cpu, packages, cuda, native, backends, variables, warnings. Imports PyTorch and
+    asks it for CUDA devices. Never raises.
+    """
+    opencv = [name for name in _OPENCV if _installed(name)]
+    packages = {name: _package(name, name) for name in ("torch", "triton", "numpy", "av")}
+    packages["cv2"] = _package(opencv[0] if opencv else _OPENCV[0], "cv2")
+    return {
+        "avfast": __version__,
+        "commit": commit(),
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "os": platform.platform(),
+        "cpu": _cpu(),
+        "packages": packages,
+        "cuda": {"torch": _torch_devices(), "native": _native_devices()},
+        "native": _native(),
+        "backends": _backends(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("AVFAST_")},
+        "warnings": _opencv_warnings(opencv),
+    }
+
+
+def _installed(distribution: str) -> str | None:
+    """The version of an installed distribution."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _package(distribution: str, module: str) -> str:
+    """The version of a module, or why it cannot be imported: an installed one may lack a shared library."""
+    version = _installed(distribution)
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        return f"{version}, import fails: {_reason(error)}" if version else f"not installed ({_reason(error)})"
+    return str(getattr(found, "__version__", None) or version or "unknown")
+
+
+def _cpu() -> dict[str, Any]:
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+                break
+    except OSError:
+        pass
+    try:
+        # a container or a batch system can restrict a process to some of the cores
+        usable: int | None = len(os.sched_getaffinity(0))
+    except AttributeError:
+        usable = os.cpu_count()
+    try:
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        memory = None
+    return {
+        "name": name,
+        "instruction_sets": [flag for flag in _INSTRUCTION_SETS if flag in flags],
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "memory_gib": memory,
+    }
+
+
+def _torch_devices() -> list[str] | str:
+    """CUDA devices as PyTorch sees them, or why there are none."""
+    try:
+        import torch
+
+        if torch.version.cuda is None:
+            return "none: PyTorch is a build without CUDA"
+        if not torch.cuda.is_available():
+            return f"none: PyTorch is built for CUDA {torch.version.cuda}, but finds no device or driver"
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.1f} GiB" for p in found]
+    except Exception as error:
+        return f"unknown: {_reason(error)}"
+
+
+def _native() -> dict[str, Any]:
+    """Whether the extension avfast._C loads, or why it does not, how it was built, and its instruction sets, best
+    first."""
+    try:
+        module = importlib.import_module("avfast._C")
+        with_cuda, instruction_sets = bool(module.with_cuda), list(module.instruction_sets())
+    except Exception as error:
+        return {"available": False, "with_cuda": False, "instruction_sets": [], "reason": _reason(error)}
+    return {"available": True, "with_cuda": with_cuda, "instruction_sets": instruction_sets, "reason": None}
+
+
+def _native_devices() -> list[str] | str:
+    """CUDA devices as the extension avfast._C sees them, or why there are none."""
+    try:
+        module = importlib.import_module("avfast._C")
+    except Exception:
+        return "none: avfast._C is missing"
+    if not module.with_cuda:
+        return "none: built without CUDA"
+    try:
+        return list(module.cuda_devices()) or "none: no device or driver"
+    except Exception as error:
+        return f"unknown: {_reason(error)}"
+
+
+def _backends() -> list[dict[str, Any]] | str:
+    """For every op and kind of device the backend that runs and why the others do not, or why this is unknown."""
+    try:
+        from avfast.kernels import load_all, registry
+
+        load_all()
+        rows = registry.explain()
+    except Exception as error:
+        return f"unknown: {_reason(error)}"
+    return [{"op": op, "device": device, "runs": runs, "others": others} for op, device, runs, others in rows]
+
+
+def _opencv_warnings(installed: list[str]) -> list[str]:
+    if len(installed) < 2:
+        return []
+    return [
+        f"{' and '.join(installed)} are installed and overwrite each other's cv2: uninstall them all, "
+        f"then install {_OPENCV[0]}"
+    ]
