@@ -50,6 +50,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli.main import run_command
+    from avfast.cli.command import run_command
 
     run_command(main)

@@ -85,8 +85,7 @@ class AVModel(VideoModel):
     settings_class, training_class = ModelConfig, PaperTraining
 
     def __init__(self, settings: ModelConfig) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         channels, width = settings.image_channels, settings.unet_width
         motion_kind = {"v": VisualMotion, "v+recall": RecallMotion, "mme": MME}[settings.motion]
         self.mme: VisualMotion = motion_kind(channels, settings.audio_shape, settings.convlstm_layers)

@@ -92,10 +92,9 @@ class VideoModel(nn.Module, ABC):
     wants_waveform: ClassVar[bool] = False
     """Batches for this model hold the waveform."""
 
-    @abstractmethod
     def __init__(self, settings: Any) -> None:
-        """A model with new weights; `settings` is of `settings_class`."""
         super().__init__()
+        self.settings = settings
 
     @classmethod
     @abstractmethod

@@ -54,10 +54,11 @@ class VisualMotion(nn.Module):
         """frames (B,K,C,H,W) in [0,1], flow (B,K,2,H,W) with flow[:,0] = 0, audio (B,T,1,F,S), T > K >= 1."""
         given, total = frames.shape[1], audio.shape[1]
         vectors, memory = self.listen(audio)
-        states = None
+        states: list[State] | None = None
         with shared_weights():
-            for feature in self.features(frames, flow, *self.frames_memory(memory, given)).unbind(1):
-                hidden, states = self.lstm(feature, states)
+            features = self.encoder(flow, frames)
+            for t in range(1, given + 1):
+                hidden, states = self.advance(features[:, t - 1], states, *self.step_memory(memory, t))
             image, motion = self.move(frames[:, -1], hidden)
             images, flows = [image], [motion]
             for t in range(given + 1, total):
@@ -74,21 +75,13 @@ class VisualMotion(nn.Module):
         """What step t recalls from."""
         return ()
 
-    def frames_memory(self, memory: Memory, count: int) -> Memory:
-        """What steps 1..count recall from together, for `features`."""
-        return ()
-
     def recall_step(self, feature: Tensor, *memory: Tensor) -> Tensor:
         """Add to a step's feature (B,D,h,w) what it recalls."""
         return feature
 
-    def recall_frames(self, features: Tensor, *memory: Tensor) -> Tensor:
-        """The same for N frames (B,N,D,h,w); the memory ends with that of the last frame."""
-        return features
-
-    def features(self, frames: Tensor, flow: Tensor, *memory: Tensor) -> Tensor:
-        """What the ConvLSTMs take of N frames (B,N,C,H,W) and their flow (B,N,2,H,W): (B,N,D,h,w)."""
-        return self.recall_frames(self.encoder(flow, frames), *memory)
+    def advance(self, feature: Tensor, states: list[State] | None, *memory: Tensor) -> tuple[Tensor, list[State]]:
+        """E_m's feature of frame t (B,D,h,w) and the states before it -> the top hidden state, and the states after."""
+        return self.lstm(self.recall_step(feature, *memory), states)
 
     def move(self, image: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """V_t (B,C,H,W) and the top hidden state of step t -> V_t warped by the predicted flow, and this flow F_{t+1}
@@ -100,9 +93,20 @@ class VisualMotion(nn.Module):
         self, image: Tensor, flow: Tensor, states: list[State] | None, *memory: Tensor
     ) -> tuple[Tensor, Tensor, list[State]]:
         """Step t: V_t, F_t, the states before it and its memory -> V_t warped, F_{t+1}, the states after it."""
-        feature = self.recall_step(self.encoder(flow[:, None], image[:, None])[:, 0], *memory)
-        hidden, states = self.lstm(feature, states)
+        feature = self.encoder(flow[:, None], image[:, None])[:, 0]
+        hidden, states = self.advance(feature, states, *memory)
         return *self.move(image, hidden), states
+
+    # a loop of an exported graph cannot slice a memory by the number of its round: it gets what differs from round to
+    # round as items, one tensor with the rounds first each
+
+    def loop_items(self, memory: Memory, count: int) -> list[Tensor]:
+        """The items of the last `count` steps that a memory serves."""
+        return []
+
+    def loop_memory(self, memory: Memory, *items: Tensor) -> Memory:
+        """What one round recalls from, for `recall_step`."""
+        return ()
 
 
 class RecallMotion(VisualMotion):
@@ -124,26 +128,23 @@ class RecallMotion(VisualMotion):
         key, value = memory
         return key[:, : t + 1], value[:, : t + 1]
 
-    def frames_memory(self, memory: Memory, count: int) -> Memory:
-        return self.step_memory(memory, count)
-
     def recall_step(self, feature: Tensor, *memory: Tensor) -> Tensor:
-        return self.recall(feature, *memory)
+        if len(memory) == 2:
+            return self.recall(feature, *memory)
+        # in a loop all tokens are there, and `visible` (M) says which of them count
+        key, value, visible = memory
+        query = self.recall.query(feature.to(value.dtype)).flatten(2).mT
+        scores = (query @ key.mT).masked_fill(~visible, float("-inf"))
+        return feature + (scores.softmax(dim=-1) @ value).mT.view_as(feature).to(feature.dtype)
 
-    def recall_frames(self, features: Tensor, *memory: Tensor) -> Tensor:
-        key, value = memory
-        n, m = features.shape[1], key.shape[1]
-        tokens = torch.arange(m, device=key.device)
-        # the last frame's memory ends with the last token
-        visible = tokens <= (torch.arange(n, device=key.device) + (m - n))[:, None]
-        return self.recall_visible(features, key, value, visible)
+    def loop_items(self, memory: Memory, count: int) -> list[Tensor]:
+        # the number of the last token that a step sees
+        tokens = torch.arange(memory[0].shape[1], device=memory[0].device)
+        return [tokens[tokens.shape[0] - count :]]
 
-    def recall_visible(self, features: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-        """Features (B,N,D,h,w) recall from those of the tokens (B,M,D) that `visible` (N,M) names."""
-        b, n, _, h, w = features.shape
-        query = self.recall.query(features.flatten(0, 1).to(value.dtype)).unflatten(0, (b, n)).flatten(3).mT
-        recalled = masked_attention(query, key[:, None], value[:, None], visible[:, None])
-        return features + recalled.mT.unflatten(3, (h, w)).to(features.dtype)
+    def loop_memory(self, memory: Memory, *items: Tensor) -> Memory:
+        (last,) = items
+        return *memory, torch.arange(memory[0].shape[1], device=last.device) <= last
 
 
 class MME(VisualMotion):
@@ -168,20 +169,13 @@ class MME(VisualMotion):
         (rows,) = memory
         return (rows[:, t],)
 
-    def frames_memory(self, memory: Memory, count: int) -> Memory:
-        (rows,) = memory
-        return (rows[:, 1 : count + 1],)
-
     def recall_step(self, feature: Tensor, *memory: Tensor) -> Tensor:
         (row,) = memory
         return self.recall(feature, None, row[:, None]).to(feature.dtype)
 
-    def recall_frames(self, features: Tensor, *memory: Tensor) -> Tensor:
+    def loop_items(self, memory: Memory, count: int) -> list[Tensor]:
         (rows,) = memory
-        return self.recall_step(features.flatten(0, 1), rows.flatten(0, 1)).unflatten(0, features.shape[:2])
+        return [rows[:, rows.shape[1] - count :].transpose(0, 1)]
 
-
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """softmax(query key^T) value without 1/sqrt(D); a key has no weight where `visible` is False."""
-    scores = (query @ key.mT).masked_fill(~visible, float("-inf"))
-    return scores.softmax(dim=-1) @ value
+    def loop_memory(self, memory: Memory, *items: Tensor) -> Memory:
+        return items

@@ -1,4 +1,4 @@
-"""The order of the training data: a function of (seed, epoch, rank) alone, so that a resumed run continues in the middle
+"""The order of the training data: a function of (seed, epoch, rank) alone. So a resumed run continues in the middle
 of an epoch, bit for bit the same as an uninterrupted one on a CPU."""
 
 from __future__ import annotations
