@@ -191,13 +191,30 @@ def test_one_writer_at_a_time_and_its_folder_is_not_swept(tmp_path: Path) -> Non
     assert (first.folder / "1").exists()
     first.discard()
     assert not list(tmp_path.iterdir()) and second.claim()
-    # from its publication on the hidden name is the next writer's
-    with second.writing():
-        pass
-    assert first.claim()
     second.discard()
-    assert first.folder.exists()
-    first.discard()
+
+
+def test_the_next_writer_begins_while_this_one_ends(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused while the old folder is deleted, which has the hidden name then; from there on safe from this writer."""
+    replace, remove, next_writer = result_folder._replace, result_folder._remove, ResultFolder(tmp_path / "a")
+
+    def then_claim(hidden: Path, final: Path) -> None:
+        replace(hidden, final)
+        assert next_writer.claim()
+
+    def claim_first(folder: Path) -> None:
+        if folder == next_writer.folder and folder.exists():
+            assert not next_writer.claim()
+        remove(folder)
+
+    write(tmp_path / "a", "old")
+    monkeypatch.setattr(result_folder, "_replace", then_claim)
+    monkeypatch.setattr(result_folder, "_remove", claim_first)
+    write(tmp_path / "a", "new")
+    monkeypatch.undo()
+    with next_writer.writing() as folder:
+        (folder / "1").write_text("newer")
+    assert content(tmp_path / "a") == ["newer"] and not hidden(tmp_path)
 
 
 def test_a_killed_writer_frees_its_lock(tmp_path: Path) -> None:
