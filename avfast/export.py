@@ -33,7 +33,7 @@ from avfast.data.prepared import built_split
 from avfast.data.usage import Usage, usage_of
 from avfast.deploy.graphs import Graph, Port, make_graphs, trace
 from avfast.errors import InputError
-from avfast.files.atomic import hidden_folder
+from avfast.files.result_folder import hidden_folder
 from avfast.models.avmodel import AVModel
 from avfast.opticalflow.tvl1 import PRESETS
 from avfast.training.config import TrainConfig

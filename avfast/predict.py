@@ -39,11 +39,11 @@ from avfast.data.store import Batch
 from avfast.data.usage import Usage, usage_of
 from avfast.errors import InputError
 from avfast.evaluate import Prediction, Predictor, copy_last_flow, repeat_last, score
-from avfast.files.atomic import hidden_folder, publish
+from avfast.files.result_folder import hidden_folder, publish
 from avfast.machine.commit import commit
 from avfast.machine.device import choose_device
-from avfast.media.inputs import Item, find_items, settle_failures
-from avfast.media.prefetch import ahead
+from avfast.media.inputs import Item, find_items, write_failures
+from avfast.media.prefetch import prefetch
 from avfast.media.sound import Samples, SoundTrack, read_sound
 from avfast.media.spectrogram import spectrogram
 from avfast.media.video import read_video
@@ -143,7 +143,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     predictions: list[dict[str, Any]] = []
     with (
         Progress("predicting, videos", total=len(films)) as progress,
-        closing(ahead(predictor.clips(films))) as clips,
+        closing(prefetch(predictor.clips(films))) as clips,
     ):
         for done, (item, clip) in enumerate(clips, start=1):
             if isinstance(clip, str):
@@ -151,7 +151,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
             else:
                 predictions.append(predictor.predict(clip))
             progress.update(done, len(films), item.name)
-    settle_failures(Path(config.out), failed, bool(predictions))
+    write_failures(Path(config.out), failed, bool(predictions))
     refresh_report(Path(config.out))
     seconds = time.monotonic() - began
     return {"out": config.out, "predictions": predictions, "seconds": seconds, "failed": failed}

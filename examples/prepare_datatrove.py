@@ -41,11 +41,11 @@ def main() -> None:
     config = PrepareConfig(inputs=(args.videos,), out=args.out, clip_frames=args.clip_frames, workers=1)
     step = partial(prepare_shard, config)
     # beside the data set, whose folder is avfast's own
-    about: dict[str, Any] = {"logging_dir": f"{Path(args.out)}-datatrove", "tasks": args.tasks, "workers": args.workers}
+    run: dict[str, Any] = {"logging_dir": f"{Path(args.out)}-datatrove", "tasks": args.tasks, "workers": args.workers}
     if args.slurm:
-        SlurmPipelineExecutor([step], time=args.time, partition=args.slurm, job_name="avfast-prepare", **about).run()
+        SlurmPipelineExecutor([step], time=args.time, partition=args.slurm, job_name="avfast-prepare", **run).run()
     else:
-        LocalPipelineExecutor([step], **about).run()
+        LocalPipelineExecutor([step], **run).run()
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from avfast import flow as program
 from avfast.cli import main as cli
 from avfast.cli.parser import parse
 from avfast.errors import InputError
-from avfast.files.result_folder import Place
+from avfast.files.result_folder import ResultFolder
+from avfast.flow import FlowConfig, extract_flow
 from avfast.media.video import read_video
 from avfast.opticalflow import extraction
-from avfast.opticalflow.extraction import FlowConfig, extract_flow
 from avfast.opticalflow.flow_files import bytes_to_flow, read_flo
 from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.ui.plots import flow_to_rgb
@@ -367,15 +367,15 @@ def test_killed_and_continued(tmp_path: Path) -> None:
 def test_two_runs_share_a_folder(tmp_path: Path) -> None:
     film(tmp_path / "a.mkv")
     film(tmp_path / "b.mkv")
-    other = Place(tmp_path / "o" / "a")
-    assert other.claim() and not Place(tmp_path / "o" / "a").claim()
+    other = ResultFolder(tmp_path / "o" / "a")
+    assert other.claim() and not ResultFolder(tmp_path / "o" / "a").claim()
     summary = extract(tmp_path / "a.mkv", tmp_path / "b.mkv", out=tmp_path / "o")
     assert (summary["done"], summary["elsewhere"], summary["failed"]) == (1, 1, [])
     # the other run dies while ours goes on: what it left is no part of the results
     (other.folder / "flow_00001.flo").touch()
     assert other._lock is not None
     os.close(other._lock)
-    ours = Place(tmp_path / "o" / "a")
+    ours = ResultFolder(tmp_path / "o" / "a")
     assert ours.claim() and list(ours.folder.iterdir()) == []
     ours.discard()
     assert extract(tmp_path / "a.mkv", tmp_path / "b.mkv", out=tmp_path / "o")["done"] == 1
@@ -498,6 +498,14 @@ def test_settings_that_do_not_work(line: str, message: str, monkeypatch: pytest.
     with pytest.raises(InputError) as error:
         program.main(line.split())
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_wrong_backend_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    film(tmp_path / "a.mkv", 3)
+    monkeypatch.setenv("AVFAST_BACKEND", "fast")
+    with pytest.raises(InputError, match="AVFAST_BACKEND is 'fast', expected one of"):
+        extract(tmp_path / "a.mkv", out=tmp_path / "o")
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_command_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

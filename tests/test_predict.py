@@ -335,10 +335,10 @@ def test_a_run_on_prepared_clips_says_how_videos_are_read(films: Path, tmp_path:
     with pytest.raises(InputError, match="data.json cannot be read, which tells what the run was trained on"):
         predict(settings(run, films / "other.mkv", out=str(tmp_path / "out")))
     clips = ClipSettings(fps=12, size=(32, 16), sample_rate=8800, n_fft=64, hop=64, spectrogram_scale=9.0)
-    (run / "data.json").write_text(json.dumps(PrepareConfig(clips=clips, layout="sound2sight").parameters()))
+    (run / "data.json").write_text(json.dumps(PrepareConfig(clips=clips, layout="sound2sight").settings().as_dict()))
     with pytest.raises(InputError, match="was trained on the ready-made spectrograms of layout sound2sight"):
         predict(settings(run, films / "other.mkv", out=str(tmp_path / "out")))
-    (run / "data.json").write_text(json.dumps(PrepareConfig(clips=clips).parameters()))
+    (run / "data.json").write_text(json.dumps(PrepareConfig(clips=clips).settings().as_dict()))
     predict(settings(run, films / "other.mkv", out=str(tmp_path / "out")))
     about = json.loads((tmp_path / "out" / "other" / "prediction.json").read_text())
     assert about["fps"] == 12 and about["reading"] == json.loads(json.dumps(dataclasses.asdict(clips)))

@@ -22,6 +22,7 @@ import torch
 from avfast import prepare as program
 from avfast.cli import main as cli
 from avfast.cli.parser import parse
+from avfast.data import joining, preparation
 from avfast.data.clips import ClipSettings, read_clip
 from avfast.data.prepared import open_split, verify_dataset
 from avfast.errors import InputError
@@ -117,7 +118,7 @@ def test_nothing_is_done_twice(videos: Path, tmp_path: Path, monkeypatch) -> Non
     summary = prepare(config(videos, tmp_path / "set"))
     assert (summary["done"], summary["clips"]) == (5, 10)
     before = content(tmp_path / "set")
-    monkeypatch.setattr(program, "iter_clips", None)
+    monkeypatch.setattr(preparation, "iter_clips", None)
     again = prepare(config(videos, tmp_path / "set"))
     assert (again["done"], again["skipped"]) == (0, 5) and content(tmp_path / "set") == before
     with pytest.raises(InputError, match=r"its videos were others or have changed \(a\)"):
@@ -177,25 +178,27 @@ def test_killed_ten_times(videos: Path, tmp_path: Path) -> None:
     kill_and_finish(videos, tmp_path, [rng.uniform(0, 1.0 if i == 0 else 4.5) for i in range(10)])
 
 
-@pytest.mark.parametrize("step", ["_joined", "write_store", "_save_sheet", "_tidy", "file_digest"])
+@pytest.mark.parametrize(
+    "step", ["_write_stores", "write_store", "_save_contact_sheet", "_remove_leftovers", "file_digest"]
+)
 def test_stopped_while_joining(step: str, videos: Path, tmp_path: Path, monkeypatch) -> None:
     """Whatever the step at which joining stops, the next run ends with the same set and reads no video again."""
     prepare(config(videos, tmp_path / "whole"))
-    real, calls = getattr(program, step), 0
+    real, calls = getattr(joining, step), 0
 
     def stops(*args, **kwargs):
         nonlocal calls
         calls += 1
-        # the second store, the first file of it that is hashed: sources are hashed before
-        if calls == {"write_store": 2, "file_digest": 7}.get(step, 1):
+        # the second store; the second file of the first store that is hashed
+        if calls == {"write_store": 2, "file_digest": 2}.get(step, 1):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(program, step, stops)
+    monkeypatch.setattr(joining, step, stops)
     with pytest.raises(KeyboardInterrupt):
         prepare(config(videos, tmp_path / "set"))
     monkeypatch.undo()
-    monkeypatch.setattr(program, "iter_clips", None)
+    monkeypatch.setattr(preparation, "iter_clips", None)
     assert prepare(config(videos, tmp_path / "set"))["done"] == 0
     assert content(tmp_path / "set") == content(tmp_path / "whole")
 
@@ -288,6 +291,13 @@ def test_check_finds_damage(videos: Path, tmp_path: Path, capsys) -> None:
 def test_settings_that_cannot_work(change: dict, message: str, videos: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         prepare(replace(config(videos, tmp_path / "set"), **change))
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_wrong_backend_is_no_fault_of_the_videos(videos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("AVFAST_BACKEND", "fast")
+    with pytest.raises(InputError, match="AVFAST_BACKEND is 'fast', expected one of"):
+        prepare(config(videos, tmp_path / "set"))
     assert not (tmp_path / "set").exists()
 
 

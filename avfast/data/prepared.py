@@ -1,11 +1,11 @@
-"""The data set of a run: a split of what avfast generates, or of what `avfast prepare` has made of somebody's videos.
+"""The data set of a run: a split of what avfast generates, or of what `avfast prepare` has made of videos.
 
 D/
     prepare.json                 the settings, written first
-    index.json                   what came out: splits, sources, hashes, bad files; there when all is finished
+    index.json                   splits, sources, hashes, files that were not used; written last
     train/ val/ test/            a clip store each (avfast.data.store)
     contact.png                  some clips to look at
-    sources/<name>/              while it is made: the clips of one video
+    sources/<name>/              while the set is made: the clips of one video
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from avfast.errors import InputError
 
 DATASET_VERSION = 1
 """Raised whenever a data set prepared before could no longer be read."""
+SETTINGS, INDEX = "prepare.json", "index.json"
 
 
 def read_dataset_index(folder: str | Path) -> dict[str, Any]:
     """The index of a finished data set. Raises InputError, one line, for a folder that holds none, or one that is not
     finished, damaged, or of another version."""
     folder = Path(folder)
-    if not (folder / "index.json").exists() and (folder / "prepare.json").exists():
+    if not (folder / INDEX).exists() and (folder / SETTINGS).exists():
         raise InputError(f"{folder}: this data set is not finished yet: run avfast prepare again")
     index = read_index(folder, DATASET_FORMAT, DATASET_VERSION)
     missing = {"parameters", "splits", "sources", "quarantine"} - index.keys()
     if missing:
-        raise InputError(f"{folder}: index.json is damaged, {', '.join(sorted(missing))} are missing")
+        raise InputError(f"{folder}: {INDEX} is damaged, {', '.join(sorted(missing))} are missing")
     return index
 
 

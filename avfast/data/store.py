@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
-import socket
-import uuid
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -19,7 +15,8 @@ from torch import Tensor
 
 from avfast.errors import InputError
 from avfast.files.atomic import npy_appender
-from avfast.media.prefetch import ahead
+from avfast.files.result_folder import hidden_folder, sweep
+from avfast.media.prefetch import prefetch
 from avfast.media.spectrogram import SpectrogramConfig, spectrogram
 from avfast.opticalflow.tvl1 import tvl1_flow
 
@@ -217,7 +214,7 @@ class ClipStore:
         if device.type != "cuda" or isinstance(self.frames, Tensor):
             yield from (self.convert(windows.map(lambda part: part.to(device))) for windows in gathered)
             return
-        with closing(ahead(windows.map(Tensor.pin_memory) for windows in gathered)) as pinned:
+        with closing(prefetch(windows.map(Tensor.pin_memory) for windows in gathered)) as pinned:
             for windows in pinned:
                 yield self.convert(windows.map(lambda part: part.to(device, non_blocking=True)))
 
@@ -251,62 +248,28 @@ def write_store(
 ) -> ClipStore:
     """Write chunks of clips, one after another, as a clip store and open it.
 
-    Each chunk holds the same arrays of `ClipStore`, all four or fewer, for some of the `clips` clips. The work happens
-    in a hidden folder next to `folder` which is renamed at the end, so `folder` is never half made; where another
-    process was first, its result is used. Raises InputError, one line, for a full disk or an unwritable folder, and
-    ValueError for chunks that do not fit. Whatever is raised, the unfinished folder is removed; what a killed process
-    left is removed by the next build of the same store on the same host.
+    Each chunk holds the same arrays of `ClipStore`, all four or fewer, for some of the `clips` clips. The store appears
+    whole, by a rename; where another process was first, its store is used. Raises InputError, one line, for a full disk
+    or an unwritable folder, and ValueError for chunks that do not fit. Whatever is raised, the unfinished folder is
+    removed; what a killed process left is removed by the next build beside it on the same machine.
     """
     folder = Path(folder)
-    work = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        host = _host()
-        _remove_abandoned(folder, host)
-        # not tempfile.mkdtemp, which would hide the store from other users
-        work = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}-{os.getpid()}@{host}"
-        work.mkdir()
-        shapes = _write_arrays(work, clips, chunks)
-        arrays = {name: {"dtype": _ARRAYS[name][0], "shape": list(shape)} for name, shape in shapes.items()}
-        index = {"format": FORMAT, "version": FORMAT_VERSION, "arrays": arrays, "parameters": parameters}
-        (work / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        try:
-            work.rename(folder)
-        except OSError:
-            # the name is taken: by the same store, built meanwhile, or by something that open() will refuse
-            if not folder.exists():
-                raise
+        sweep([folder])
+        with hidden_folder(folder) as unfinished:
+            shapes = _write_arrays(unfinished, clips, chunks)
+            arrays = {name: {"dtype": _ARRAYS[name][0], "shape": list(shape)} for name, shape in shapes.items()}
+            index = {"format": FORMAT, "version": FORMAT_VERSION, "arrays": arrays, "parameters": parameters}
+            (unfinished / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            try:
+                os.rename(unfinished, folder)
+            except OSError:
+                # the name is taken: by the same store, built meanwhile, or by something that open() will refuse
+                if not folder.exists():
+                    raise
     except OSError as error:
         raise InputError(f"{folder}: cannot write the clip store: {error.strerror or error}") from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
     return ClipStore.open(folder)
-
-
-def _host() -> str:
-    """Names the place where a process id means something: the host, and on it the container."""
-    return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
-
-
-def _remove_abandoned(folder: Path, host: str) -> None:
-    """Remove the work folders of builds of this store by processes of this host that are gone."""
-    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}-(\d+)@{re.escape(host)}")
-    for path in folder.parent.iterdir():
-        owner = name.fullmatch(path.name)
-        if owner and not _lives(int(owner[1])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        # it is another user's
-        pass
-    return True
 
 
 def _write_arrays(folder: Path, clips: int, chunks: Iterable[dict[str, np.ndarray]]) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,5 @@
-"""Writing without losing what is there: files appear whole or not at all, folders are never written over; and reading a
-log whose writer may have been killed."""
+"""Files that appear whole or not at all, names that are not taken yet, and reading a log whose writer may have been
+killed. Whole folders: avfast.files.result_folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,27 +78,6 @@ def new_folder(path: str | Path) -> Path:
             # a parent that is a file exists too, but no number helps there
             if not path.parent.is_dir():
                 raise
-
-
-@contextmanager
-def hidden_folder(path: str | Path) -> Iterator[Path]:
-    """A new hidden folder beside `path`, to be renamed within the block when it is complete; removed at its end if it
-    was not."""
-    path = Path(path)
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        work.mkdir(parents=True)
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def publish(unfinished: Path, path: str | Path) -> Path:
-    """Give a finished folder its name, `path`, or with -2, -3 ... appended where that exists, and return it."""
-    final = new_folder(path)
-    # an empty folder may be replaced
-    os.replace(unfinished, final)
-    return final
 
 
 def numbered(path: Path) -> Iterator[Path]:

@@ -1,102 +1,152 @@
-"""Where the results of one film are stored: a folder that is hidden and locked while it is written, then put in its
-place. And for `avfast flow` the marker in it that says what is finished."""
+"""Folders of results that appear whole: written under a hidden name, then renamed to the final one.
+
+The hidden folder lies beside the final one. Its writer locks it with flock, and the system frees that lock when the
+writer ends, however it ends. So a hidden folder whose lock is free was left by a killed run, and `sweep` removes it.
+
+Publishing is one rename. Where a folder has the final name already, the two exchange their names in one step (Linux's
+renameat2 with RENAME_EXCHANGE): at every moment the final name leads to the old or to the new result, each whole. A
+file system that cannot exchange names, such as NFS, needs two renames. A run that is killed between them leaves the old
+result in a hidden folder, and `sweep` gives it its name back.
+
+Some file systems of clusters have no flock, or let it count within one machine only (NFS). There the runs of several
+machines do not see each other's locks, so they must not share a folder of `ResultFolder`s. Those of `hidden_folder` may
+lie side by side everywhere: their names hold the machine's, and no other machine removes them.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import hashlib
-import json
 import os
-import re
 import shutil
-from collections.abc import Iterable
+import socket
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from avfast.errors import InputError
+from avfast.files.atomic import numbered
 
-MARKER = "flow.done.json"
-_HIDDEN = ".avfast-"
-_OURS = re.compile(r"flow(\.done\.json|\.npy|_hsv\.mp4|_(x_|y_|hsv_)?\d{5,}\.(flo|jpg|png))")
+_PREFIX = ".avfast-"
+_REPLACED = "-replaced-"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-class Place:
-    """The final folder of an item, and the hidden one beside it that becomes it."""
+class ResultFolder:
+    """A folder of results that one run at a time writes, instead of what has its name.
+
+    result = ResultFolder(out / "film")
+    if result.claim():
+        with result.writing() as folder:
+            ...
+    """
 
     def __init__(self, final: Path) -> None:
         self.final = final
-        # not the item's own name, which may be as long as names can be
-        hidden = _HIDDEN + hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]
-        self.folder = final.with_name(hidden)
-        self._old = final.with_name(f"{hidden}-old")
+        self.folder = _hidden_path(final)
         self._lock: int | None = None
-
-    def check(self, out: Path) -> None:
-        """Raise InputError where the item could not be put there without harm to what is there."""
-        for parent in self.final.relative_to(out).parents:
-            if parent.name and (out / parent / MARKER).exists():
-                raise InputError(f"{self.final} would lie within the results of another item, {out / parent}")
-        if not os.path.lexists(self.final):
-            return
-        names = sorted(os.listdir(self.final)) if self.final.is_dir() else [""]
-        strange = [name for name in names if not _OURS.fullmatch(name)]
-        if strange or (names and MARKER not in names):
-            what = f"holds {strange[0]}" if strange and strange[0] else "was there before"
-            raise InputError(f"{self.final} {what}, which avfast flow has not written: choose another --out")
 
     def claim(self) -> bool:
         """Make the hidden folder, empty, and lock it; False where another run holds it. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = locked(self.folder)
+        self._lock = lock_folder(self.folder)
         if self._lock is None:
             return False
         for file in self.folder.iterdir():
             file.unlink()
         return True
 
-    def publish(self) -> None:
-        """Put the hidden folder into its place, instead of what was there."""
-        if self.final.exists():
-            shutil.rmtree(self._old, ignore_errors=True)
-            os.rename(self.final, self._old)
-        os.rename(self.folder, self.final)
-        shutil.rmtree(self._old, ignore_errors=True)
-        self.discard()
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """The claimed folder to write into: published when the block ends well, removed when it raises.
+
+        An OSError without a file name, such as that of a full disk, gets the final name.
+        """
+        try:
+            yield self.folder
+            _replace(self.folder, self.final)
+            # from here on a folder with the hidden name is another run's
+            self._unlock()
+        except OSError as error:
+            error.filename = error.filename or str(self.final)
+            raise
+        finally:
+            self.discard()
 
     def discard(self) -> None:
-        """Remove the hidden folder, if it is ours and still there."""
+        """Remove the hidden folder where it was claimed and not published."""
         if self._lock is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _remove(self.folder)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
-def read_marker(folder: Path) -> dict[str, Any] | None:
-    """What is known of a finished item, or None where none is. Raises InputError for a damaged marker."""
-    path = folder / MARKER
+@contextmanager
+def hidden_folder(final: str | Path) -> Iterator[Path]:
+    """A new hidden folder beside `final`, which several runs may have at once, locked within the block. The block
+    renames it when it is complete (see `publish`); what it has not renamed is removed.
+
+    Call `sweep([final])` before, once, to remove what killed runs have left.
+    """
+    folder, lock = _new_hidden_folder(Path(final), f"-{{}}@{socket.gethostname()}")
     try:
-        marker = json.loads(path.read_text())
-        if not {"source", "parameters", "formats"} <= marker.keys():
-            raise ValueError("keys are missing")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}): remove the folder to have it done again") from None
-    return marker
+        yield folder
+    finally:
+        _remove(folder)
+        os.close(lock)
+
+
+def publish(unfinished: Path, path: str | Path) -> Path:
+    """Rename a folder made by `hidden_folder` to `path`, or with -2, -3 ... appended where that exists; its new path.
+
+    Raises OSError.
+    """
+    for final in numbered(Path(path)):
+        if os.path.lexists(final):
+            continue
+        try:
+            os.rename(unfinished, final)
+        except OSError as error:
+            # another process has taken the name in the meantime
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return final
+    raise AssertionError("the numbers have no end")
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder under a hidden name: a run killed meanwhile leaves no half of it under `path`. Raises OSError."""
+    hidden = _hidden_path(path, f"-{uuid.uuid4().hex[:8]}")
+    os.rename(path, hidden)
+    _remove(hidden)
 
 
 def sweep(finals: Iterable[Path]) -> None:
-    """Remove the hidden folders that killed runs have left beside these places; those of living runs are locked."""
+    """Remove the hidden folders that killed runs have left beside these folders, and put back a result that such a run
+    had moved away. The folders of living runs are locked and stay."""
     for parent in {final.parent for final in finals}:
-        for folder in parent.glob(f"{_HIDDEN}*"):
-            lock = locked(folder)
+        for folder in parent.glob(f"{_PREFIX}*"):
+            machine = folder.name.partition("@")[2]
+            if machine and machine != socket.gethostname():
+                continue
+            lock = lock_folder(folder)
             if lock is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
                 os.close(lock)
 
 
-def locked(folder: Path) -> int | None:
-    """A descriptor that locks the folder until it is closed or the process ends, however it ends; None: it is taken."""
+def lock_folder(folder: Path) -> int | None:
+    """A descriptor that locks a folder until it is closed or the process ends, however it ends.
+
+    None: another holds the lock, or the folder is not there. Where the file system has no locks, everybody gets one.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
@@ -107,10 +157,81 @@ def locked(folder: Path) -> int | None:
     except BlockingIOError:
         held = False
     except OSError:
-        # some file systems of clusters know no locks
+        # the file system has no locks
         held = True
-    # whoever held it may have published or removed it in the meantime
+    # who held it before may have renamed or removed it in the meantime
     if held and folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
         return descriptor
     os.close(descriptor)
     return None
+
+
+def _hidden_path(final: Path, ending: str = "") -> Path:
+    # a digest, because the final name may be as long as a name can be
+    return final.with_name(f"{_PREFIX}{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]}{ending}")
+
+
+def _new_hidden_folder(final: Path, ending: str) -> tuple[Path, int]:
+    """A new hidden folder and the descriptor that locks it; `{}` in the ending becomes something random."""
+    while True:
+        folder = _hidden_path(final, ending.format(uuid.uuid4().hex[:8]))
+        folder.mkdir(parents=True)
+        # another run may have swept it away before it was locked
+        lock = lock_folder(folder)
+        if lock is not None:
+            return folder, lock
+
+
+def _replace(hidden: Path, final: Path) -> None:
+    """Give a hidden folder the final name, and remove the folder that had it."""
+    if not os.path.lexists(final):
+        os.rename(hidden, final)
+        return
+    # from the exchange on the old folder has the hidden name, where another run could claim it while it is deleted
+    lock = lock_folder(final)
+    try:
+        if _exchange(hidden, final):
+            _remove(hidden)
+        else:
+            _replace_in_two_steps(hidden, final)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _replace_in_two_steps(hidden: Path, final: Path) -> None:
+    # within the new folder the old one keeps its name, by which it can be put back
+    aside, lock = _new_hidden_folder(final, _REPLACED + "{}")
+    try:
+        os.rename(final, aside / final.name)
+        os.rename(hidden, final)
+    finally:
+        _remove(aside)
+        os.close(lock)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the C library or the file system cannot. Raises OSError."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a hidden folder, or a link with that name. A result that `_replace_in_two_steps` has moved into it goes
+    back first, unless its name is taken again."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    if _REPLACED in folder.name:
+        for old in folder.iterdir():
+            if not os.path.lexists(folder.with_name(old.name)):
+                os.rename(old, folder.with_name(old.name))
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""Videos, image folders, lists and globs on a command line as items with names of their own.
+"""The inputs of a command, that is videos, folders, lists and globs, as items with names of their own.
 
-An item is one film: a video file, or images of one folder. Its name is a relative path under which its results are
-stored; a tree of inputs becomes the same tree of names, and no name is another's, nor a folder above another's.
+An item is one film: a video file, or the images of one folder. Its name is a relative path under which its results are
+stored. A tree of inputs becomes the same tree of names. No two items have the same name, and no name is a folder above
+another one.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Item:
         """
         if self.images is None:
             return [self.path]
-        names = self.images or [n for n in os.listdir(self.path) if _is(n, IMAGE_SUFFIXES)]
-        return [self.path / name for name in sorted(names, key=_natural)]
+        names = self.images or [n for n in os.listdir(self.path) if _has_suffix(n, IMAGE_SUFFIXES)]
+        return [self.path / name for name in sorted(names, key=_natural_order)]
 
     def source(self) -> dict[str, Any]:
         """What identifies the content: path, number of files, bytes, newest modification time, and a digest of the
@@ -69,13 +70,18 @@ class Item:
             "digest": digest.hexdigest()[:16],
         }
 
+    def reason(self, error: Exception) -> str:
+        """An error's message in one line, without the item's path in front."""
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return text.removeprefix(f"{self.path}: ")
+
 
 def find_items(inputs: Sequence[str], marker: str) -> tuple[list[Item], dict[str, str]]:
-    """The items of a command line in order, each once, and for every input without any the reason.
+    """The items that inputs mean, in order and each once; and for every input without any item the reason.
 
     - a video file: named after the file without its suffix;
     - a folder: all videos below it, and every folder of images (one item each) that holds no video, named by their path
-      below it; what is hidden, or a folder with a file `marker` in it (results, not input), is left out;
+      below it; hidden files and folders, and folders with a file `marker` in them (results, no inputs), are left out;
     - a glob: what it matches, named by the path below its fixed part; images of one folder are one item;
     - image files, also from the shell: those of one folder are one item, named after the folder;
     - a .txt file: a line each of the above, relative to the current folder, `#` begins a comment; a relative path to a
@@ -96,18 +102,18 @@ def find_items(inputs: Sequence[str], marker: str) -> tuple[list[Item], dict[str
         before = len(found) + sum(len(names) for _, names in images.values())
         for path in paths:
             if path.is_dir():
-                found.extend(_below(path, path if root is None else root, marker))
-            elif _is(path.name, IMAGE_SUFFIXES):
+                found.extend(_find_below(path, path if root is None else root, marker))
+            elif _has_suffix(path.name, IMAGE_SUFFIXES):
                 name = _relative(path.parent, path.parent if root is None else root)
                 images.setdefault(path.parent, (name, []))[1].append(path.name)
             else:
-                below = root if root is not None else Path() if listed and _inside(path) else path.parent
+                below = root if root is not None else Path() if listed and _stays_below(path) else path.parent
                 found.append(Item(_relative(path.with_suffix(""), below), path))
         if before == len(found) + sum(len(names) for _, names in images.values()):
             failed[text] = "no video and no image in it" if root is None else "it matches no video and no image"
 
     for text in inputs:
-        if _is(text, {LIST_SUFFIX}) and Path(text).is_file():
+        if _has_suffix(text, {LIST_SUFFIX}) and Path(text).is_file():
             for line in Path(text).read_text(errors="surrogateescape").splitlines():
                 if line := re.sub(r"(^|\s)#.*", "", line).strip():
                     add(line, listed=True)
@@ -115,14 +121,19 @@ def find_items(inputs: Sequence[str], marker: str) -> tuple[list[Item], dict[str
             add(text)
     found += [Item(name, path, tuple(dict.fromkeys(names))) for path, (name, names) in images.items()]
     once = {(item.path.absolute(), item.images): item for item in reversed(found)}
-    return _named_apart(list(reversed(once.values()))), failed
+    return _unique_names(list(reversed(once.values()))), failed
 
 
-def settle_failures(out: Path, failed: list[dict[str, str]], some_done: bool) -> None:
-    """Write what failed, a list of {"input", "reason"}, to failed.json in `out`, or remove that of an earlier run.
+def list_failures(unusable: dict[str, str], items: Sequence[Item], failed: dict[str, str]) -> list[dict[str, str]]:
+    """What a command could not do, as its summary says it: {"input", "reason"} of every input without any item, and of
+    every item that failed (reasons by its name)."""
+    listed = [{"input": text, "reason": reason} for text, reason in unusable.items()]
+    return listed + [{"input": str(i.path), "reason": failed[i.name]} for i in items if i.name in failed]
 
-    Raises InputError with the first reason where nothing was done.
-    """
+
+def write_failures(out: Path, failed: list[dict[str, str]], some_done: bool) -> None:
+    """Write what `list_failures` gives to failed.json in `out`, or remove the file of an earlier run where nothing
+    failed. Raises InputError with the first reason where nothing was done."""
     if failed and out.is_dir():
         with replacing(out / FAILED) as temporary:
             temporary.write_text(json.dumps(failed, indent=2) + "\n")
@@ -141,10 +152,10 @@ def _paths(text: str) -> tuple[Path | None, list[Path]]:
         return None, [path]
     parts = list(path.parts)
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    return Path(*parts[:fixed]), [Path(match) for match in sorted(glob.glob(text, recursive=True), key=_natural)]
+    return Path(*parts[:fixed]), [Path(match) for match in sorted(glob.glob(text, recursive=True), key=_natural_order)]
 
 
-def _below(folder: Path, root: Path, marker: str) -> Iterator[Item]:
+def _find_below(folder: Path, root: Path, marker: str) -> Iterator[Item]:
     seen: set[str] = set()
     for current, folders, files in os.walk(folder, followlinks=True):
         # a link to a folder above would never end
@@ -153,17 +164,17 @@ def _below(folder: Path, root: Path, marker: str) -> Iterator[Item]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted((f for f in folders if not f.startswith(".")), key=_natural)
+        folders[:] = sorted((f for f in folders if not f.startswith(".")), key=_natural_order)
         here = Path(current)
-        videos = sorted((f for f in files if _is(f, VIDEO_SUFFIXES)), key=_natural)
+        videos = sorted((f for f in files if _has_suffix(f, VIDEO_SUFFIXES)), key=_natural_order)
         for file in videos:
             yield Item(_relative((here / file).with_suffix(""), root), here / file)
         # images beside videos are covers
-        if not videos and any(_is(f, IMAGE_SUFFIXES) for f in files):
+        if not videos and any(_has_suffix(f, IMAGE_SUFFIXES) for f in files):
             yield Item(_relative(here, root), here, ())
 
 
-def _named_apart(items: list[Item]) -> list[Item]:
+def _unique_names(items: list[Item]) -> list[Item]:
     def suffixed(item: Item) -> Item:
         return replace(item, name=item.name + item.path.suffix) if item.images is None else item
 
@@ -186,13 +197,13 @@ def _relative(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path != root else path.absolute().name
 
 
-def _inside(path: Path) -> bool:
+def _stays_below(path: Path) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def _is(name: str, suffixes: frozenset[str] | set[str]) -> bool:
+def _has_suffix(name: str, suffixes: frozenset[str] | set[str]) -> bool:
     return not os.path.basename(name).startswith(".") and os.path.splitext(name)[1].lower() in suffixes
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,4 +1,4 @@
-"""Stages of a pipeline as generators, each in a thread of its own."""
+"""Stages of a pipeline: generators that run in threads of their own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TypeVar, cast
 T = TypeVar("T")
 
 
-def ahead(items: Iterator[T], depth: int = 1) -> Generator[T, None, None]:
-    """The same items, made by a thread of its own that keeps at most `depth` of them waiting.
+def prefetch(items: Iterator[T], depth: int = 1) -> Generator[T, None, None]:
+    """The same items. A thread takes them from `items` in advance and keeps at most `depth` of them waiting.
 
     What the thread raises is raised here. Closing this generator ends the thread and closes `items`.
     """

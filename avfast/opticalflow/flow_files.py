@@ -1,16 +1,20 @@
 """Flow in files: .flo, .npy in float16, 8-bit JPEG and PNG, and colours to look at.
 
 Flow is (2,H,W) or (N,2,H,W) in pixels, x then y. N pairs give `flow.npy`, (N,2,H,W) float16, or numbered files, from 1:
-`flow_00001.flo`, `flow_x_00001.jpg` and `flow_y_00001.jpg` (or .png), `flow_hsv_00001.png`; or `flow_hsv.mp4`.
+`flow_00001.flo`, `flow_x_00001.jpg` and `flow_y_00001.jpg` (or .png), `flow_hsv_00001.png`; or `flow_hsv.mp4`. A folder
+of `avfast flow` holds them, and a marker, flow.done.json, that says what they are of.
 """
 
 from __future__ import annotations
 
+import json
 import lzma
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -24,8 +28,39 @@ from avfast.ui.plots import flow_to_rgb
 Format = Literal["npy", "flo", "jpg", "png", "hsv-png", "hsv-mp4"]
 Write = Callable[[np.ndarray, Sequence[float]], None]
 
+MARKER = "flow.done.json"
+_FILE_NAME = re.compile(r"flow(\.done\.json|\.npy|_hsv\.mp4|_(x_|y_|hsv_)?\d{5,}\.(flo|jpg|png))")
 # a float, 202021.25, whose bytes read PIEH
 _FLO_MAGIC = b"PIEH"
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """The marker of a finished folder; None where there is none. Raises InputError for a damaged one."""
+    path = folder / MARKER
+    try:
+        marker = json.loads(path.read_text())
+        if not {"source", "parameters", "formats"} <= marker.keys():
+            raise ValueError("keys are missing")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error}): remove the folder to have it done again") from None
+    return marker
+
+
+def refuse_foreign_files(folder: Path, out: Path) -> None:
+    """Raise InputError where new flow in `folder`, below `out`, would replace files that avfast flow has not written,
+    or would lie within the results of another film."""
+    for parent in folder.relative_to(out).parents:
+        if parent.name and (out / parent / MARKER).exists():
+            raise InputError(f"{folder} would lie within the results of another item, {out / parent}")
+    if not os.path.lexists(folder):
+        return
+    names = sorted(os.listdir(folder)) if folder.is_dir() else [""]
+    foreign = [name for name in names if not _FILE_NAME.fullmatch(name)]
+    if foreign or (names and MARKER not in names):
+        what = f"holds {foreign[0]}" if foreign and foreign[0] else "was there before"
+        raise InputError(f"{folder} {what}, which avfast flow has not written: choose another --out")
 
 
 def read_flo(path: str | Path) -> np.ndarray:
@@ -73,26 +108,28 @@ def bytes_to_flow(levels: np.ndarray, bound: float) -> np.ndarray:
 def flow_writer(folder: Path, formats: Sequence[Format], bound: float, fps: float) -> Iterator[Write]:
     """Write the flow of one film into an existing folder, in several formats at once.
 
-    The block gets a function `write(flow, times)` and calls it with the next pairs, (N,2,H,W) float32 and N times in
-    seconds, all of one H and W; nothing but the last call is held. bound: pixels, for 8 bits and for full colour. fps:
-    of hsv-mp4, see `video_writer`.
+    The block gets a function `write(flow, times)` and calls it with the next pairs: (N,2,H,W) float32 and N times in
+    seconds, all of one H and W. Nothing but the last call stays in memory. bound: pixels, for 8 bits and for full
+    colour. fps: of hsv-mp4, see `video_writer`.
     """
     with ExitStack() as stack:
 
-        def opened(name: Format) -> Write:
+        def open_format(name: Format) -> Write:
             match name:
                 case "npy":
                     return stack.enter_context(_npy_writer(folder / "flow.npy"))
                 case "hsv-mp4":
-                    return stack.enter_context(_film_writer(folder / "flow_hsv.mp4", bound, fps))
+                    return stack.enter_context(_video_writer(folder / "flow_hsv.mp4", bound, fps))
                 case "flo":
-                    return _each(lambda number, flow: write_flo(folder / f"flow_{number}.flo", flow))
+                    return _numbered_files(lambda number, flow: write_flo(folder / f"flow_{number}.flo", flow))
                 case "hsv-png":
-                    return _each(lambda number, flow: _write_colours(folder / f"flow_hsv_{number}.png", flow, bound))
+                    return _numbered_files(
+                        lambda number, flow: _write_colours(folder / f"flow_hsv_{number}.png", flow, bound)
+                    )
                 case "jpg" | "png":
-                    return _each(lambda number, flow: _write_levels(folder, f"{number}.{name}", flow, bound))
+                    return _numbered_files(lambda number, flow: _write_levels(folder, f"{number}.{name}", flow, bound))
 
-        functions = [opened(name) for name in formats]
+        functions = [open_format(name) for name in formats]
 
         def write(flow: np.ndarray, times: Sequence[float]) -> None:
             for function in functions:
@@ -108,7 +145,7 @@ def _npy_writer(path: Path) -> Iterator[Write]:
 
 
 @contextmanager
-def _film_writer(path: Path, bound: float, fps: float) -> Iterator[Write]:
+def _video_writer(path: Path, bound: float, fps: float) -> Iterator[Write]:
     with video_writer(path, fps) as show:
 
         def write(flow: np.ndarray, times: Sequence[float]) -> None:
@@ -118,7 +155,7 @@ def _film_writer(path: Path, bound: float, fps: float) -> Iterator[Write]:
         yield write
 
 
-def _each(write_one: Callable[[str, np.ndarray], None]) -> Write:
+def _numbered_files(write_one: Callable[[str, np.ndarray], None]) -> Write:
     count = 0
 
     def write(flow: np.ndarray, _times: Sequence[float]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from avfast.media.prefetch import ahead
+from avfast.media.prefetch import prefetch
 
 
 def test_a_stage_runs_ahead_no_further_than_asked() -> None:
@@ -19,7 +19,7 @@ def test_a_stage_runs_ahead_no_further_than_asked() -> None:
             made.append(i)
             yield i
 
-    items = ahead(count(), depth=2)
+    items = prefetch(count(), depth=2)
     assert next(items) == 0
     time.sleep(0.2)
     # one handed out, two waiting, one in the hands of the thread
@@ -27,7 +27,7 @@ def test_a_stage_runs_ahead_no_further_than_asked() -> None:
     threads = threading.active_count()
     items.close()
     assert threading.active_count() == threads - 1 and len(made) <= 5
-    assert list(ahead(iter(range(50)))) == list(range(50))
+    assert list(prefetch(iter(range(50)))) == list(range(50))
 
 
 def test_a_stage_passes_its_error_on() -> None:
@@ -35,7 +35,7 @@ def test_a_stage_passes_its_error_on() -> None:
         yield 1
         raise KeyError("gone")
 
-    items = ahead(fail())
+    items = prefetch(fail())
     assert next(items) == 1
     with pytest.raises(KeyError, match="gone"):
         next(items)
