@@ -1,11 +1,7 @@
-"""Scoring as the paper's tables do: reference predictors, the scorer, the tables, and the command.
+"""Score runs, or anyone's predictions, as the paper's tables do.
 
-    python -m avfast.evaluate --checkpoint runs/mmnist-demo
-    python -m avfast.evaluate --pred p.npy --true t.npy
-
-A predictor is a function of (batch, K) that sees what it likes of the batch and predicts frames K+1..T. Every table has
-the reference predictors beside the models, because absolute numbers depend on the data: a black frame scores an SSIM of
-0.77 on 48x48 MovingMNIST.
+python -m avfast.evaluate --checkpoint runs/mmnist-demo
+python -m avfast.evaluate --pred p.npy --true t.npy
 """
 
 from __future__ import annotations
@@ -13,145 +9,42 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from avfast.cli.parser import parse
+from avfast.data.store import Batch, training_mean_image
 from avfast.errors import InputError
 from avfast.files.atomic import new_folder, replacing
-from avfast.kernels import backward_warp
 from avfast.machine.commit import commit
 from avfast.machine.device import choose_device
+from avfast.models.base import Rollout
+from avfast.models.registry import load_model
 from avfast.report import refresh_report
-from avfast.scoring.counterfactuals import Hearing, check_hearing, describe, heard, other_clip
+from avfast.scoring.counterfactuals import (
+    SoundCondition,
+    check_conditions,
+    describe_condition,
+    other_clip,
+    with_sound_of,
+)
 from avfast.scoring.metrics import MetricResult, ProtocolName, VideoMetrics, get_protocol
+from avfast.scoring.predictors import model_predictor, reference_predictors, score
 from avfast.scoring.tables import TableInfo, Tables, default_frames, format_tables
 from avfast.training.config import TrainConfig
+from avfast.training.runs import load_run_config, resolve_checkpoint, run_folder
 from avfast.ui import plots
 from avfast.ui.progress import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from avfast.data.store import Batch
-    from avfast.models.avmodel import AVModel
-
-
-class Prediction(NamedTuple):
-    """Frames K+1..T: frames (B,P,C,H,W) in [0,1], flow (B,P,2,H,W) in pixels, or None for a predictor without flow."""
-
-    frames: Tensor
-    flow: Tensor | None
-
-
-Predictor = Callable[["Batch", int], Prediction]
-
-
-def black(batch: Batch, k: int) -> Prediction:
-    """Nothing at all."""
-    return Prediction(torch.zeros_like(batch.frames[:, k:]), None)
-
-
-def repeat_last(batch: Batch, k: int) -> Prediction:
-    """V_K for ever, which is the warp by a zero flow."""
-    return Prediction(batch.frames[:, k - 1 : k].expand_as(batch.frames[:, k:]), torch.zeros_like(batch.flow[:, k:]))
-
-
-def mean_of_seen(batch: Batch, k: int) -> Prediction:
-    """The mean of V_1..V_K."""
-    return Prediction(batch.frames[:, :k].mean(1, keepdim=True).expand_as(batch.frames[:, k:]), None)
-
-
-def mean_image(image: Tensor) -> Predictor:
-    """A predictor that always answers with one image (C,H,W), such as the mean of the training set."""
-
-    def predict(batch: Batch, k: int) -> Prediction:
-        return Prediction(image.to(batch.frames).expand_as(batch.frames[:, k:]), None)
-
-    return predict
-
-
-def copy_last_flow(batch: Batch, k: int) -> Prediction:
-    """F_K, the last flow that is seen, applied to V_K again and again."""
-    flow = batch.flow[:, k - 1 : k].expand_as(batch.flow[:, k:])
-    return Prediction(_warp_on(batch.frames[:, k - 1], flow), flow)
-
-
-def oracle_flow(batch: Batch, k: int) -> Prediction:
-    """The true flow warping V_K on and on: what warping alone can reach. Its flow is the truth, so it is not scored."""
-    return Prediction(_warp_on(batch.frames[:, k - 1], batch.flow[:, k:]), None)
-
-
-def model_predictor(model: AVModel) -> Predictor:
-    """The model's free-running prediction from K frames, their flow and the whole sound."""
-
-    def predict(batch: Batch, k: int) -> Prediction:
-        return Prediction(*model.predict(batch.frames[:, :k], batch.flow[:, :k], batch.audio))
-
-    return predict
-
-
-def reference_predictors(training_mean: Tensor) -> dict[str, Predictor]:
-    """The reference rows of every table, by name. training_mean: (C,H,W), the mean image of the training set."""
-    return {
-        "black": black,
-        "repeat last frame": repeat_last,
-        "mean of the seen": mean_of_seen,
-        "training-set mean image": mean_image(training_mean),
-        "copy-last-flow": copy_last_flow,
-        "oracle-flow": oracle_flow,
-    }
-
-
-def _warp_on(image: Tensor, flow: Tensor) -> Tensor:
-    """Warp an image (B,C,H,W) by flow (B,P,2,H,W), each result by the next flow (Eq. 4): (B,P,C,H,W)."""
-    frames = []
-    for step in flow.unbind(1):
-        image = backward_warp(image, step, padding="border")
-        frames.append(image)
-    return torch.stack(frames, 1)
-
-
-def score(
-    batches: Iterable[Batch],
-    predictors: Mapping[str, Predictor],
-    context_frames: int,
-    protocol: ProtocolName = "paper",
-    accelerator: Accelerator | None = None,
-) -> dict[str, MetricResult]:
-    """Score every predictor on frames K+1..T of every batch, in constant memory.
-
-    With an accelerator of several processes each passes its own share of the batches (which may be none) and all get
-    the scores over all of them. ValueError: no batch at all, T <= K, predictions of another shape than the truth.
-    """
-    metrics: dict[str, VideoMetrics] = {}
-    pred_frames = 0
-    with torch.inference_mode():
-        for batch in batches:
-            true_frames, true_flow = batch.frames[:, context_frames:], batch.flow[:, context_frames:]
-            pred_frames = true_frames.shape[1]
-            for name, predict in predictors.items():
-                if name not in metrics:
-                    metrics[name] = VideoMetrics(pred_frames, protocol)
-                frames, flow = predict(batch, context_frames)
-                metrics[name].update(frames, true_frames, flow, None if flow is None else true_flow)
-    if accelerator is not None and accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        # a process without a batch does not know P
-        pred_frames = max(gather_object([pred_frames]))
-        metrics = {n: metrics.get(n, VideoMetrics(pred_frames, protocol)).reduce(accelerator) for n in predictors}
-    if not metrics:
-        raise ValueError("batches and predictors: at least one of each is needed, nothing was scored")
-    return {name: m.compute() for name, m in metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -166,9 +59,9 @@ class EvaluateConfig:
     """The true frames of --pred, same shape."""
     context_frames: int | None = None
     """With --pred: the frames given before them (K), for the frame numbers only."""
-    audio: tuple[Hearing, ...] = ("own",)
-    """What the models hear, one row each: the clip's `own` sound, `shuffled` another clip's, `silent` none, `shifted`
-    its own, later by --shift frames and wrapped around. Equal scores tell that the sound is not used."""
+    audio: tuple[SoundCondition, ...] = ("own",)
+    """The sound that the models get, one row each: the clip's `own`, `shuffled` another clip's, `silent` none,
+    `shifted` its own, later by --shift frames and wrapped around. Equal scores tell that the sound is not used."""
     shift: int = 5
     """Frames by which `shifted` sound comes later; below 0 earlier."""
     split: Literal["train", "val", "test"] = "test"
@@ -223,102 +116,101 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
-    from avfast.data.prepared import load_split
-    from avfast.data.store import training_mean_image
-    from avfast.models.avmodel import AVModel
-    from avfast.training.runs import run_folder
-
     checkpoints, runs = _open_runs(config.checkpoint)
-    run = next(iter(runs.values()))
-    if config.data_cache:
-        run = replace(run, data_cache=config.data_cache)
-    if config.data:
-        if run.dataset != "clips":
-            raise InputError(f"data is {config.data}, but {config.checkpoint[0]} was trained on generated clips")
-        run = replace(run, clips=replace(run.clips, data=config.data))
+    run = _scored_run(config, next(iter(runs.values())))
     k, length = run.context_frames, run.context_frames + run.eval_frames
     frames = _column_frames(config.frames, k, run.eval_frames)
-    accelerator = None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import Accelerator
-
-        accelerator = Accelerator(cpu=choose_device(config.device) == "cpu")
+    accelerator, device = _processes(config)
     main, rank, world = True, 0, 1
-    device = torch.device(choose_device(config.device))
     if accelerator is not None:
         main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
-        device = accelerator.device
-    models = {name: model_predictor(AVModel.from_pretrained(c, device=device)) for name, c in checkpoints.items()}
-    check_hearing(config.audio, config.shift, length)
-    rows = {_row(name, hearing, config.shift): name for hearing in config.audio for name in models}
+    models = {name: load_model(checkpoint, device=device) for name, checkpoint in checkpoints.items()}
+    waveform = any(model.wants_waveform for model in models.values())
+    predictors = {name: model_predictor(model) for name, model in models.items()}
+    check_conditions(config.audio, config.shift, length)
+    rows = {_row(name, condition, config.shift): name for condition in config.audio for name in models}
     target = Path(config.out) if config.out else run_folder(next(iter(checkpoints.values()))) / "eval"
     with _new_folder(target) if main else nullcontext() as out:
         with accelerator.main_process_first() if accelerator else nullcontext():
-            store = load_split(run, config.split, quiet=not main)
-            mean = training_mean_image(load_split(run, "train", quiet=not main))
+            store = run.load_split(config.split, quiet=not main)
+            mean = training_mean_image(run.load_split("train", quiet=not main))
         references = reference_predictors(torch.as_tensor(mean))
         count = _clip_count(config.clips, len(store))
         if "shuffled" in config.audio and count < 2:
             raise InputError(f"clips is {count}, and shuffled sound wants another clip: expected 2 at least")
         firsts = range(config.batch_size * rank, count, config.batch_size * world)
 
-        def load(clips: Sequence[int], hearing: Hearing) -> Batch:
+        def load(clips: Sequence[int], condition: SoundCondition) -> Batch:
             starts = [0] * len(clips)
-            batch = store.batch(clips, starts, length, device)
-            audio = batch.audio
-            if hearing == "shuffled":
-                audio = store.batch([other_clip(i, count) for i in clips], starts, length, device).audio
-            return batch._replace(audio=heard(audio, hearing, config.shift))
+            batch = other = store.batch(clips, starts, length, device, waveform=waveform)
+            if condition == "shuffled":
+                others = [other_clip(i, count) for i in clips]
+                other = store.batch(others, starts, length, device, waveform=waveform)
+            return with_sound_of(batch, other, condition, config.shift)
 
-        def batches(hearing: Hearing) -> Iterator[Batch]:
-            with Progress(f"scoring, {hearing} sound, batches", total=len(firsts), quiet=not main) as progress:
+        def batches(condition: SoundCondition) -> Iterator[Batch]:
+            with Progress(f"scoring, {condition} sound, batches", total=len(firsts), quiet=not main) as progress:
                 for done, first in enumerate(firsts, start=1):
-                    yield load(range(first, min(first + config.batch_size, count)), hearing)
+                    yield load(range(first, min(first + config.batch_size, count)), condition)
                     progress.update(done, len(firsts))
 
         results: dict[str, MetricResult] = {}
-        for hearing in config.audio:
-            predictors = {_row(name, hearing, config.shift): predict for name, predict in models.items()}
-            # the references hear nothing: once is enough
-            predictors |= {} if results else references
-            results |= score(batches(hearing), predictors, k, config.protocol, accelerator)
+        for condition in config.audio:
+            scored = {_row(name, condition, config.shift): predict for name, predict in predictors.items()}
+            # the references use no sound: once is enough
+            scored |= {} if results else references
+            results |= score(batches(condition), scored, k, config.protocol, accelerator)
         results = {name: results[name] for name in (*rows, *references)}
         info = TableInfo(
             context_frames=k,
             frames=frames,
-            source=f"{_data_name(run)}, {config.split} split",
-            data_seed=run.data.data_seed if run.dataset == "mmnist" else None,
+            source=f"{run.data.title}, {config.split} split",
+            data_seed=run.data.seed,
             training_seeds={row: runs[name].seed for row, name in rows.items()},
-            sound={hearing: describe(hearing, config.shift) for hearing in config.audio},
+            sound={condition: describe_condition(condition, config.shift) for condition in config.audio},
             commit=commit(),
             flow_preset=run.flow_preset,
-            regenerated=run.dataset == "mmnist",
+            regenerated=run.data.regenerated,
         )
         tables = format_tables({n: results[n] for n in rows}, {n: results[n] for n in references}, info)
         if out is not None:
             samples = min(config.samples, count)
-            for hearing in config.audio if samples else ():
-                batch = load(range(samples), hearing)
-                for name, predict in models.items():
-                    _save_samples(out, _row(name, hearing, config.shift), batch, predict(batch, k), k)
+            for condition in config.audio if samples else ():
+                batch = load(range(samples), condition)
+                for name, predict in predictors.items():
+                    _save_samples(out, _row(name, condition, config.shift), batch, predict(batch, k), k)
             _write(out, tables, results, references, k)
             refresh_report(out)
         return json.loads(tables.json) | {"out": str(out or target), "markdown": tables.markdown}
 
 
-def _data_name(run: TrainConfig) -> str:
-    return "Multimodal MovingMNIST" if run.clips.data is None else Path(run.clips.data).absolute().name
+def _scored_run(config: EvaluateConfig, run: TrainConfig) -> TrainConfig:
+    """The run with the data that it is scored on."""
+    if config.data_cache:
+        run = replace(run, data_cache=config.data_cache)
+    if config.data:
+        run = replace(run, data=run.data.in_folder(config.data))
+    return run
+
+
+def _processes(config: EvaluateConfig) -> tuple[Accelerator | None, torch.device]:
+    """The accelerator under `torchrun`, else None, and the device."""
+    kind = choose_device(config.device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None, torch.device(kind)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=kind == "cpu")
+    return accelerator, accelerator.device
 
 
 def _open_runs(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, TrainConfig]]:
     """Checkpoints, and the configs of their runs, by the name of their row; all share data and lengths."""
-    from avfast.training.runs import load_run_config, resolve_checkpoint, run_folder
-
     checkpoints = [resolve_checkpoint(path) for path in paths]
     runs = [load_run_config(checkpoint) for checkpoint in checkpoints]
     for path, run in zip(paths, runs, strict=True):
-        for field in ("dataset", "data", "clips.data", "context_frames", "eval_frames", "flow_preset"):
-            value, first = attrgetter(field)(run), attrgetter(field)(runs[0])
+        for field in ("data", "context_frames", "eval_frames", "flow_preset"):
+            value, first = getattr(run, field), getattr(runs[0], field)
             if value != first:
                 raise InputError(
                     f"{path} has {field.replace('_', '-')} {value}, expected that of {paths[0]}, {first}: one table "
@@ -331,9 +223,9 @@ def _open_runs(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, TrainCo
     return dict(zip(names, checkpoints, strict=True)), dict(zip(names, runs, strict=True))
 
 
-def _row(name: str, hearing: Hearing, shift: int) -> str:
+def _row(name: str, condition: SoundCondition, shift: int) -> str:
     ending = {"own": "", "shifted": f", sound shifted by {shift}"}
-    return name + ending.get(hearing, f", {hearing} sound")
+    return name + ending.get(condition, f", {condition} sound")
 
 
 def _evaluate_arrays(config: EvaluateConfig) -> dict[str, Any]:
@@ -430,7 +322,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _save_samples(out: Path, name: str, batch: Batch, prediction: Prediction, k: int) -> None:
+def _save_samples(out: Path, name: str, batch: Batch, prediction: Rollout, k: int) -> None:
     frames, flow = prediction.frames.cpu(), None if prediction.flow is None else prediction.flow.cpu()
     true_frames, true_flow = batch.frames.cpu(), batch.flow.cpu()
     stem = re.sub(r"[^\w.-]+", "_", name)

@@ -29,15 +29,15 @@ from torch.export import ExportedProgram
 
 from avfast import __version__, runtime
 from avfast.cli.parser import parse
-from avfast.data.prepared import built_split
-from avfast.data.usage import Usage, usage_of
-from avfast.deploy.graphs import Graph, Port, make_graphs, trace
+from avfast.data.input_spec import InputSpec
+from avfast.deploy.graphs import Graph, make_graphs, trace
 from avfast.errors import InputError
-from avfast.files.result_folder import hidden_folder
-from avfast.models.avmodel import AVModel
+from avfast.files.result_folder import hidden_folder, sweep
+from avfast.models.base import VideoModel
+from avfast.models.registry import load_model
 from avfast.opticalflow.tvl1 import PRESETS
 from avfast.training.config import TrainConfig
-from avfast.training.runs import load_run_config, resolve_checkpoint
+from avfast.training.runs import input_spec, load_run_config, resolve_checkpoint
 from avfast.ui.progress import Progress
 
 Format = Literal["onnx", "pt2", "aoti"]
@@ -81,44 +81,44 @@ def export(config: ExportConfig) -> dict[str, float]:
     if config.unroll is not None and (config.unroll < 1 or not config.rollout):
         raise InputError(f"unroll is {config.unroll}, expected at least 1 predicted frame, and not with --no-rollout")
     checkpoint = resolve_checkpoint(config.run)
-    model = AVModel.from_pretrained(checkpoint)
+    model = load_model(checkpoint)
     run = _run_config(checkpoint)
-    usage = None if run is None else usage_of(checkpoint, run)
-    if run is not None and run.model.refinement != model.config.refinement and not config.motion_only:
+    spec = None if run is None else input_spec(checkpoint, run)
+    if run is not None and run.model != model.settings and not config.motion_only:
         raise InputError(
-            f"{checkpoint} is of the motion stage only, its run has refinement {run.model.refinement}: "
-            "train stage car, or give --motion-only"
+            f"{checkpoint} is of an earlier stage only, its run has {run.model.name} with {run.model}: "
+            "train the last stage, or give --motion-only"
         )
     with Progress(f"export, {config.format} {config.precision}") as progress:
-        differences = export_model(model, config.out, config=config, run=run, usage=usage, progress=progress.update)
+        differences = export_model(model, config.out, config=config, run=run, spec=spec, progress=progress.update)
         for name, value in differences.items():
             progress.note(f"largest difference from PyTorch, {name}: {value:.2g}")
     return differences
 
 
 def export_model(
-    model: AVModel,
+    model: VideoModel,
     out: str | Path,
     *,
     config: ExportConfig = ExportConfig(),
     run: TrainConfig | None = None,
-    usage: Usage | None = None,
+    spec: InputSpec | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> dict[str, float]:
-    """`export` of a model in memory. run: what it was trained on, whose test clips it is compared on too; usage: how it
-    is to be used, which the runner then knows."""
+    """`export` of a model in memory. run: what it was trained on, whose test clips it is compared on too; spec: how it
+    is fed, which the runner then knows."""
     given = 5 if run is None else run.context_frames
     unroll = None if config.unroll is None else (given, config.unroll)
     dtype = torch.float16 if config.precision == "fp16" else torch.float32
     whole = config.rollout and (config.format != "aoti" or unroll is not None)
     graphs = [g for g in make_graphs(model, dtype, unroll) if whole or g.name != "rollout"]
-    about = _about(model, config, usage, [g.name for g in graphs])
+    about = _about(model, config, spec, [g.name for g in graphs])
     # of the example alone; 0 and 1 are the sizes that torch.export would take for fixed
     sizes = {"B": 2, "N": 3, "P": 4, "M": 6, "K": 3, "T": 7, "h": 2, "w": 3}
     with _new_folder(Path(out)) as folder:
         for done, graph in enumerate(graphs):
             progress(done, len(graphs) + 1, graph.name)
-            own = {**about, "graph": graph.name, **_ports(graph)}
+            own = {**about, "graph": graph.name, **_inputs_and_outputs(graph)}
             with _quiet():
                 program = trace(graph, sizes)
                 _WRITERS[config.format](graph, program, folder / f"{graph.name}{_SUFFIX[config.format]}", own)
@@ -157,7 +157,7 @@ def _run_config(checkpoint: Path) -> TrainConfig | None:
         return None
 
 
-def _about(model: AVModel, config: ExportConfig, usage: Usage | None, graphs: list[str]) -> dict[str, Any]:
+def _about(model: VideoModel, config: ExportConfig, spec: InputSpec | None, graphs: list[str]) -> dict[str, Any]:
     """What every file of an export says of the whole."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -167,22 +167,22 @@ def _about(model: AVModel, config: ExportConfig, usage: Usage | None, graphs: li
         "format": runtime.FORMAT,
         "avfast": __version__,
         "torch": torch.__version__,
-        "config": dataclasses.asdict(model.config),
+        "config": dataclasses.asdict(model.settings),
         "precision": config.precision,
         "hash": digest.hexdigest(),
         "graphs": graphs,
-        "usage": None if usage is None else usage.to_dict(),
-        "spectrogram": None if usage is None else dataclasses.asdict(usage.clips.spectrogram),
-        "flow": dataclasses.asdict(PRESETS[TrainConfig().flow_preset if usage is None else usage.flow_preset]),
+        "usage": None if spec is None else spec.to_dict(),
+        "spectrogram": None if spec is None else dataclasses.asdict(spec.clips.spectrogram),
+        "flow": dataclasses.asdict(PRESETS[TrainConfig().flow_preset if spec is None else spec.flow_preset]),
     }
 
 
-def _ports(graph: Graph) -> dict[str, Any]:
-    def described(port: Port) -> dict[str, Any]:
-        dtype = "float16" if port.half and graph.dtype == torch.float16 else "float32"
-        return {"name": port.name, "shape": list(port.shape), "dtype": dtype, "meaning": port.meaning}
+def _inputs_and_outputs(graph: Graph) -> dict[str, Any]:
+    def described(spec: TensorSpec) -> dict[str, Any]:
+        dtype = "float16" if spec.half and graph.dtype == torch.float16 else "float32"
+        return {"name": spec.name, "shape": list(spec.shape), "dtype": dtype, "meaning": spec.meaning}
 
-    return {"inputs": [described(p) for p in graph.inputs], "outputs": [described(p) for p in graph.outputs]}
+    return {"inputs": [described(s) for s in graph.inputs], "outputs": [described(s) for s in graph.outputs]}
 
 
 def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
@@ -191,15 +191,15 @@ def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, about: dict[
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"format onnx needs the extra `onnx` ({error}): pip install 'avfast[onnx]'") from None
-    inputs, outputs = ([p.name for p in ports] for ports in (graph.inputs, graph.outputs))
+    inputs, outputs = ([spec.name for spec in specs] for specs in (graph.inputs, graph.outputs))
     converted = torch.onnx.export(
         program, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs, output_names=outputs
     )
     assert converted is not None
     proto = converted.model_proto
-    for values, ports in ((proto.graph.input, graph.inputs), (proto.graph.output, graph.outputs)):
-        for value, port in zip(values, ports, strict=True):
-            for dim, size in zip(value.type.tensor_type.shape.dim, port.shape, strict=True):
+    for values, specs in ((proto.graph.input, graph.inputs), (proto.graph.output, graph.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            for dim, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
                 if isinstance(size, str):
                     dim.dim_param = size
     # sizes within the graph are known by torch's names for them, which are gone now
@@ -262,8 +262,8 @@ def open_graph(folder: str | Path, name: str) -> tuple[runtime.Run, dict[str, An
 
     def run(feed: Mapping[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
-            outputs = call(*(torch.from_numpy(np.array(feed[port["name"]])) for port in about["inputs"]))
-        return {port["name"]: x.numpy() for port, x in zip(about["outputs"], outputs, strict=True)}
+            outputs = call(*(torch.from_numpy(np.array(feed[spec["name"]])) for spec in about["inputs"]))
+        return {spec["name"]: x.numpy() for spec, x in zip(about["outputs"], outputs, strict=True)}
 
     return run, about
 
@@ -275,7 +275,7 @@ def open_export(folder: str | Path) -> runtime.Predictor:
 
 
 def verify(
-    folder: Path, model: AVModel, *, given: int = 5, unroll: int | None = None, run: TrainConfig | None = None
+    folder: Path, model: VideoModel, *, given: int = 5, unroll: int | None = None, run: TrainConfig | None = None
 ) -> dict[str, float]:
     """Largest differences between a folder's graphs and PyTorch over whole rollouts: on random inputs in two sizes that
     are not those of the export, and on real clips where the run's data set is there. Of frames in their unit, of flow
@@ -300,19 +300,19 @@ def verify(
     return found
 
 
-def _random_inputs(model: AVModel, batch: int, given: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _random_inputs(model: VideoModel, batch: int, given: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    frames = torch.rand(batch, given, model.config.image_channels, height, width, generator=generator)
+    frames = torch.rand(batch, given, model.settings.image_channels, height, width, generator=generator)
     flow = 2 * torch.randn(batch, given, 2, height, width, generator=generator)
     flow[:, 0] = 0
-    audio = torch.rand(batch, given + _VERIFIED_STEPS, 1, *model.config.audio_shape, generator=generator)
+    audio = torch.rand(batch, given + _VERIFIED_STEPS, 1, *model.settings.audio_shape, generator=generator)
     return frames, flow, audio
 
 
 def _real_inputs(run: TrainConfig, given: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """Two test clips, where the run's test split has been built already."""
     try:
-        store = built_split(run, "test")
+        store = run.built_split("test")
     except InputError:
         # the digits have been moved since
         return None
@@ -333,6 +333,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path`, renamed to it when the block ends well and removed when it does not."""
     if path.exists():
         raise InputError(f"out is {path}, which exists already: expected a new folder")
+    sweep([path])
     with hidden_folder(path) as work:
         yield work
         os.rename(work, path)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -29,17 +29,15 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
 
 from avfast import __version__, runtime
 from avfast.cli.command import print_failures
 from avfast.cli.parser import parse
 from avfast.data.clips import film_rate, planes, sound_windows
+from avfast.data.input_spec import InputSpec
 from avfast.data.store import Batch
-from avfast.data.usage import Usage, usage_of
 from avfast.errors import InputError
-from avfast.evaluate import Prediction, Predictor, copy_last_flow, repeat_last, score
-from avfast.files.result_folder import hidden_folder, publish
+from avfast.files.result_folder import hidden_folder, publish, sweep
 from avfast.machine.commit import commit
 from avfast.machine.device import choose_device
 from avfast.media.inputs import Item, find_items, write_failures
@@ -48,13 +46,15 @@ from avfast.media.sound import Samples, SoundTrack, read_sound
 from avfast.media.spectrogram import spectrogram
 from avfast.media.video import read_video
 from avfast.media.video_writer import video_writer
-from avfast.models.avmodel import AVModel, Rollout
+from avfast.models.base import Rollout
+from avfast.models.registry import load_model
 from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.report import refresh_report
-from avfast.scoring.counterfactuals import Hearing, check_hearing, describe, heard, other_clip
+from avfast.scoring.counterfactuals import SoundCondition, check_conditions, describe_condition, other_clip
 from avfast.scoring.metrics import MetricResult, ProtocolName, get_protocol
+from avfast.scoring.predictors import Predictor, copy_last_flow, model_predictor, repeat_last, score
 from avfast.scoring.tables import finite
-from avfast.training.runs import load_run_config, resolve_checkpoint
+from avfast.training.runs import input_spec, load_run_config, resolve_checkpoint
 from avfast.ui import plots
 from avfast.ui.progress import Progress
 
@@ -81,7 +81,7 @@ class PredictConfig:
     """Frames to predict, as many as the sound covers at most; by default the run's eval-frames."""
     sound: str | None = None
     """Sound file or film whose sound is heard instead, from its beginning, for all videos."""
-    audio: Hearing = "own"
+    audio: SoundCondition = "own"
     """What the model hears: the video's own sound (or --sound), `shuffled` that of another of the videos, `silent`
     none, `shifted` its own, later by --shift frames and wrapped around."""
     shift: int = 5
@@ -115,8 +115,8 @@ class _Clip(NamedTuple):
     """Time of the first frame on the file's clock."""
     frames: np.ndarray
     """(T',C,H,W) uint8, K <= T' <= T."""
-    audio: Tensor
-    """(T,1,F,S), as it is heard."""
+    waveform: Samples
+    """(T * samples per frame,) int16: the sound that the model gets."""
     sound: Path | None
     """Where it comes from; None: silence."""
     played: Samples
@@ -138,6 +138,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         raise InputError(f"audio is shuffled, which wants two videos or more, and there are {len(films)}")
     failed = [{"input": text, "reason": reason} for text, reason in unusable.items()]
     failed += [{"input": str(i.path), "reason": "images have no sound"} for i in items if i.images is not None]
+    sweep(Path(config.out) / item.name for item in films)
 
     began = time.monotonic()
     predictions: list[dict[str, Any]] = []
@@ -163,39 +164,39 @@ class _Predictor:
     def __init__(self, config: PredictConfig) -> None:
         self._config = config
         self._device = torch.device(choose_device(config.device))
-        source, usage = self._load(config)
-        self._usage, self._settings = usage, usage.clips
-        self._k, self._total = usage.context_frames, usage.context_frames + (config.horizon or usage.eval_frames)
-        check_hearing((config.audio,), config.shift, self._total)
+        source, spec = self._load(config)
+        self._spec, self._settings = spec, spec.clips
+        self._k, self._total = spec.context_frames, spec.context_frames + (config.horizon or spec.eval_frames)
+        check_conditions((config.audio,), config.shift, self._total)
         self._about = {
             **source,
             "given_frames": self._k,
             "predicted_frames": self._total - self._k,
             "audio": config.audio,
-            "audio_words": describe(config.audio, config.shift),
+            "audio_words": describe_condition(config.audio, config.shift),
             "reading": dataclasses.asdict(self._settings),
-            "flow_preset": usage.flow_preset,
+            "flow_preset": spec.flow_preset,
             "protocol": {"name": config.protocol, "words": get_protocol(config.protocol).words},
             "version": __version__,
             "commit": commit(),
         }
 
-    def _load(self, config: PredictConfig) -> tuple[dict[str, str], Usage]:
-        """Set `_rollout`, (frames, flow, audio) -> Rollout; what prediction.json says of the model, and its usage."""
+    def _load(self, config: PredictConfig) -> tuple[dict[str, str], InputSpec]:
+        """Set `_predict`; return what prediction.json says of the model, and how the model is fed."""
         if config.checkpoint is not None:
             checkpoint = resolve_checkpoint(config.checkpoint)
-            model = AVModel.from_pretrained(checkpoint, device=self._device)
-            self._rollout: Callable[[Tensor, Tensor, Tensor], Rollout] = model.predict
-            return {"checkpoint": str(checkpoint.resolve())}, usage_of(checkpoint, load_run_config(checkpoint))
+            self._predict = model_predictor(load_model(checkpoint, device=self._device))
+            return {"checkpoint": str(checkpoint.resolve())}, input_spec(checkpoint, load_run_config(checkpoint))
         assert config.onnx is not None
         exported = runtime.Predictor(config.onnx, device=choose_device(config.device))
 
-        def rollout(*inputs: Tensor) -> Rollout:
+        def predict(batch: Batch, k: int) -> Rollout:
+            inputs = batch.frames[:, :k], batch.flow[:, :k], batch.audio
             arrays = exported.rollout(*(x.cpu().numpy() for x in inputs))
             return Rollout(*(torch.from_numpy(x).to(self._device) for x in arrays))
 
-        self._rollout = rollout
-        return {"onnx": str(Path(config.onnx).resolve()), "device": exported.device}, exported.usage
+        self._predict = predict
+        return {"onnx": str(Path(config.onnx).resolve()), "device": exported.device}, exported.input_spec
 
     def clips(self, films: list[Item]) -> Iterator[tuple[Item, _Clip | str]]:
         """Every video read, or the reason why it cannot be."""
@@ -209,7 +210,7 @@ class _Predictor:
                 yield item, str(error)
 
     def _read(self, item: Item, sound: Path) -> _Clip:
-        settings, hearing, shift = self._settings, self._config.audio, self._config.shift
+        settings, condition, shift = self._settings, self._config.audio, self._config.shift
         fps = film_rate(item.path, settings)
         film = read_video(item.path, fps=fps, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
         frames = list(islice(film, self._total))
@@ -219,7 +220,7 @@ class _Predictor:
         start = frames[0].time
         assert start is not None
         seconds = self._total / fps
-        if hearing == "silent":
+        if condition == "silent":
             waveform = np.zeros(self._total * settings.samples_per_frame, np.int16)
             played = np.zeros(round(seconds * _FILM_RATE), np.int16)
         else:
@@ -227,19 +228,21 @@ class _Predictor:
             first = start if sound == item.path else _sound_start(sound, settings.sample_rate)
             waveform = sound_windows(sound, settings, first + np.arange(self._total) / fps)
             played = read_sound(sound, _FILM_RATE, start=first, seconds=seconds).samples
-        if hearing == "shifted":
+        if condition == "shifted":
+            waveform = np.roll(waveform, shift * settings.samples_per_frame)
             played = np.roll(played, round(shift / fps * _FILM_RATE))
-        audio = heard(spectrogram(torch.from_numpy(waveform), settings.spectrogram), hearing, shift)
         images = planes([frame.image for frame in frames])
-        return _Clip(item, fps, start, images, audio, None if hearing == "silent" else sound, played)
+        return _Clip(item, fps, start, images, waveform, None if condition == "silent" else sound, played)
 
     def predict(self, clip: _Clip) -> dict[str, Any]:
         """Predict one video and write its folder; what prediction.json holds, and the folder."""
         k = self._k
         frames = torch.from_numpy(clip.frames).to(self._device)[None]
-        flow = tvl1_flow(frames, preset=self._usage.flow_preset)
-        batch = Batch(frames.float() / 255, clip.audio.to(self._device)[None], flow)
-        rollout = self._rollout(batch.frames[:, :k], flow[:, :k], batch.audio)
+        flow = tvl1_flow(frames, preset=self._spec.flow_preset)
+        waveform = torch.from_numpy(clip.waveform).to(self._device)[None]
+        audio = spectrogram(waveform, self._settings.spectrogram)
+        batch = Batch(frames.float() / 255, audio, flow, waveform)
+        rollout = self._predict(batch, k)
         results = _scores(batch, rollout, k, self._config.protocol)
         about = {
             "video": str(clip.item.path),
@@ -269,7 +272,7 @@ def _scores(batch: Batch, rollout: Rollout, k: int, protocol: ProtocolName) -> d
     count = batch.frames.shape[1] - k
     if not count:
         return {}
-    predicted = Prediction(rollout.frames[:, :count], rollout.flow[:, :count])
+    predicted = Rollout(*(None if x is None else x[:, :count] for x in rollout))
     predictors: dict[str, Predictor] = {
         "predicted": lambda *_: predicted,
         "repeat last frame": repeat_last,
@@ -280,14 +283,13 @@ def _scores(batch: Batch, rollout: Rollout, k: int, protocol: ProtocolName) -> d
 
 def _write(folder: Path, clip: _Clip, batch: Batch, rollout: Rollout, results: dict[str, MetricResult], k: int) -> None:
     true, true_flow = batch.frames[0].cpu(), batch.flow[0].cpu()
-    frames, flow = rollout.frames[0].cpu(), rollout.flow[0].cpu()
+    frames, flow = rollout.frames[0].cpu(), None if rollout.flow is None else rollout.flow[0].cpu()
     np.save(folder / "frames.npy", frames.numpy())
-    np.save(folder / "flow.npy", flow.numpy())
     np.save(folder / "true_frames.npy", clip.frames)
-    films = {
-        "film.mp4": plots.film_frames(true, frames, context_frames=k),
-        "flow.mp4": plots.flow_film_frames(true_flow, flow, context_frames=k),
-    }
+    films = {"film.mp4": plots.film_frames(true, frames, context_frames=k)}
+    if flow is not None:
+        np.save(folder / "flow.npy", flow.numpy())
+        films["flow.mp4"] = plots.flow_film_frames(true_flow, flow, context_frames=k)
     for name, pictures in films.items():
         with video_writer(folder / name, clip.fps, (clip.played, _FILM_RATE)) as write:
             for number, picture in enumerate(pictures):
@@ -296,7 +298,9 @@ def _write(folder: Path, clip: _Clip, batch: Batch, rollout: Rollout, results: d
     total = k + len(frames)
     spread = np.linspace(1, total, min(total, _STRIP_FRAMES)).round().astype(int).tolist()
     chosen = {*spread, k, k + 1}
-    plots.save_strip(folder / "strip.png", true, frames, true_flow, flow, clip.audio, context_frames=k, frames=chosen)
+    plots.save_strip(
+        folder / "strip.png", true, frames, true_flow, flow, batch.audio[0].cpu(), context_frames=k, frames=chosen
+    )
     if results:
         plots.save_metric_curves(
             folder / "curves.png", results, context_frames=k, references=results.keys() - {"predicted"}

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from avfast.deploy import numpy_inputs as signals
+from avfast.deploy import numpy_inputs
 from avfast.errors import InputError
 from avfast.media.spectrogram import SpectrogramConfig
 
 if TYPE_CHECKING:
-    from avfast.data.usage import Usage
+    from avfast.data.input_spec import InputSpec
 
 FORMAT = 1
 """Version of an exported folder. Raised whenever one written before could no longer be run."""
@@ -36,8 +36,6 @@ GRAPHS = ("audio", "context", "observe", "step")
 """The graphs that the runner uses, where a model has them; `rollout` is for other hosts."""
 FEATURES = 128
 """As in avfast.models.networks, which needs PyTorch."""
-_MEMORY: dict[str, tuple[str, ...]] = {"v": (), "mme": ("condensed",), "v+recall": ("key", "value")}
-"""What a step recalls from, by variant of motion."""
 
 Array = NDArray[Any]
 Run = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -111,21 +109,20 @@ class Predictor:
             if found.get("hash") != self.about["hash"] or found.get("precision") != self.about["precision"]:
                 raise InputError(f"{source}: {name}.onnx and step.onnx are of different exports")
         self.config = self.about["config"]
-        if self.config["motion"] not in _MEMORY:
-            raise InputError(f"{source} has motion {self.config['motion']!r}, expected one of {', '.join(_MEMORY)}")
+        self.inputs: dict[str, list[dict[str, Any]]] = {name: found["inputs"] for name, found in about.items()}
         sound = self.about["spectrogram"]
         self.spectrogram = None if sound is None else SpectrogramConfig(**sound)
 
     @property
-    def usage(self) -> Usage:
+    def input_spec(self) -> InputSpec:
         """How films are read for it and how many frames it is given. Raises InputError where the export does not say,
         being that of a checkpoint without its run folder."""
         # here: it needs av, which the runner itself does not
-        from avfast.data.usage import Usage
+        from avfast.data.input_spec import InputSpec
 
         if self.about["usage"] is None:
             raise InputError(f"{self.source} does not say how films are read for it: export it from its run folder")
-        return Usage.from_dict(self.about["usage"])
+        return InputSpec.from_dict(self.about["usage"])
 
     def read(self, path: str | Path, *, max_frames: int | None = None) -> Film:
         """A film as the model was trained to see and hear it, as far as its sound covers it. Needs av.
@@ -134,7 +131,7 @@ class Predictor:
         """
         from avfast.data.clips import read_film
 
-        clip = read_film(path, self.usage.clips, max_frames=max_frames)
+        clip = read_film(path, self.input_spec.clips, max_frames=max_frames)
         frames = clip.frames[None].astype(np.float32) / np.float32(255)
         return Film(frames, clip.waveform[None], clip.fps, float(clip.times[0]))
 
@@ -153,8 +150,8 @@ class Predictor:
         """
         stream = self.stream()
         frames = self._images("frames", frames, 5)
-        stream.hear(sound)
-        given, total = frames.shape[1], stream.heard
+        stream.push_sound(sound)
+        given, total = frames.shape[1], stream.sound_frames
         if stream.batch != len(frames):
             raise ValueError(f"sound has {stream.batch} clips, frames has {len(frames)}: expected as many")
         if total <= given:
@@ -173,7 +170,7 @@ class Predictor:
 
     def flow(self, frames: NDArray[np.float32]) -> NDArray[np.float32]:
         """The flow that the model was trained on, of frames (B,T,C,H,W) in [0,1]."""
-        return signals.backward_flow(frames, self.about["flow"])
+        return numpy_inputs.backward_flow(frames, self.about["flow"])
 
     def _images(self, name: str, images: Array, ndim: int) -> NDArray[np.float32]:
         """Images as float32 in [0,1]. Raises ValueError for what does not fit the model."""
@@ -198,7 +195,7 @@ class Predictor:
         if len(shape) == 2 and self.spectrogram is not None:
             if sound.dtype != np.int16:
                 sound = _finite("sound", sound)
-            return signals.spectrogram(sound, self.spectrogram)
+            return numpy_inputs.spectrogram(sound, self.spectrogram)
         if len(shape) != 5 or shape[2:] != (1, *expected) or 0 in shape:
             waveform = f", or a waveform (B, T * {self.spectrogram.samples_per_frame})" if self.spectrogram else ""
             raise ValueError(
@@ -212,7 +209,7 @@ class Stream:
 
     Frames are numbered from 1. The state is that after the given frames: predicted ones are forgotten as soon as a
     given one arrives. To predict frame t + 1, or to take in a frame after t, the sound of frame t + 1 must have been
-    heard (models of the variant `v` hear none).
+    pushed (a model without sound needs none).
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -220,8 +217,8 @@ class Stream:
         self._config = predictor.config
         self.batch = 0
         """Clips, known from the first frame or sound on."""
-        self.heard = 0
-        """Frames whose sound has been heard."""
+        self.sound_frames = 0
+        """Frames whose sound was pushed."""
         self.given = 0
         """Frames that were pushed."""
         self.newest = 0
@@ -235,11 +232,11 @@ class Stream:
         self._after_given: dict[str, Any] | None = None
         self._last: NDArray[np.float32] | None = None
 
-    def hear(self, sound: Array) -> None:
+    def push_sound(self, sound: Array) -> None:
         """The sound of the next N frames: spectrograms (B,N,1,F,S), or a waveform (B, N * samples per frame)."""
         windows = self._predictor._windows(sound)
         self._one_batch("sound", len(windows))
-        self.heard += windows.shape[1]
+        self.sound_frames += windows.shape[1]
         if "audio" not in self._run:
             return
         empty = np.zeros((self.batch, 0, FEATURES), np.float32)
@@ -303,7 +300,7 @@ class Stream:
 
     def next(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Predict the frame after the newest one: frame (B,C,H,W) in [0,1] and its flow (B,2,H,W). Raises ValueError
-        where no frame was given, or the sound of that frame has not been heard."""
+        where no frame was given, or the sound of that frame was not pushed."""
         t = self.newest
         if not t:
             raise ValueError("0 frames were pushed, expected at least one to predict from")
@@ -316,14 +313,11 @@ class Stream:
             **self._state,
             "previous": self._previous,
             **self._contexts,
-            **self._memory(t + 1),
+            **self._memory("step", t, t),
         }
-        if "condensed" in available:
-            available["condensed"] = available["condensed"][:, t]
         if "vectors" in self._sound:
             available["vector"] = self._sound["vectors"][:, t - 1]
-        wanted = [port["name"] for port in self._predictor.about["inputs"]]
-        out = self._run["step"]({name: available[name] for name in wanted})
+        out = self._run["step"]({spec["name"]: available[spec["name"]] for spec in self._predictor.inputs["step"]})
         self._state = {name: out[f"next_{name}"] for name in ("hidden", "cell")}
         if t == self.given:
             self._after_given = self._state
@@ -333,18 +327,22 @@ class Stream:
 
     def _observe(self, frames: Array, flow: Array, first: int) -> None:
         """Take in frames first+1 .. first+N."""
-        last = first + frames.shape[1]
-        memory = self._memory(last + 1)
-        if "condensed" in memory:
-            memory["condensed"] = memory["condensed"][:, first + 1 :]
+        memory = self._memory("observe", first + 1, first + frames.shape[1])
         arrays = {"frames": frames, "flow": flow, **memory}
         feed = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
         out = self._run["observe"]({**feed, **self._state})
         self._state = {name: out[f"next_{name}"] for name in ("hidden", "cell")}
 
-    def _memory(self, count: int) -> dict[str, Array]:
-        """What a step recalls from once the sound of `count` frames has been heard."""
-        return {name: self._sound[name][:, :count] for name in _MEMORY[self._config["motion"]]}
+    def _memory(self, graph: str, first: int, last: int) -> dict[str, Array]:
+        """What a graph's frames first..last recall from. With a dimension M an input is all tokens up to the last
+        frame's, else row t + 1 of every frame t, the only one in `step`."""
+        memory = {}
+        for spec in self._predictor.inputs[graph]:
+            if spec["name"] in self._sound:
+                tokens = self._sound[spec["name"]][:, : last + 1]
+                rows = tokens[:, first:] if len(spec["shape"]) == 3 else tokens[:, last]
+                memory[spec["name"]] = tokens if "M" in spec["shape"] else rows
+        return memory
 
     def _one_batch(self, name: str, batch: int) -> None:
         if self.batch and batch != self.batch:
@@ -352,8 +350,8 @@ class Stream:
         self.batch = batch
 
     def _need_sound(self, frames: int, purpose: str) -> None:
-        if self._config["motion"] != "v" and self.heard < frames:
-            raise ValueError(f"sound covers {self.heard} frames, expected {frames} or more {purpose}")
+        if "audio" in self._run and self.sound_frames < frames:
+            raise ValueError(f"sound covers {self.sound_frames} frames, expected {frames} or more {purpose}")
 
 
 class Session:

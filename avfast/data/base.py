@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from avfast.data.clips import ClipSettings
 from avfast.data.digits import Split
 from avfast.data.store import ClipStore
+from avfast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class DataSettings(ABC):
     def built(self, split: Split, *, cache: str, flow_preset: str) -> ClipStore | None:
         """The same where nothing has to be made for it, else None."""
         return self.load(split, cache=cache, flow_preset=flow_preset, quiet=True)
+
+    def in_folder(self, folder: str) -> DataSettings:
+        """The same kind of set in another folder. Raises InputError for a set that lies in none."""
+        raise InputError(f"data is {folder}, but the data set {self.name} is generated and lies in no folder")
 
     @abstractmethod
     def clip_settings(self, parameters: Mapping[str, Any], image_channels: int) -> ClipSettings:

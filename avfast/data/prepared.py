@@ -115,6 +115,9 @@ class ClipsConfig(DataSettings):
         settings = {field.name: parameters[field.name] for field in dataclasses.fields(ClipSettings)}
         return ClipSettings(**{**settings, "size": tuple(settings["size"])})
 
+    def in_folder(self, folder: str) -> ClipsConfig:
+        return dataclasses.replace(self, data=folder)
+
     def _folder(self) -> str:
         if self.data is None:
             raise InputError("--data is missing, expected the folder of a data set with --dataset clips")

@@ -94,10 +94,10 @@ class AVModel(VideoModel):
             has_context, has_affine = settings.refinement != "unet", settings.refinement == "car"
             unet = UNet(channels, width, with_context=has_context)
             context_encoder = ContextEncoder(channels, width) if has_context else None
-            size = FEATURES * (2 if self.mme.hears else 1)
+            size = FEATURES * (2 if self.mme.uses_sound else 1)
             levels = (ContextModulation(size, width << i) for i in range(4))
             affine = nn.ModuleList(levels) if has_affine else None
-            self.car = CAR(unet, context_encoder, affine, uses_sound=has_affine and self.mme.hears)
+            self.car = CAR(unet, context_encoder, affine, uses_sound=has_affine and self.mme.uses_sound)
 
     def check_inputs(self, frames: Tensor, flow: Tensor, audio: Tensor) -> None:
         """Raise ValueError, naming argument and value, unless the three fit each other and the model."""

@@ -41,7 +41,7 @@ class VisualMotion(nn.Module):
 
     memory_names: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors of a step's memory."""
-    hears: ClassVar[bool] = False
+    uses_sound: ClassVar[bool] = False
     """Whether there is an audio encoder."""
 
     def __init__(self, image_channels: int, audio_shape: tuple[int, int], layers: int) -> None:
@@ -53,7 +53,7 @@ class VisualMotion(nn.Module):
     def forward(self, frames: Tensor, flow: Tensor, audio: Tensor) -> Motion:
         """frames (B,K,C,H,W) in [0,1], flow (B,K,2,H,W) with flow[:,0] = 0, audio (B,T,1,F,S), T > K >= 1."""
         given, total = frames.shape[1], audio.shape[1]
-        vectors, memory = self.listen(audio)
+        vectors, memory = self.encode_sound(audio)
         states: list[State] | None = None
         with shared_weights():
             features = self.encoder(flow, frames)
@@ -67,7 +67,7 @@ class VisualMotion(nn.Module):
                 flows.append(motion)
         return Motion(torch.stack(flows, dim=1), torch.stack(images, dim=1), vectors)
 
-    def listen(self, audio: Tensor) -> tuple[Tensor | None, Memory]:
+    def encode_sound(self, audio: Tensor) -> tuple[Tensor | None, Memory]:
         """Sound (B,T,1,F,S) -> E_a's vectors (B,T,D), or None, and the memory of all steps."""
         return None, ()
 
@@ -97,8 +97,17 @@ class VisualMotion(nn.Module):
         hidden, states = self.advance(feature, states, *memory)
         return *self.move(image, hidden), states
 
-    # a loop of an exported graph cannot slice a memory by the number of its round: it gets what differs from round to
-    # round as items, one tensor with the rounds first each
+    # exported graphs grow a memory by new windows, and their loops cannot slice it by the number of a round: what
+    # differs from round to round comes as items, tensors with the rounds first
+
+    def extend(self, windows: Tensor, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, ...]:
+        """New sound windows (B,N,1,F,S), keys and values of the P before (B,P,D) -> E_a's vectors of the new ones, what
+        of the memory is new, and all keys and values (B,P+N,D)."""
+        raise NotImplementedError("a model without sound has no memory")
+
+    def memory_until(self, memory: Memory, t: int) -> Memory:
+        """The part of a memory that steps 1..t recall from."""
+        return ()
 
     def loop_items(self, memory: Memory, count: int) -> list[Tensor]:
         """The items of the last `count` steps that a memory serves."""
@@ -113,20 +122,19 @@ class RecallMotion(VisualMotion):
     """Every position recalls from all audio vectors so far, by attention (Table 4, `V+Recall`)."""
 
     memory_names = ("key", "value")
-    hears = True
+    uses_sound = True
 
     def __init__(self, image_channels: int, audio_shape: tuple[int, int], layers: int) -> None:
         super().__init__(image_channels, audio_shape, layers)
         self.audio_encoder = AudioEncoder(audio_shape)
         self.recall = Recall(FEATURES, single=False)
 
-    def listen(self, audio: Tensor) -> tuple[Tensor, Memory]:
+    def encode_sound(self, audio: Tensor) -> tuple[Tensor, Memory]:
         vectors = self.audio_encoder(audio)
         return vectors, self.recall.project(vectors)
 
     def step_memory(self, memory: Memory, t: int) -> Memory:
-        key, value = memory
-        return key[:, : t + 1], value[:, : t + 1]
+        return self.memory_until(memory, t)
 
     def recall_step(self, feature: Tensor, *memory: Tensor) -> Tensor:
         if len(memory) == 2:
@@ -136,6 +144,14 @@ class RecallMotion(VisualMotion):
         query = self.recall.query(feature.to(value.dtype)).flatten(2).mT
         scores = (query @ key.mT).masked_fill(~visible, float("-inf"))
         return feature + (scores.softmax(dim=-1) @ value).mT.view_as(feature).to(feature.dtype)
+
+    def extend(self, windows: Tensor, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, ...]:
+        vectors, (key, value) = self.encode_sound(windows)
+        return vectors, torch.cat((past_key, key), 1), torch.cat((past_value, value), 1)
+
+    def memory_until(self, memory: Memory, t: int) -> Memory:
+        key, value = memory
+        return key[:, : t + 1], value[:, : t + 1]
 
     def loop_items(self, memory: Memory, count: int) -> list[Tensor]:
         # the number of the last token that a step sees
@@ -152,7 +168,7 @@ class MME(VisualMotion):
     over one token is 1, so what is recalled is a projection of that vector, added everywhere."""
 
     memory_names = ("condensed",)
-    hears = True
+    uses_sound = True
 
     def __init__(self, image_channels: int, audio_shape: tuple[int, int], layers: int) -> None:
         super().__init__(image_channels, audio_shape, layers)
@@ -160,7 +176,7 @@ class MME(VisualMotion):
         self.recall = Recall(FEATURES, single=True)
         self.condense = Condense(FEATURES)
 
-    def listen(self, audio: Tensor) -> tuple[Tensor, Memory]:
+    def encode_sound(self, audio: Tensor) -> tuple[Tensor, Memory]:
         vectors = self.audio_encoder(audio)
         _, value = self.recall.project(self.condense(vectors))
         return vectors, (value,)
@@ -172,6 +188,21 @@ class MME(VisualMotion):
     def recall_step(self, feature: Tensor, *memory: Tensor) -> Tensor:
         (row,) = memory
         return self.recall(feature, None, row[:, None]).to(feature.dtype)
+
+    def extend(self, windows: Tensor, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, ...]:
+        vectors = self.audio_encoder(windows)
+        # Condense over the new rows alone: those before them are keys and values
+        query, key, value = self.condense.qkv(vectors).chunk(3, dim=-1)
+        key, value = torch.cat((past_key, key), 1), torch.cat((past_value, value), 1)
+        tokens = torch.arange(key.shape[1], device=key.device)
+        future = tokens > tokens[past_key.shape[1] :, None]
+        weights = (query @ key.mT).masked_fill(future, float("-inf")).softmax(dim=-1)
+        _, rows = self.recall.project(vectors + weights @ value)
+        return vectors, rows, key, value
+
+    def memory_until(self, memory: Memory, t: int) -> Memory:
+        (rows,) = memory
+        return (rows[:, : t + 1],)
 
     def loop_items(self, memory: Memory, count: int) -> list[Tensor]:
         (rows,) = memory
