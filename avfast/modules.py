@@ -78,8 +78,12 @@ class ConvLSTMCell(nn.Conv2d):
 
     @classmethod
     def from_reference(cls, conv: nn.Conv2d, *, order: str = "ifog") -> ConvLSTMCell:
-        """The cell whose convolution over concat(x, hidden) is `conv`, with its gates in the given order (i input, f
-        forget, o output, g candidate). Raises ValueError where `conv` is no such convolution."""
+        """A cell with the weights of another implementation's convolution.
+
+        conv: from concat(x, hidden), C + D channels, to the four gates, 4 D channels, at the same height and width.
+        order: the order of its gates: i input, f forget, o output, g candidate. Raises ValueError for another
+        convolution or order.
+        """
         hidden, kernel = conv.out_channels // 4, conv.kernel_size[0]
         fits = conv.out_channels == 4 * hidden < 4 * conv.in_channels and conv.groups == 1
         if not fits or conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding != (kernel // 2, kernel // 2):
@@ -90,7 +94,7 @@ class ConvLSTMCell(nn.Conv2d):
         return cell
 
     def to_reference(self, *, order: str = "ifog") -> nn.Conv2d:
-        """The plain convolution over concat(x, hidden), its gates in the given order."""
+        """The cell's weights as a convolution from concat(x, hidden) to the gates in the given order."""
         kernel = self.kernel_size[0]
         conv = nn.Conv2d(self.in_channels, self.out_channels, kernel, padding=kernel // 2, bias=self.bias is not None)
         conv.to(self.weight.device, self.weight.dtype)
@@ -167,7 +171,7 @@ class Condense(nn.Module):
 
     @classmethod
     def from_reference(cls, query: Projection, key: Projection, value: Projection) -> Condense:
-        """From three linear layers or 1x1 convolutions C -> C."""
+        """A layer with the weights of three linear layers or 1x1 convolutions C -> C."""
         module = cls(value.weight.shape[0]).to(value.weight.device, value.weight.dtype)
         parts = zip(module.qkv.weight.chunk(3), module.qkv.bias.chunk(3), (query, key, value), strict=True)
         for weight, bias, layer in parts:
@@ -175,7 +179,7 @@ class Condense(nn.Module):
         return module
 
     def to_reference(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """Query, key and value layers."""
+        """The weights as three linear layers C -> C: query, key, value."""
         query, key, value = map(_linear, self.qkv.weight.chunk(3), self.qkv.bias.chunk(3))
         return query, key, value
 
@@ -203,7 +207,10 @@ class Recall(nn.Module):
 
     @classmethod
     def from_reference(cls, query: Projection | None, key: Projection | None, value: Projection) -> Recall:
-        """From three linear layers or 1x1 convolutions C -> C; without query and key for a memory of one token."""
+        """A layer with the weights of three linear layers or 1x1 convolutions C -> C.
+
+        query and key None: the memory is always one token, see the class.
+        """
         module = cls(value.weight.shape[0], single=query is None or key is None)
         module.to(value.weight.device, value.weight.dtype)
         for own, layer in ((module.query, query), (module.key, key), (module.value, value)):
@@ -212,7 +219,7 @@ class Recall(nn.Module):
         return module
 
     def to_reference(self) -> tuple[nn.Linear | None, nn.Linear | None, nn.Linear]:
-        """Query, key and value layers; None for the first two with `single`."""
+        """The weights as three linear layers C -> C: query, key, value; the first two are None with `single`."""
         query = None if self.query is None else _linear(self.query.weight, self.query.bias)
         key = None if self.key is None else _linear(self.key.weight, self.key.bias)
         return query, key, _linear(self.value.weight, self.value.bias)
@@ -255,7 +262,7 @@ class ContextModulation(nn.Module):
 
     @classmethod
     def from_reference(cls, gamma: nn.Sequential, beta: nn.Sequential) -> ContextModulation:
-        """From two MLPs Linear, ReLU, Linear."""
+        """A layer with the weights of two MLPs: Linear (M -> C), ReLU, Linear (C -> C)."""
         first, *_, last = gamma
         assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         module = cls(first.in_features, last.out_features).to(first.weight.device, first.weight.dtype)

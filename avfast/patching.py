@@ -1,7 +1,7 @@
-"""`avfast.patch(model, *inputs)`: swap the ConvLSTM cells and flow warps of somebody else's model for the fused ones.
+"""`avfast.patch(model, *inputs)`: replace the ConvLSTM cells and flow warps of another project's model by fused ones.
 
-What a module does decides, not its name: a candidate is called with random inputs, and swapped only where a fused layer
-gives the same. What looks like a candidate and is none, and grid_sample calls outside such modules, are listed.
+A module is recognised by what it computes, not by its name: a candidate is called with random inputs and replaced only
+if a fused layer gives the same outputs. Candidates that fail, and grid_sample calls elsewhere, are listed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from avfast.modules import BackwardWarp, ConvLSTMCell
 
@@ -27,10 +26,12 @@ _TOLERANCE = 1e-4
 
 @dataclass
 class PatchReport:
-    """What `patch` did: swapped {module: what it is now}, left {module: why}, and how the outputs and times compare."""
+    """What `patch` did, and how outputs and times compare."""
 
     swapped: dict[str, str] = field(default_factory=dict)
+    """{name of a replaced module: what it is now}."""
     left: dict[str, str] = field(default_factory=dict)
+    """{name of a candidate that was not replaced: why}."""
     difference: float = 0.0
     """Largest difference of an output, before and after."""
     speedup: float = 1.0
@@ -43,7 +44,8 @@ class PatchReport:
 
 
 class PatchedCell(nn.Module):
-    """A ConvLSTMCell called as the cell it stands for: `cell(x, (hidden, cell))` or `cell(x, hidden, cell)`."""
+    """A ConvLSTMCell with the signature of the cell that it replaces: `cell(x, (hidden, cell))` or
+    `cell(x, hidden, cell)`."""
 
     def __init__(self, cell: ConvLSTMCell) -> None:
         super().__init__()
@@ -55,43 +57,41 @@ class PatchedCell(nn.Module):
 
 
 def patch(model: nn.Module, *inputs: Any, rounds: int = 5, verbose: bool = True) -> PatchReport:
-    """Swap what is recognised in `model`, in place, check that its outputs for `inputs` stay the same, and time it.
+    """Replace recognised modules of `model` in place, check that `model(*inputs)` stays the same, and time both.
 
-    A ConvLSTM cell is a module with one convolution, called with x and (hidden, cell) and returning both; its gates may
-    come in any order. A flow warp is a module without parameters, called with image and flow in pixels. Names of
-    parameters change with the modules: load checkpoints first. Outputs are compared, and times taken, without gradients
-    and in the mode the model is in. Raises ValueError, and puts everything back, where an output differs by more than
-    1e-4 of its largest value.
+    A ConvLSTM cell is a module with one convolution that is called with x and (hidden, cell) and returns both; its
+    gates may have any order. A flow warp is a module without parameters that is called with an image and a flow in
+    pixels. Names of parameters change with the modules: load checkpoints before. Outputs are compared and times taken
+    without gradients, in the mode the model is in. rounds: paired runs to time; verbose: print the report.
+
+    Raises ValueError if an output differs by more than 1e-4 of its largest value; then, as after any error, the model
+    has its own modules again.
     """
     report = PatchReport()
-    where = {name: module for name, module in model.named_modules() if name}
+    originals: dict[str, nn.Module] = {}
     replacements: dict[str, nn.Module] = {}
-    for name, module in where.items():
-        if any(name.startswith(done + ".") for done in replacements) or isinstance(
-            module, (ConvLSTMCell, BackwardWarp)
-        ):
+    recognised: dict[nn.Module, tuple[nn.Module | None, str]] = {}
+    # a module that a model uses under two names gets one replacement under both
+    for name, module in model.named_modules(remove_duplicate=False):
+        inside_replaced = any(name.startswith(f"{other}.") for other in replacements)
+        if not name or inside_replaced or isinstance(module, (ConvLSTMCell, BackwardWarp)):
             continue
-        found, why = _recognise(module)
-        if found is not None:
-            replacements[name] = found.train(module.training)
-            report.swapped[name] = why
-        elif why:
-            report.left[name] = why
+        if module not in recognised:
+            recognised[module] = _recognise(module)
+        replacement, text = recognised[module]
+        if replacement is not None:
+            originals[name], replacements[name] = module, replacement.train(module.training)
+            report.swapped[name] = text
+        elif text:
+            report.left[name] = text
     before = _run(model, inputs)
-    for name, count in _grid_samples(model, inputs).items():
+    for name, count in _count_grid_samples(model, inputs).items():
         if name not in replacements:
-            report.left[name or "the model itself"] = (
-                f"it calls grid_sample ({count} times) and is no warp by a flow in pixels"
-            )
-    originals = {name: where[name] for name in replacements}
+            text = f"it calls grid_sample ({count} times) and is no warp by a flow in pixels"
+            report.left[name or "the model itself"] = text
     _swap(model, replacements)
     try:
-        after = _run(model, inputs)
-        for old, new in zip(before, after, strict=True):
-            error = (new - old).abs().max().item() if old.numel() else 0.0
-            report.difference = max(report.difference, error)
-            if not error <= _TOLERANCE * max(1.0, old.abs().max().item()):
-                raise ValueError(f"model's output changed by {error:.1e} after the swap: nothing was swapped")
+        report.difference = _compare(before, _run(model, inputs))
         ratios = []
         for _ in range(rounds):
             new_time = _seconds(model, inputs)
@@ -108,7 +108,7 @@ def patch(model: nn.Module, *inputs: Any, rounds: int = 5, verbose: bool = True)
 
 
 def _recognise(module: nn.Module) -> tuple[nn.Module | None, str]:
-    """(replacement, what it is), (None, why a candidate is none) or (None, "")."""
+    """(replacement, what it is), (None, why a candidate is not replaced), or (None, "") for no candidate."""
     convolutions = [m for m in module.children() if isinstance(m, nn.Conv2d)]
     with_weights = [m for m in module.children() if any(True for _ in m.parameters())]
     own_weights = any(True for _ in module.parameters(recurse=False))
@@ -140,7 +140,7 @@ def _recognise_cell(module: nn.Module, conv: nn.Conv2d) -> tuple[nn.Module | Non
 
 def _recognise_warp(module: nn.Module) -> tuple[nn.Module | None, str]:
     image = torch.rand(2, 3, 9, 11)
-    # away from integers, where roundings decide which pixels are taken
+    # not near integers, where a rounding error decides which pixels are read
     flow = torch.randint(-3, 3, (2, 2, 9, 11)) + 0.1 + 0.8 * torch.rand(2, 2, 9, 11)
     expected = _try(module, (image, flow))
     if expected is None:
@@ -158,13 +158,13 @@ def _random(like: Tensor, *shape: int) -> Tensor:
 
 @torch.no_grad()
 def _try(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+    """The tensors that a module returns, or None if it does not take these arguments or returns something else."""
     try:
-        out = module(*arguments)
+        output = module(*arguments)
     except Exception:
-        # whatever it wants, it is not what a candidate would take
         return None
-    outs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
-    return outs if all(isinstance(t, Tensor) for t in outs) else None
+    outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+    return outputs if all(isinstance(t, Tensor) for t in outputs) else None
 
 
 def _same(found: Iterable[Tensor], expected: tuple[Tensor, ...]) -> bool:
@@ -174,22 +174,44 @@ def _same(found: Iterable[Tensor], expected: tuple[Tensor, ...]) -> bool:
     )
 
 
+def _compare(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest difference of an output. Raises ValueError if it is above the tolerance."""
+    largest = 0.0
+    for old, new in zip(before, after, strict=True):
+        error = (new - old).abs().max().item() if old.numel() else 0.0
+        # written so that a NaN fails
+        if not error <= _TOLERANCE * max(1.0, old.abs().max().item() if old.numel() else 0.0):
+            raise ValueError(f"model's output changed by {error:.1e} after the swap: nothing was swapped")
+        largest = max(largest, error)
+    return largest
+
+
 @torch.no_grad()
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The floating-point tensors in the model's output. The random state is the same for every run."""
     state = torch.get_rng_state()
     try:
-        leaves = tree_leaves(model(*inputs))
+        output = model(*inputs)
     finally:
         torch.set_rng_state(state)
-    return [t.detach().clone() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+    return [tensor.clone() for tensor in _tensors(output) if tensor.is_floating_point()]
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list, Mapping)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
 
 
 def _seconds(model: nn.Module, inputs: tuple[Any, ...]) -> float:
-    began = time.perf_counter()
-    out = _run(model, inputs)
-    if out and out[0].is_cuda:
+    start = time.perf_counter()
+    output = _run(model, inputs)
+    if output and output[0].is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def _swap(model: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -198,9 +220,9 @@ def _swap(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), own, module)
 
 
-def _grid_samples(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
-    """How often which module itself calls grid_sample; "" is the model."""
-    inside: list[str] = []
+def _count_grid_samples(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
+    """{name of a module: how often it calls grid_sample itself}; the model's own name is ""."""
+    running: list[str] = []
     counts: dict[str, int] = {}
 
     class Count(TorchFunctionMode):
@@ -208,16 +230,20 @@ def _grid_samples(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
             self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             if function is F.grid_sample:
-                name = inside[-1] if inside else ""
+                name = running[-1] if running else ""
                 counts[name] = counts.get(name, 0) + 1
             return function(*args, **(kwargs or {}))
 
+    def enter(name: str) -> Callable[..., None]:
+        return lambda module, arguments: running.append(name)
+
+    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+        running.pop()
+
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            entered = module.register_forward_pre_hook(lambda *_, name=name: inside.append(name))
-            left = module.register_forward_hook(lambda *_: inside.pop() and None)
-            for hook in (entered, left):
-                stack.callback(hook.remove)
+            stack.callback(module.register_forward_pre_hook(enter(name)).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
         with Count():
             _run(model, inputs)
     return counts

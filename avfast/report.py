@@ -1,9 +1,9 @@
-"""A run as one web page: curves, tables, strips, GIFs and films, all of it inside the file, nothing from the network.
+"""A run as one web page: curves, tables, strips, GIFs and films, all inside the file, nothing from the network.
 
     python -m avfast.report runs/mmnist-demo
 
-`report.html` is written into the run folder by train at its end, by evaluate, and by predict where its results lie in
-the run folder; what a run has not got is left out.
+`report.html` lies in the run folder. train writes it at its end, evaluate and predict whenever their results lie in the
+run folder. Parts that a run does not have are left out.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from avfast.files.atomic import replacing
 from avfast.training.runs import Run
 
 REPORT = "report.html"
-# a page's worth: films and strips have 0.1 to 1 MB each
-_MOST_SAMPLES, _MOST_PREDICTIONS = 4, 12
-_TYPES = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}
+# films and strips have 0.1 to 1 MB each, so this keeps a page below about 40 MB
+_MAX_SAMPLES, _MAX_PREDICTIONS = 4, 12
+_MEDIA_TYPES = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -54,9 +54,9 @@ details pre { overflow-x: auto; font-size: .8rem; }
 
 
 def write_report(run: str | Path) -> Path:
-    """Write report.html into a run folder from what lies there, and return its path.
+    """Write report.html into a run folder from the files there, and return its path.
 
-    Raises InputError for a folder that is no run folder, OSError where it cannot be written.
+    Raises InputError for a folder that is no run folder, OSError if the page cannot be written.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
@@ -87,7 +87,7 @@ def write_report(run: str | Path) -> Path:
 
 
 def refresh_report(results: str | Path) -> None:
-    """Write anew the report of the run folder that a folder of results lies in or is, if there is one."""
+    """Write the report again of the run folder that holds a folder of results, or is it; without one do nothing."""
     results = Path(results).resolve()
     for folder in (results, *results.parents):
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
@@ -100,9 +100,11 @@ def _training(run: Path) -> Iterator[str]:
     if not summary and not samples:
         return
     yield "<h2>Training</h2>"
-    yield f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in summary)}</ul>" if summary else ""
+    if summary:
+        yield f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in summary)}</ul>"
     yield from _figure(run / "curves.png", "Loss on training and validation clips")
-    for last in samples[-1:]:
+    if samples:
+        last = samples[-1]
         yield from _figure(last, f"A validation clip at the end of training, {last.stem}")
         yield from _figure(last.with_suffix(".gif"), f"Validation clips, {last.stem}")
 
@@ -113,10 +115,10 @@ def _evaluations(run: Path) -> Iterator[str]:
         yield f"<h2>Evaluation <code>{html.escape(folder.name)}</code></h2>"
         yield from _markdown(table.read_text(encoding="utf-8"))
         yield from _figure(folder / "curves.png", "Scores over the frame number; dashed: reference predictors")
-        for picture in sorted(folder.glob("sample_*.png"))[:_MOST_SAMPLES]:
+        for picture in sorted(folder.glob("sample_*.png"))[:_MAX_SAMPLES]:
             yield from _figure(picture, picture.stem)
         yield '<div class="films">'
-        for picture in sorted(folder.glob("samples_*.gif"))[:_MOST_SAMPLES]:
+        for picture in sorted(folder.glob("samples_*.gif"))[:_MAX_SAMPLES]:
             yield from _figure(picture, picture.stem)
         yield "</div>"
 
@@ -125,24 +127,24 @@ def _predictions(run: Path) -> Iterator[str]:
     found = sorted(run.glob("**/prediction.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     if found:
         yield "<h2>Predictions</h2>"
-    for path in found[:_MOST_PREDICTIONS]:
-        folder, about = path.parent, json.loads(path.read_text(encoding="utf-8"))
-        scores = about["scores"].get("predicted")
-        words = [
-            f"{about['predicted_frames']} frames predicted from {about['given_frames']} of {about['video']}",
-            f"sound heard: {about['audio_words']}" + (f" ({about['sound']})" if about["sound"] else ""),
-            f"SSIM {scores['mean_ssim']:.3f}, PSNR {scores['mean_psnr']:.2f} dB" if scores else "",
+    for path in found[:_MAX_PREDICTIONS]:
+        folder, made = path.parent, json.loads(path.read_text(encoding="utf-8"))
+        facts = [
+            f"{made['predicted_frames']} frames predicted from {made['given_frames']} of {made['video']}",
+            f"sound heard: {made['audio_words']}" + (f" ({made['sound']})" if made["sound"] else ""),
         ]
+        if scores := made["scores"].get("predicted"):
+            facts.append(f"SSIM {scores['mean_ssim']:.3f}, PSNR {scores['mean_psnr']:.2f} dB")
         yield f"<h3>{html.escape(folder.name)}</h3>"
-        yield f'<p class="note">{html.escape("; ".join(filter(None, words)))}.</p>'
+        yield f'<p class="note">{html.escape("; ".join(facts))}.</p>'
         yield '<div class="films">'
         yield from _figure(folder / "film.mp4", "True and predicted, with the sound that was heard")
         yield from _figure(folder / "flow.mp4", "Flow, true and predicted")
         yield "</div>"
         yield from _figure(folder / "strip.png", "Frames, flow and sound")
         yield from _figure(folder / "curves.png", "Scores over the frame number")
-    if len(found) > _MOST_PREDICTIONS:
-        yield f'<p class="note">{len(found) - _MOST_PREDICTIONS} older predictions are left out.</p>'
+    if len(found) > _MAX_PREDICTIONS:
+        yield f'<p class="note">{len(found) - _MAX_PREDICTIONS} older predictions are left out.</p>'
 
 
 def _settings(run: Path) -> Iterator[str]:
@@ -154,20 +156,20 @@ def _settings(run: Path) -> Iterator[str]:
 
 
 def _figure(path: Path, caption: str) -> Iterator[str]:
-    """A picture or film with its caption, nothing where the file is not there."""
+    """A picture or film with its caption; nothing if the file does not exist."""
     if not path.is_file():
         return
-    data = f"data:{_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    words = html.escape(caption)
+    data = f"data:{_MEDIA_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    caption = html.escape(caption)
     if path.suffix == ".mp4":
         media = f'<video controls loop playsinline src="{data}"></video>'
     else:
-        media = f'<img src="{data}" alt="{words}">'
+        media = f'<img src="{data}" alt="{caption}">'
     if path.suffix == ".png":
-        # strips are wider than most screens, curves than a phone's: both stay readable and scroll
+        # strips are wider than most screens, curves wider than a phone's: they scroll instead of shrinking
         kind = "curves" if path.stem == "curves" else "strip"
         media = f'<div class="wide {kind}">{media}</div>'
-    yield f"<figure>{media}<figcaption>{words}</figcaption></figure>"
+    yield f"<figure>{media}<figcaption>{caption}</figcaption></figure>"
 
 
 def _markdown(text: str) -> Iterator[str]:
@@ -195,14 +197,14 @@ def _inline(text: str) -> str:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write a run's report.html, one page with everything inside."""
+    """Write a run's report.html, one page with everything in it."""
 
     run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
     """Run folder."""
 
 
 def report(config: ReportConfig) -> Path:
-    """Write the report of a run, see `write_report`."""
+    """Write the report of a run: `write_report` with the settings of the command."""
     if config.run is None:
         raise InputError("RUN is missing, expected a run folder")
     return write_report(config.run)

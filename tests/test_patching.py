@@ -87,6 +87,25 @@ def test_puts_everything_back_when_an_output_changes(monkeypatch: pytest.MonkeyP
     assert dict(model.named_modules()) == modules
 
 
+def test_a_shared_module_stays_shared() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = SpreadState(3, 3)
+
+        def forward(self, frame: Tensor) -> dict[str, Tensor | list[Tensor]]:
+            hidden, cell = self.first(frame, frame, frame)
+            # an output may be empty
+            return {"states": list(self.second(frame, hidden, cell)), "nothing": frame[:0]}
+
+    model, frame = Shared(), torch.rand(2, 3, 8, 9)
+    before = model(frame)
+    report = avfast.patch(model, frame, rounds=1, verbose=False)
+    assert list(report.swapped) == ["first", "second"] and report.speedup > 0
+    assert isinstance(model.first, PatchedCell) and model.first is model.second
+    torch.testing.assert_close(model(frame), before, rtol=1e-4, atol=1e-5)
+
+
 def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     drop_in.main()
     printed = capsys.readouterr().out

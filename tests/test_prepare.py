@@ -21,6 +21,7 @@ import torch
 
 from avfast import prepare as program
 from avfast.cli import main as cli
+from avfast.cli.command import EXIT_SOME_FAILED
 from avfast.cli.parser import parse
 from avfast.data import joining, preparation
 from avfast.data.clips import ClipSettings, read_clip
@@ -218,7 +219,7 @@ def test_bad_files_are_listed_and_the_rest_is_done(videos: Path, tmp_path: Path,
     command = [*COMMAND[3:], str(videos), "--out", str(tmp_path / "set")]
     with pytest.raises(SystemExit) as stop:
         cli.run_command(program.main, command)
-    assert stop.value.code == cli.EXIT_SOME_FAILED
+    assert stop.value.code == EXIT_SOME_FAILED
     lines = {
         line.split(": ", 2)[1]: line.split(": ", 2)[2]
         for line in capsys.readouterr().out.splitlines()

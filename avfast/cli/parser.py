@@ -59,7 +59,7 @@ def parse(
     first = _Parser(prog)
     actions = [
         first.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS),
-        first.add_argument("--print-config", action=_Once, nargs=0),
+        first.add_argument("--print-config", action=_Once, nargs=0, const=True),
         first.add_argument("--config", action="append", default=argparse.SUPPRESS),
     ]
     choosing = ["preset", *choices] if presets else [*choices]
@@ -79,14 +79,19 @@ def parse(
 
     parser = _Parser(prog, [first])
     settings = list(_all_settings(default))
-    actions += [_add_argument(parser, name, hint) for name, hint in settings]
+    for name, hint in settings:
+        actions += _add_arguments(parser, name, hint)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
         flags = [flag for action in actions for flag in action.option_strings]
         raise InputError(f"unknown argument {word!r}{did_you_mean(word, flags)}")
     given = vars(namespace)
-    values = {name: _value(name, hint, *given[name]) for name, hint in settings if name in given}
+    values = {}
+    for name, hint in settings:
+        if name in given:
+            flag, words = given[name]
+            values[name] = convert(hint, words, flag or name)
     config = _with_values(default, values)
     if "print_config" in given:
         import yaml
@@ -127,7 +132,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Store (the flag as typed, its words); refuse a flag that is given a second time."""
+    """Store (flag, its words), without words (flag, const); refuse a flag that is given a second time.
+
+    The flag of a positional argument is None.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(default=argparse.SUPPRESS, **options)
@@ -140,7 +148,7 @@ class _Once(argparse.Action):
             other_form = f", as {before} before" if before != option_string else ""
             all_values = " with all its values" if isinstance(values, list) and values else ""
             parser.error(f"{option_string} is given twice{other_form}, expected once{all_values}")
-        setattr(namespace, self.dest, (option_string, values))
+        setattr(namespace, self.dest, (option_string, self.const if self.nargs == 0 else values))
 
 
 def _all_settings(config: Any) -> Iterator[tuple[str, Any]]:
@@ -165,26 +173,19 @@ def _with_values(config: Any, values: Mapping[str, Any]) -> Any:
     return replace(config, **changes)
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _add_argument(parser: _Parser, name: str, hint: Any) -> argparse.Action:
-    """The flag of a field: --x and --no-x for a bool, as many words as a tuple has, otherwise one word."""
+def _add_arguments(parser: _Parser, name: str, hint: Any) -> list[argparse.Action]:
+    """The flags of a field: --x and --no-x for a bool, as many words as a tuple has, otherwise one word."""
     kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     length = next((get_args(a) for a in alternatives if get_origin(a) is tuple), None)
     words = None if length is None else "*" if length[-1] is Ellipsis else len(length)
     if tyro.conf.Positional in marks:
-        return parser.add_argument(name, action=_Once, nargs=words or "?")
+        return [parser.add_argument(name, action=_Once, nargs=words or "?")]
+    flag = name.replace("_", "-")
     if kind is bool:
-        return parser.add_argument(_flag(name), _flag(f"no_{name}"), dest=name, action=_Once, nargs=0)
-    return parser.add_argument(_flag(name), action=_Once, nargs=words)
-
-
-def _value(name: str, hint: Any, typed: str | None, words: Any) -> Any:
-    """The value of a field whose flag was typed as `typed`, with these words; None: a positional argument."""
-    return typed == _flag(name) if hint is bool else convert(hint, words, typed or name)
+        both = {f"--{flag}": True, f"--no-{flag}": False}
+        return [parser.add_argument(f, dest=name, action=_Once, nargs=0, const=value) for f, value in both.items()]
+    return [parser.add_argument(f"--{flag}", action=_Once, nargs=words)]
 
 
 def _print_help(

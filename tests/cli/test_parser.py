@@ -108,7 +108,7 @@ def test_values(line: str, expected: Drawing):
         ("--shap circle", "unknown argument '--shap' (did you mean '--shape'?)"),
         ("--xylophone", "unknown argument '--xylophone'"),
         ("a --layers 1 b", "unknown argument 'b'"),
-        ("--filled=yes", "argument --filled/--no-filled: ignored explicit argument 'yes'"),
+        ("--filled=yes", "argument --filled: ignored explicit argument 'yes'"),
         # a flag of settings that are not chosen
         ("--side 2", "unknown argument '--side' (did you mean '--size'?)"),
         ("--shape sqare", "shape is 'sqare' (did you mean 'square'?), expected one of circle, square"),
