@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from avfast.kernels import (
         backward_warp,
         condense,
+        conv3x3,
         convlstm_gates,
         flow_loss,
         modulate,
+        patch_conv,
         recall,
+        shared_weights,
         strided_conv,
         strided_conv_transpose,
     )
     from avfast.machine.environment import environment
-    from avfast.models.avmodel import AVModel
-    from avfast.models.settings import ModelConfig
+    from avfast.models.avmodel import AVModel, ModelConfig
     from avfast.opticalflow.tvl1 import tvl1_flow
     from avfast.patching import patch
     from avfast.training.config import TrainConfig
@@ -33,16 +35,19 @@ if TYPE_CHECKING:
 _HOME = {
     "AVModel": "avfast.models.avmodel",
     "InputError": "avfast.errors",
-    "ModelConfig": "avfast.models.settings",
+    "ModelConfig": "avfast.models.avmodel",
     "TrainConfig": "avfast.training.config",
     "backward_warp": "avfast.kernels",
     "condense": "avfast.kernels",
+    "conv3x3": "avfast.kernels",
     "convlstm_gates": "avfast.kernels",
     "environment": "avfast.machine.environment",
     "flow_loss": "avfast.kernels",
     "modulate": "avfast.kernels",
     "patch": "avfast.patching",
+    "patch_conv": "avfast.kernels",
     "recall": "avfast.kernels",
+    "shared_weights": "avfast.kernels",
     "strided_conv": "avfast.kernels",
     "strided_conv_transpose": "avfast.kernels",
     "tvl1_flow": "avfast.opticalflow.tvl1",
@@ -56,12 +61,15 @@ __all__ = [
     "__version__",
     "backward_warp",
     "condense",
+    "conv3x3",
     "convlstm_gates",
     "environment",
     "flow_loss",
     "modulate",
     "patch",
+    "patch_conv",
     "recall",
+    "shared_weights",
     "strided_conv",
     "strided_conv_transpose",
     "tvl1_flow",

@@ -30,10 +30,10 @@ from torch.export import ExportedProgram
 from avfast import __version__, runtime
 from avfast.cli.parser import parse
 from avfast.data.input_spec import InputSpec
-from avfast.deploy.graphs import Graph, make_graphs, trace
+from avfast.deploy.graphs import Graph, TensorSpec, make_graphs, trace
 from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder, sweep
-from avfast.models.base import VideoModel
+from avfast.models.base import Rollout, VideoModel
 from avfast.models.registry import load_model
 from avfast.opticalflow.tvl1 import PRESETS
 from avfast.training.config import TrainConfig
@@ -296,7 +296,7 @@ def verify(
         if whole is not None and given + steps <= audio.shape[1]:
             out = whole[0]({"frames": frames, "flow": flow, "audio": audio[:, : given + steps]})
             rollout = runtime.Rollout(out["predicted_frames"], out["predicted_flow"])
-            found |= _differences(f"{name}, rollout", rollout, (expected.frames[:, :steps], expected.flow[:, :steps]))
+            found |= _differences(f"{name}, rollout", rollout, expected.first_frames(steps))
     return found
 
 
@@ -323,9 +323,11 @@ def _real_inputs(run: TrainConfig, given: int) -> tuple[Tensor, Tensor, Tensor] 
     return batch.frames[:, :given], batch.flow[:, :given], batch.audio
 
 
-def _differences(name: str, found: tuple[Any, Any], expected: tuple[Tensor, Tensor]) -> dict[str, float]:
-    frames, flow = (np.abs(a - b.numpy()).max() for a, b in zip(found, expected, strict=True))
-    return {f"{name}, frames": float(frames), f"{name}, flow": float(flow / max(1.0, expected[1].abs().max().item()))}
+def _differences(name: str, found: runtime.Rollout, expected: Rollout) -> dict[str, float]:
+    assert expected.flow is not None
+    frames = np.abs(found.frames - expected.frames.numpy()).max()
+    flow = np.abs(found.flow - expected.flow.numpy()).max() / max(1.0, expected.flow.abs().max().item())
+    return {f"{name}, frames": float(frames), f"{name}, flow": float(flow)}
 
 
 @contextmanager

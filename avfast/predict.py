@@ -272,7 +272,7 @@ def _scores(batch: Batch, rollout: Rollout, k: int, protocol: ProtocolName) -> d
     count = batch.frames.shape[1] - k
     if not count:
         return {}
-    predicted = Rollout(*(None if x is None else x[:, :count] for x in rollout))
+    predicted = rollout.first_frames(count)
     predictors: dict[str, Predictor] = {
         "predicted": lambda *_: predicted,
         "repeat last frame": repeat_last,

@@ -172,8 +172,8 @@ def _recall_triton(feature: Tensor, query: Tensor | None, key: Tensor | None, va
 def _recall_sdpa(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> Tensor:
     if query is None or key is None or value.shape[1] == 1:
         return reference.recall(feature, query, key, value)
-    rows = [_contiguous_head(t) for t in (_rows(query), key, value)]
-    recalled = F.scaled_dot_product_attention(*rows, scale=1.0)
+    q, k, v = (_contiguous_head(t) for t in (_rows(query), key, value))
+    recalled = F.scaled_dot_product_attention(q, k, v, scale=1.0)
     return feature + recalled[:, 0].mT.reshape(feature.shape)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, native, reference, registry, triton_utils
-from .triton_utils import jit, tl
+from .triton_utils import jit, tl, triton
 
 
 @jit
@@ -89,7 +89,7 @@ def _run(kernel: Any, name: str, inputs: dict[str, Tensor], outputs: dict[str, T
     block = triton_utils.block(total, 256)
     triton_utils.launch(
         kernel,
-        triton_utils.grid(total, block),
+        (triton.cdiv(total, block),),
         *inputs.values(),
         *outputs.values(),
         total,

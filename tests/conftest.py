@@ -69,9 +69,8 @@ def random_model() -> Callable[..., AVModel]:
     right, and a refinement that is not zero."""
 
     # here: a machine that tests the kernels alone has no safetensors
-    from avfast.models.avmodel import AVModel
+    from avfast.models.avmodel import AVModel, ModelConfig
     from avfast.models.networks import BatchNorm
-    from avfast.models.settings import ModelConfig
 
     def make(**config: Any) -> AVModel:
         torch.manual_seed(0)
@@ -90,12 +89,12 @@ def random_model() -> Callable[..., AVModel]:
 @pytest.fixture(scope="session")
 def exported(random_model: Callable[..., AVModel], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AVModel]:
     """The whole model as ONNX, without rollout, and the model it is of. It takes most of a minute: once for all."""
-    from avfast.data.usage import usage_of
     from avfast.export import ExportConfig, export_model
     from avfast.training.config import TrainConfig
+    from avfast.training.runs import input_spec
 
     folder, model = tmp_path_factory.mktemp("exported"), random_model()
     run = TrainConfig(data_cache=str(folder / "no data"))
-    usage = usage_of(folder, run)
+    usage = input_spec(folder, run)
     export_model(model, folder / "model", config=ExportConfig(rollout=False), run=run, usage=usage)
     return folder / "model", model

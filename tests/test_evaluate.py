@@ -24,7 +24,7 @@ from avfast.data.mmnist import MMNISTConfig
 from avfast.errors import InputError
 from avfast.evaluate import EvaluateConfig, Prediction, evaluate, reference_predictors, score
 from avfast.files.settings import to_dict
-from avfast.models.settings import ModelConfig
+from avfast.models.avmodel import ModelConfig
 from avfast.scoring.metrics import MetricResult
 from avfast.scoring.tables import TableInfo, default_frames, format_tables
 from avfast.training.config import TrainConfig
@@ -382,7 +382,6 @@ def test_scoring_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_scoring_with_other_sound(runs: Path) -> None:
     """Each row against a loop over single clips, with the sound exchanged here."""
-    from avfast.data.store import load_mmnist
     from avfast.models.avmodel import AVModel
     from avfast.scoring.metrics import VideoMetrics
 
@@ -396,7 +395,7 @@ def test_scoring_with_other_sound(runs: Path) -> None:
     for words in ("2 frames later and wrapped around (shifted)", "silence (silent)", "half the set further on (shuff"):
         assert words in document["markdown"]
     data = MMNISTConfig(clip_frames=6, train_clips=8, val_clips=2, test_clips=5)
-    store = load_mmnist(data, "test", runs / "data", flow_preset=TrainConfig().flow_preset)
+    store = data.load("test", cache=runs / "data", flow_preset=TrainConfig().flow_preset)
     model = AVModel.from_pretrained(runs / "full" / "checkpoints" / "best")
     metrics = {name: VideoMetrics(P) for name in names}
     for i in range(4):
@@ -425,13 +424,12 @@ def test_scoring_with_other_sound(runs: Path) -> None:
 
 
 def test_runs_are_scored_on_windows_from_the_first_frame(runs: Path) -> None:
-    from avfast.data.store import load_mmnist
 
     checkpoint = runs / "motion" / "checkpoints" / "best"
     document = evaluate(EvaluateConfig(checkpoint=(str(checkpoint),), samples=0, frames=(4,), batch_size=3))
     config = TrainConfig()
     data = MMNISTConfig(clip_frames=6, train_clips=8, val_clips=2, test_clips=5)
-    frames = load_mmnist(data, "test", runs / "data", flow_preset=config.flow_preset).frames[:, :, 0] / 255
+    frames = data.load("test", cache=runs / "data", flow_preset=config.flow_preset).frames[:, :, 0] / 255
     for t in range(P):
         want = np.mean([peak_signal_noise_ratio(c[K + t], np.zeros_like(c[0]), data_range=1) for c in frames])
         np.testing.assert_allclose(document["references"]["black"]["psnr"][t], want, rtol=1e-5)

@@ -13,7 +13,6 @@ import yaml
 
 from avfast import export as export_module
 from avfast.data.mmnist import MMNISTConfig
-from avfast.data.prepared import built_split, load_split
 from avfast.deploy.graphs import border_warp, fold_batch_norms, make_graphs
 from avfast.errors import InputError
 from avfast.files.settings import to_dict
@@ -38,10 +37,10 @@ def rollout_inputs(batch: int, size: int, channels: int, total: int = 35) -> lis
 
 def largest_difference(folder: Path, model: AVModel, batch: int, size: int) -> float:
     """Of the frames of a 30-step rollout."""
-    arrays = rollout_inputs(batch, size, model.config.image_channels)
+    arrays = rollout_inputs(batch, size, model.settings.image_channels)
     expected = model.predict(*map(torch.from_numpy, arrays)).frames.numpy()
     found = open_export(folder).rollout(*arrays).frames
-    assert found.shape == expected.shape == (batch, 30, model.config.image_channels, size, size)
+    assert found.shape == expected.shape == (batch, 30, model.settings.image_channels, size, size)
     # a rollout that ends in one colour would hide every difference
     assert expected[:, -1].std() > 0.01
     return float(np.abs(found - expected).max())
@@ -129,9 +128,9 @@ def test_files_say_what_they_are(exported: tuple[Path, AVModel]):
 def test_real_clips_are_compared_where_they_have_been_built(exported: tuple[Path, AVModel], tmp_path: Path):
     data = MMNISTConfig(train_clips=2, val_clips=1, test_clips=2, clip_frames=8)
     run = TrainConfig(data=data, data_cache=str(tmp_path))
-    assert built_split(run, "test") is None and list(tmp_path.iterdir()) == []
-    store = load_split(run, "test", quiet=True)
-    found = built_split(run, "test")
+    assert run.built_split("test") is None and list(tmp_path.iterdir()) == []
+    store = run.load_split("test", quiet=True)
+    found = run.built_split("test")
     assert found is not None and found.folder == store.folder
     differences = verify(*exported, run=run)
     assert differences["real clips, frames"] <= 1e-4 and differences["real clips, flow"] <= 1e-4

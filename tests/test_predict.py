@@ -25,8 +25,7 @@ from avfast.errors import InputError
 from avfast.files.settings import to_dict
 from avfast.media.spectrogram import SpectrogramConfig, spectrogram
 from avfast.media.video import read_video
-from avfast.models.avmodel import AVModel, Rollout
-from avfast.models.settings import ModelConfig
+from avfast.models.avmodel import AVModel, ModelConfig, Rollout
 from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.predict import PredictConfig, main, predict
 from avfast.prepare import PrepareConfig

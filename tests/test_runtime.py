@@ -79,21 +79,21 @@ def test_stream_in_pieces_equals_the_whole(predictor: Predictor):
     whole = predictor.predict(frames, sound, flow=flow)
     stream = predictor.stream()
     for t in range(4):
-        stream.hear(sound[:, t + int(t > 0) : t + 2])
+        stream.push_sound(sound[:, t + int(t > 0) : t + 2])
         stream.push(frames[:, t], flow[:, t])
-    assert (stream.given, stream.newest, stream.heard) == (4, 4, 5)
+    assert (stream.given, stream.newest, stream.sound_frames) == (4, 4, 5)
     for t in range(4):
         frame, motion = stream.next()
         np.testing.assert_allclose(frame, whole.frames[:, t], rtol=0, atol=1e-5)
         np.testing.assert_allclose(motion, whole.flow[:, t], rtol=0, atol=1e-4)
         if t < 3:
-            stream.hear(sound[:, 5 + t : 6 + t])
+            stream.push_sound(sound[:, 5 + t : 6 + t])
 
 
 def test_given_frames_replace_predicted_ones(predictor: Predictor):
     frames, flow, sound = inputs(1, 4, 6)
     stream = predictor.stream()
-    stream.hear(sound)
+    stream.push_sound(sound)
     stream.push(frames[:, :2], flow[:, :2])
     stream.next()
     stream.next()
@@ -105,7 +105,7 @@ def test_given_frames_replace_predicted_ones(predictor: Predictor):
 def test_stream_computes_the_flow_to_the_frame_before(predictor: Predictor):
     frames, _, sound = inputs(1, 3, 4)
     stream = predictor.stream()
-    stream.hear(sound)
+    stream.push_sound(sound)
     for t in range(3):
         stream.push(frames[:, t])
     whole = predictor.predict(frames, sound)
@@ -197,7 +197,7 @@ def test_stream_refuses_what_cannot_be_predicted(predictor: Predictor):
         stream.next()
     with pytest.raises(ValueError, match="sound covers 0 frames, expected 3 or more"):
         stream.push(frames, flow)
-    stream.hear(sound[:, :3])
+    stream.push_sound(sound[:, :3])
     stream.push(frames, flow)
     with pytest.raises(ValueError, match="sound covers 3 frames, expected 4 or more to predict"):
         stream.next()

@@ -181,5 +181,5 @@ def _save_contact_sheet(out: Path, index: dict[str, Any]) -> None:
         store = ClipStore.open(out / source["split"])
         batch = store.batch([source["first"]], [0], store.clip_frames)
         label = f"{source['name']}: {source['split']}, {source['clips']} clips, {source['fps']:.5g} fps"
-        rows.append(ContactRow(label, *(part[0].numpy() for part in batch)))
+        rows.append(ContactRow(label, *(part[0].numpy() for part in (batch.frames, batch.audio, batch.flow))))
     save_contact_sheet(out / CONTACT_SHEET, rows)

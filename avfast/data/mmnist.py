@@ -74,7 +74,7 @@ class MMNISTConfig(DataSettings):
 
     name: ClassVar[str] = "mmnist"
     regenerated: ClassVar[bool] = True
-    title: ClassVar[str] = "Multimodal MovingMNIST"  # type: ignore[misc]
+    title: ClassVar[str] = "Multimodal MovingMNIST"
 
     canvas: Literal[48, 64] = 48
     """Side of the canvas the digits move on, in pixels; 64 is shrunk to 48 (Lanczos)."""

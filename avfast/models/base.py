@@ -27,6 +27,10 @@ class Rollout(NamedTuple):
     frames: Tensor
     flow: Tensor | None
 
+    def first_frames(self, count: int) -> Rollout:
+        """The first `count` predicted frames."""
+        return Rollout(self.frames[:, :count], None if self.flow is None else self.flow[:, :count])
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -124,4 +128,5 @@ def repeated(rollout: Rollout, samples: int) -> Rollout:
     """The rollout of a deterministic model as `predict` gives it for so many samples."""
     if samples == 1:
         return rollout
-    return Rollout(*(None if x is None else x.expand(samples, *x.shape) for x in rollout))
+    frames, flow = rollout
+    return Rollout(frames.expand(samples, *frames.shape), None if flow is None else flow.expand(samples, *flow.shape))

@@ -131,7 +131,9 @@ class RecallMotion(VisualMotion):
 
     def encode_sound(self, audio: Tensor) -> tuple[Tensor, Memory]:
         vectors = self.audio_encoder(audio)
-        return vectors, self.recall.project(vectors)
+        key, value = self.recall.project(vectors)
+        assert key is not None
+        return vectors, (key, value)
 
     def step_memory(self, memory: Memory, t: int) -> Memory:
         return self.memory_until(memory, t)
@@ -141,6 +143,7 @@ class RecallMotion(VisualMotion):
             return self.recall(feature, *memory)
         # in a loop all tokens are there, and `visible` (M) says which of them count
         key, value, visible = memory
+        assert self.recall.query is not None
         query = self.recall.query(feature.to(value.dtype)).flatten(2).mT
         scores = (query @ key.mT).masked_fill(~visible, float("-inf"))
         return feature + (scores.softmax(dim=-1) @ value).mT.view_as(feature).to(feature.dtype)

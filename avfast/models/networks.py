@@ -86,8 +86,8 @@ class PatchConv(nn.Conv2d):
     """A convolution computed by `patch_conv`: for one input channel, or few outputs per image."""
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = map(int, self.padding)
-        return patch_conv(x, self.weight, self.bias, stride=self.stride, padding=(height, width))
+        stride, padding = ((int(pair[0]), int(pair[1])) for pair in (self.stride, self.padding))
+        return patch_conv(x, self.weight, self.bias, stride=stride, padding=padding)
 
 
 class StridedConv(nn.Conv2d):

@@ -262,8 +262,7 @@ class Trainer:
             metrics.update(rollout.frames, batch.frames[:, k:], rollout.flow, true_flow)
             # the loss is that of as many frames as training predicts
             n = min(config.pred_frames, config.eval_frames)
-            trained = Rollout(*(None if x is None else x[:, :n] for x in rollout))
-            loss = stage.validation_loss(trained, batch.first_frames(k + n))
+            loss = stage.validation_loss(rollout.first_frames(n), batch.first_frames(k + n))
             total += torch.stack((loss.double() * len(part), torch.tensor(float(len(part)), device=total.device)))
             sample = sample or (batch, rollout)
         total = accelerator.reduce(total, "sum")

@@ -112,8 +112,10 @@ class TileGrid(NamedTuple):
 @torch.inference_mode(False)
 def tile_grids(geometry: Geometry, dtype: torch.dtype) -> tuple[TileGrid, TileGrid]:
     """The tiles of the convolution's inputs and of its outputs."""
-    input_sizes, output_sizes = [], []
-    input_matrices, output_matrices = [], []
+    input_sizes: list[AxisSizes] = []
+    output_sizes: list[AxisSizes] = []
+    input_matrices: list[Tensor] = []
+    output_matrices: list[Tensor] = []
     for length, (transforms, step, tiles) in zip(geometry[:2], geometry.axes(), strict=True):
         for sizes, matrices, size, matrix in (
             (input_sizes, input_matrices, length, transforms.input_transform),
@@ -124,8 +126,18 @@ def tile_grids(geometry: Geometry, dtype: torch.dtype) -> tuple[TileGrid, TileGr
 
     def grid(sizes: list[AxisSizes], matrices: list[Tensor], stride: int, padding: int) -> TileGrid:
         rows, columns = sizes
-        products, tiles = rows[3] * columns[3], rows[1] * columns[1]
-        return TileGrid((rows[0], columns[0]), stride**2, products, tiles, *matrices, stride, padding, rows, columns)
+        return TileGrid(
+            size=(rows[0], columns[0]),
+            phases=stride**2,
+            products=rows[3] * columns[3],
+            tiles=rows[1] * columns[1],
+            row_matrix=matrices[0],
+            column_matrix=matrices[1],
+            stride=stride,
+            padding=padding,
+            row_sizes=rows,
+            column_sizes=columns,
+        )
 
     inputs = grid(input_sizes, input_matrices, geometry.stride, geometry.padding)
     return inputs, grid(output_sizes, output_matrices, 1, 0)

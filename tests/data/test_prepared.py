@@ -13,12 +13,12 @@ import yaml
 
 from avfast.cli.parser import parse
 from avfast.data.clips import ClipSettings
-from avfast.data.prepared import ClipsConfig, load_split
+from avfast.data.prepared import ClipsConfig
 from avfast.data.store import training_mean_image
 from avfast.errors import InputError
 from avfast.evaluate import EvaluateConfig, evaluate
 from avfast.files.settings import load_config
-from avfast.models.settings import ModelConfig
+from avfast.models.avmodel import ModelConfig
 from avfast.prepare import PrepareConfig, prepare
 from avfast.train import DataOrder, train
 from avfast.training.config import PRESETS, TrainConfig
@@ -85,8 +85,8 @@ def test_train_and_score(config: TrainConfig, folder: Path) -> None:
     for head in ("Fr 3", "Fr 4", "Fr 6", "Mean", "AEPE"):
         assert head in result["markdown"]
     # the reference rows are about these clips: a constant prediction's error has a closed form
-    truth = load_split(config, "test").frames[:, 2:6].astype(np.float64) / 255
-    mean = training_mean_image(load_split(config, "train")).numpy()
+    truth = config.load_split("test").frames[:, 2:6].astype(np.float64) / 255
+    mean = training_mean_image(config.load_split("train")).numpy()
     error = ((truth - mean) ** 2).mean((3, 4))
     want = (-10 * np.log10(error)).mean((0, 2))
     np.testing.assert_allclose(result["references"]["training-set mean image"]["psnr"], want, rtol=1e-4)

@@ -189,7 +189,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path):
 def test_unwritable_cache(tmp_path, quick_flow):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot write the clip store"):
-        load_mmnist(SMALL, "test", tmp_path / "file", flow_preset="fast")
+        SMALL.load("test", cache=tmp_path / "file", flow_preset="fast")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -198,7 +198,7 @@ def test_interrupted_build_leaves_nothing_behind(tmp_path, quick_flow):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_mmnist(SMALL, "train", tmp_path, flow_preset="fast", progress=interrupt)
+        SMALL.load("train", cache=tmp_path, flow_preset="fast", progress=interrupt)
     assert not list(tmp_path.iterdir())
 
 
@@ -239,7 +239,7 @@ def test_what_is_in_the_way_is_kept(tmp_path):
 
 def test_load_mmnist_with_true_flow(tmp_path):
     config = dataclasses.replace(SMALL, tone="clean")
-    store = load_mmnist(config, "test", tmp_path, flow_preset="fast", threads=1)
+    store = config.load("test", cache=tmp_path, flow_preset="fast")
     clips = MovingMNIST(config, "test").clips(0, 3)
     assert (store.frames == clips.frames).all() and (store.waveform == clips.waveform).all()
     audio = spectrogram(torch.from_numpy(clips.waveform), mmnist_spectrogram("clean"))
@@ -253,12 +253,12 @@ def test_load_mmnist_with_true_flow(tmp_path):
 
 def test_load_mmnist_opens_what_it_built(tmp_path, quick_flow, monkeypatch):
     steps = []
-    built = load_mmnist(SMALL, "train", tmp_path, flow_preset="fast", progress=lambda *step: steps.append(step))
+    built = SMALL.load("train", cache=tmp_path, flow_preset="fast", progress=lambda *step: steps.append(step))
     assert steps[-1] == (40, 40) and steps == sorted(steps) and len(steps) > 1
     assert built.folder.parent == tmp_path and built.folder.name.startswith("mmnist-train-")
     assert built.parameters["flow"]["preset"] == "fast" and built.parameters["digits"] == "drawn"
     monkeypatch.setattr(store_module, "write_store", None)
-    again = load_mmnist(SMALL, "train", tmp_path, flow_preset="fast")
+    again = SMALL.load("train", cache=tmp_path, flow_preset="fast")
     assert again.folder == built.folder and (again.flow == built.flow).all()
 
 
@@ -287,7 +287,7 @@ def test_digit_files_count_by_content(tmp_path, quick_flow):
         (folder / f"t10k-images-idx3-ubyte{suffix}").write_bytes(pack(idx(images)))
         (folder / f"t10k-labels-idx1-ubyte{suffix}").write_bytes(pack(idx(labels)))
         config = dataclasses.replace(SMALL, digits=str(folder))
-        return load_mmnist(config, "test", tmp_path / "cache", flow_preset="fast").folder.name
+        return config.load("test", cache=tmp_path / "cache", flow_preset="fast").folder.name
 
     plain = digits(tmp_path / "a", bytes)
     assert digits(tmp_path / "b", gzip.compress, suffix=".gz") == plain
@@ -296,4 +296,4 @@ def test_digit_files_count_by_content(tmp_path, quick_flow):
 
 def test_unknown_flow_preset(tmp_path):
     with pytest.raises(InputError, match="flow_preset='slow': expected one of fast"):
-        load_mmnist(SMALL, "test", tmp_path, flow_preset="slow")
+        SMALL.load("test", cache=tmp_path, flow_preset="slow")

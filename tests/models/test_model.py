@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from avfast.errors import InputError
-from avfast.models.avmodel import AVModel
-from avfast.models.losses import frame_loss, motion_loss
+from avfast.kernels import flow_loss
+from avfast.models.avmodel import AVModel, ModelConfig
+from avfast.models.losses import frame_loss
 from avfast.models.networks import BatchNorm, batch_norms
-from avfast.models.settings import ModelConfig
 
 B, K, T = 3, 2, 5
 
@@ -225,7 +225,7 @@ def test_equals_the_literal_equations(motion, refinement, channels, training, fi
     weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
     for name, p in model.named_parameters():
         weights[name].requires_grad_(p.requires_grad)
-    literal = Literal(model.config, weights, training)
+    literal = Literal(model.settings, weights, training)
 
     rollout = model(frames[:, :K], flow[:, :K], audio)
     true_flow, images, vectors = literal.mme(frames[:, :K], flow[:, :K], audio)
@@ -233,8 +233,8 @@ def test_equals_the_literal_equations(motion, refinement, channels, training, fi
     assert true_flow.abs().max() > 0.3, "the warp was hardly tested"
     if refinement == "none":
         assert_same(rollout.frames, images, "warped frames")
-        loss = motion_loss(rollout.flow, flow[:, K:], frames[:, K:])
-        expected_loss = motion_loss(true_flow, flow[:, K:], frames[:, K:])
+        loss = flow_loss(rollout.flow, flow[:, K:], frames[:, K:])
+        expected_loss = flow_loss(true_flow, flow[:, K:], frames[:, K:])
         # the warped frames feed back into E_m, so their gradient is part of the flow's
         loss, expected_loss = loss + rollout.frames.square().mean(), expected_loss + images.square().mean()
     else:
@@ -342,7 +342,7 @@ def test_save_and_load(tmp_path):
     again = AVModel.from_pretrained(tmp_path / "m")
     frames, flow, audio = (x.float() for x in make_inputs())
     a, b = (m.predict(frames[:, :K], flow[:, :K], audio) for m in (model, again))
-    assert torch.equal(a.frames, b.frames) and again.config == model.config
+    assert torch.equal(a.frames, b.frames) and again.settings == model.settings
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
 
 

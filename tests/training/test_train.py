@@ -22,8 +22,8 @@ import torch
 from avfast.data.mmnist import MMNISTConfig
 from avfast.errors import InputError
 from avfast.files.settings import load_config
-from avfast.models.avmodel import AVModel, read_pretrained
-from avfast.models.settings import ModelConfig
+from avfast.models.avmodel import AVModel, ModelConfig
+from avfast.models.registry import read_model
 from avfast.train import AppearanceStage, DataOrder, MotionStage, train
 from avfast.training.config import TrainConfig
 from avfast.training.runs import Run, load_run_config, resolve_checkpoint
@@ -189,7 +189,7 @@ def test_resume_is_bit_for_bit(config, monkeypatch, stage, crash):
     assert resumed.name == "mmnist-cut"
 
     for name in ("last", "best", "best-mme"):
-        a, b = (read_pretrained(f / "checkpoints" / name)[1] for f in (whole, resumed))
+        a, b = (read_model(f / "checkpoints" / name)[1] for f in (whole, resumed))
         for key, tensor in a.items():
             assert torch.equal(tensor, b[key]), (name, key)
     states = [torch.load(f / "checkpoints" / "last" / "training_state.pt", weights_only=True) for f in (whole, resumed)]
@@ -236,8 +236,8 @@ def test_kill_9_and_resume_auto(cache, tmp_path):
 def test_stage_car_on_another_runs_mme(config):
     first = train(replace(config, stage="mme", max_steps=2))
     second = train(replace(config, stage="car", mme=str(first), name="second", max_steps=2))
-    motion = read_pretrained(first / "checkpoints" / "best-mme")[1]
-    weights = read_pretrained(second / "checkpoints" / "best")[1]
+    motion = read_model(first / "checkpoints" / "best-mme")[1]
+    weights = read_model(second / "checkpoints" / "best")[1]
     assert all(torch.equal(t, weights[name]) for name, t in motion.items())
     with pytest.raises(InputError, match="holds the motion variant 'mme', expected 'v'"):
         train(replace(config, stage="car", mme=str(first), model=replace(config.model, motion="v")))
@@ -251,7 +251,7 @@ def test_stage_car_on_another_runs_mme(config):
 def test_every_variant_trains(config, motion, refinement):
     folder = train(replace(config, model=replace(config.model, motion=motion, refinement=refinement), max_steps=1))
     model = AVModel.from_pretrained(resolve_checkpoint(folder))
-    assert (model.config.motion, model.config.refinement) == (motion, refinement)
+    assert (model.settings.motion, model.settings.refinement) == (motion, refinement)
 
 
 def test_training_lowers_the_loss(config):
@@ -265,7 +265,7 @@ def test_training_lowers_the_loss(config):
 def test_flow_cache_changes_nothing(config):
     config = replace(config, car_steps=8)
     with_cache, without = train(config), train(replace(config, name="without", flow_cache_gb=0.0))
-    a, b = (read_pretrained(f / "checkpoints" / "last")[1] for f in (with_cache, without))
+    a, b = (read_model(f / "checkpoints" / "last")[1] for f in (with_cache, without))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -289,7 +289,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(config, monkeypatch
     ):
         train(config)
     (folder,) = Path(config.output_dir).iterdir()
-    for tensor in read_pretrained(folder / "checkpoints" / "last")[1].values():
+    for tensor in read_model(folder / "checkpoints" / "last")[1].values():
         assert tensor.isfinite().all()
 
 
@@ -312,7 +312,7 @@ def test_full_disk_keeps_what_is_there(config, monkeypatch):
         "last",
         "step_00000002",
     ]
-    read_pretrained(folder / "checkpoints" / "last")
+    read_model(folder / "checkpoints" / "last")
     monkeypatch.undo()
     train(replace(config, resume=str(folder)))
 
