@@ -84,7 +84,10 @@ def _launch(kernel: Any, cpp: str, inputs: tuple[Tensor, ...], outputs: tuple[Te
         return
     compute = native.compute_type(*inputs[:2])
     if backend == "cpp":
-        native.call(cpp, compute, inputs, outputs, rows, area)
+        names = ("gates", "cell", "grad_hidden", "grad_new_cell")
+        given = dict(zip(names, inputs, strict=False))
+        wanted = ("hidden", "new_cell") if cpp == "gates_forward" else ("grad_gates", "grad_cell")
+        native.call(cpp, compute, given, dict(zip(wanted, outputs, strict=True)), rows=rows, area=area)
         return
     triton_utils.launch(kernel, _plan, (*inputs, *outputs), (total, area), (triton_utils.TYPES[compute],))
 
@@ -93,19 +96,6 @@ def _plan(total: int, area: int, compute: Any) -> tuple[tuple[int, ...], dict[st
     block = triton_utils.block(total, 256)
     constants = {"BLOCK": block, "OFFSET": triton_utils.offsets(4 * total + block), "COMPUTE": compute}
     return triton_utils.grid(total, block), constants
-
-
-def _plain_forward(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = torch.empty_like(cell), torch.empty_like(cell)
-    native.run("gates_forward", (gates, cell, *outputs), len(cell), cell.numel() // len(cell))
-    return outputs
-
-
-def _plain_backward(gates: Tensor, cell: Tensor, grad_hidden: Tensor, grad_new_cell: Tensor) -> tuple[Tensor, Tensor]:
-    grads = torch.empty_like(gates), torch.empty_like(cell)
-    tensors = gates, cell, grad_hidden, grad_new_cell, *grads
-    native.run("gates_backward", tensors, len(cell), cell.numel() // len(cell))
-    return grads
 
 
 def _forward(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -148,33 +138,25 @@ _BACKWARD = registry.torch_op(
 
 class _ConvLSTMGates(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, cell: Tensor, backend: str, plain: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(gates, cell)
-        ctx.backend, ctx.plain = backend, plain
-        return _plain_forward(gates, cell) if plain else _FORWARD(gates, cell, backend)
+        ctx.backend = backend
+        return _FORWARD(gates, cell, backend)
 
     @staticmethod
     @registry.once_differentiable
-    def backward(ctx: Any, grad_hidden: Tensor, grad_new_cell: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_hidden: Tensor, grad_new_cell: Tensor) -> tuple[Tensor, Tensor, None]:
         gates, cell = ctx.saved_tensors
-        if ctx.plain and native.plain(grad_hidden, grad_new_cell):
-            return *_plain_backward(gates, cell, grad_hidden, grad_new_cell), None, None
-        return *_BACKWARD(gates, cell, grad_hidden, grad_new_cell, ctx.backend), None, None
+        return *_BACKWARD(gates, cell, grad_hidden, grad_new_cell, ctx.backend), None
 
 
 def _fused(backend: str, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     if not registry.wants_gradient(gates, cell):
         return _FORWARD(gates, cell, backend)
-    return _ConvLSTMGates.apply(gates, cell, backend, False)
+    return _ConvLSTMGates.apply(gates, cell, backend)
 
 
 _OP = registry.define_fused("convlstm_gates", reference.convlstm_gates, _fused)
-
-
-def _gates_fit(gates: Tensor, cell: Tensor) -> bool:
-    """What the checks ask of the shapes, without their words: two calls less on the way of a plain call."""
-    size = cell.shape
-    return len(size) == 4 and gates.shape == (size[0], 4 * size[1], size[2], size[3])
 
 
 def convlstm_gates(gates: Tensor, cell: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -184,10 +166,6 @@ def convlstm_gates(gates: Tensor, cell: Tensor, *, backend: str | None = None) -
     (hidden in the gates' dtype, new cell in the cell's dtype), both (B,C,H,W). Raises ValueError on a wrong shape or
     dtype. Source: Shi et al. 2015, without peepholes; paper, Eq. 3.
     """
-    if backend is None and native.plain(gates, cell) and _gates_fit(gates, cell):
-        if registry.wants_gradient(gates, cell):
-            return _ConvLSTMGates.apply(gates, cell, "cpp", True)
-        return _plain_forward(gates, cell)
     checks.shape("cell", cell, "B C H W")
     b, c, h, w = cell.shape
     checks.exactly("gates", gates, "B 4C H W", (b, 4 * c, h, w))

@@ -109,8 +109,11 @@ def _run(
     weights = 1 / (b * h * w), smooth_weight / (2 * b * h * w)
     if backend == "cpp":
         loss = torch.empty((), dtype=compute)
-        outputs = (grad if want_grad else None, loss)
-        native.call("flow_loss", compute, inputs, outputs, b * steps, c, h, w, *weights)
+        given = dict(zip(("prediction", "target", "frames"), inputs, strict=True))
+        outputs = {"grad": grad if want_grad else None, "loss": loss}
+        sizes = {"images": b * steps, "channels": c, "height": h, "width": w}
+        data_weight, smooth = weights
+        native.call("flow_loss", compute, given, outputs, **sizes, data_weight=data_weight, smooth_weight=smooth)
     else:
         facts = b * steps, c, want_grad, triton_utils.TYPES[compute]
         grid, _ = triton_utils.tiles(b * steps, h, w, _PIXELS)

@@ -71,40 +71,21 @@ _BLOCK = 1024
 """The most elements of a plane that a program of the forward pass takes, 8 a thread."""
 
 
-def _plain_forward(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    b, c, h, w = context.shape
-    sizes = [part.shape[1] for part in before]
-    total = sum(sizes, c)
-    out = context.new_empty((b, total, h, w))
-    features = list(zip(map(Tensor.data_ptr, before), sizes, strict=True))
-    native.run("modulate_forward", (context, gamma, beta, out), b, c, h * w, total * h * w, features)
-    return out
-
-
-def _plain_backward(context: Tensor, gamma: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`grad`: of the context's channels, out of a gradient that is contiguous."""
-    b, c, h, w = context.shape
-    grads = torch.empty_like(context), torch.empty_like(gamma), torch.empty_like(gamma)
-    native.run("modulate_backward", (context, gamma, grad, *grads), b, c, h * w, grad.stride(0))
-    return grads
-
-
 def _forward(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Tensor, backend: str) -> Tensor:
     out = _forward_fake(before, context, gamma, beta, backend)
     if backend == "triton":
         _forward_triton(before, context, gamma, beta, out)
         return out
     b, c, h, w = context.shape
-    *places, place = out.split([*(t.shape[1] for t in before), c], dim=1)
-    for at, part in zip(places, before, strict=True):
-        at.copy_(part)
-    if context.numel() == 0:
+    if out.numel() == 0:
         return out
-    compute = native.compute_type(context, gamma, beta)
-    inputs = [t.contiguous() for t in (context, gamma, beta)]
-    # in another type the place is filled from a dense buffer
-    stride = out.stride(0) if out.dtype == compute else c * h * w
-    native.call("modulate_forward", compute, inputs, [place], b, c, h * w, stride, [])
+    compute = native.compute_type(context, gamma, beta, *before)
+    inputs: dict[str, Any] = {"before": [t.contiguous() for t in before], "context": context.contiguous()}
+    inputs |= {"gamma": gamma.contiguous(), "beta": beta.contiguous()}
+    channels = [t.shape[1] for t in before]
+    native.call(
+        "modulate_forward", compute, inputs, {"out": out}, before_channels=channels, batch=b, channels=c, area=h * w
+    )
     return out
 
 
@@ -165,7 +146,10 @@ def _backward(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tup
     inputs = [t.contiguous() for t in (context, gamma)]
     if backend == "cpp":
         grad = grad.to(compute)
-        native.call("modulate_backward", compute, [*inputs, grad], outputs, b, c, h * w, grad.stride(0))
+        given = dict(zip(("context", "gamma", "grad_out"), [*inputs, grad], strict=True))
+        wanted = dict(zip(("grad_context", "grad_gamma", "grad_beta"), outputs, strict=True))
+        sizes = {"batch": b, "channels": c, "area": h * w, "grad_stride": grad.stride(0)}
+        native.call("modulate_backward", compute, given, wanted, **sizes)
     else:
         tensors, facts = (*inputs, grad, *outputs), (b, triton_utils.TYPES[compute])
         triton_utils.launch(_modulate_bwd_kernel, _backward_plan, tensors, (c, h * w, grad.stride(0)), facts)
@@ -200,13 +184,9 @@ _BACKWARD = registry.torch_op(
 
 class _Modulate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, backend: str, plain: bool, context: Tensor, gamma: Tensor, beta: Tensor, *before: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, backend: str, context: Tensor, gamma: Tensor, beta: Tensor, *before: Tensor) -> Tensor:
         ctx.save_for_backward(context, gamma)
-        ctx.backend, ctx.plain, ctx.types = backend, plain, [(t.shape[1], t.dtype) for t in before]
-        if plain:
-            return _plain_forward(before, context, gamma, beta)
+        ctx.backend, ctx.types = backend, [(t.shape[1], t.dtype) for t in before]
         return _FORWARD(before, context, gamma, beta, backend)
 
     @staticmethod
@@ -214,16 +194,14 @@ class _Modulate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         context, gamma = ctx.saved_tensors
         *parts, own = grad.split([*(channels for channels, _ in ctx.types), context.shape[1]], dim=1)
-        if ctx.plain and native.plain(grad):
-            return None, None, *_plain_backward(context, gamma, own), *parts
         grads = _BACKWARD(context, gamma, own, ctx.backend)
-        return None, None, *grads, *(part.to(dtype) for part, (_, dtype) in zip(parts, ctx.types, strict=True))
+        return None, *grads, *(part.to(dtype) for part, (_, dtype) in zip(parts, ctx.types, strict=True))
 
 
 def _fused(backend: str, context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor]) -> Tensor:
     if not registry.wants_gradient(context, gamma, beta, *before):
         return _FORWARD(before, context, gamma, beta, backend)
-    return _Modulate.apply(backend, False, context, gamma, beta, *before)
+    return _Modulate.apply(backend, context, gamma, beta, *before)
 
 
 def _by_cpp(context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor]) -> bool:
@@ -251,18 +229,6 @@ _OP = registry.define_fused(
 )
 
 
-def _modulate_fits(context: Tensor, gamma: Tensor, beta: Tensor, before: Sequence[Tensor]) -> bool:
-    """What the checks ask of the shapes, without their words: two calls less on the way of a plain call."""
-    size = context.shape
-    if len(size) != 4 or gamma.shape != size[:2] or beta.shape != size[:2]:
-        return False
-    for part in before:
-        shape = part.shape
-        if len(shape) != 4 or shape[0] != size[0] or shape[2:] != size[2:]:
-            return False
-    return True
-
-
 def modulate(
     context: Tensor, gamma: Tensor, beta: Tensor, *, before: Sequence[Tensor] = (), backend: str | None = None
 ) -> Tensor:
@@ -271,10 +237,6 @@ def modulate(
     `before`: features (B,Ci,H,W) that the result is concatenated behind, in order, without a pass of its own. Raises
     ValueError on a wrong shape or dtype. Source: paper, Eq. 7.
     """
-    if backend is None and native.plain(context, gamma, beta, *before) and _modulate_fits(context, gamma, beta, before):
-        if registry.wants_gradient(context, gamma, beta, *before):
-            return _Modulate.apply("cpp", True, context, gamma, beta, *before)
-        return _plain_forward(before, context, gamma, beta)
     checks.shape("context", context, "B C H W")
     b, c, h, w = context.shape
     checks.exactly("gamma", gamma, "B C", (b, c))

@@ -176,18 +176,6 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], a: Tensor, b: Tensor, c: T
     triton_utils.launch(kernel, _plan, tensors, numbers, (batch, channels, constants))
 
 
-def _plain_forward(image: Tensor, flow: Tensor, padding: str) -> Tensor:
-    out = torch.empty_like(image)
-    native.run("warp_forward", (image, flow, out), *image.shape, padding == "zeros")
-    return out
-
-
-def _plain_backward(image: Tensor, flow: Tensor, grad: Tensor, padding: str) -> tuple[Tensor, Tensor]:
-    grads = torch.empty_like(image), torch.empty_like(flow)
-    native.run("warp_backward", (image, flow, grad, *grads), *image.shape, padding == "zeros")
-    return grads
-
-
 def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
     out = _forward_fake(image, flow, padding, backend)
     if image.numel() == 0:
@@ -196,7 +184,9 @@ def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
     if backend == "cpp":
         plain = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
         inputs = (image.contiguous(), flow.contiguous())
-        native.call("warp_forward", compute, inputs, (plain,), *image.shape, zeros)
+        given = dict(zip(("image", "flow"), inputs, strict=True))
+        sizes = dict(zip(("batch", "channels", "height", "width"), image.shape, strict=True))
+        native.call("warp_forward", compute, given, {"out": plain}, **sizes, zeros=zeros)
         return out if plain is out else out.copy_(plain)
     tensors = image, flow, out
     _launch(_warp_fwd_kernel, tensors, *tensors, ("ZEROS", zeros), ("COMPUTE", triton_utils.TYPES[compute]))
@@ -219,8 +209,10 @@ def _backward(
         grad_flow.zero_()
     elif backend == "cpp":
         inputs = [t.contiguous() for t in (image, flow, grad)]
-        outputs = (sums if want_image else None, grad_flow if want_flow else None)
-        native.call("warp_backward", compute, inputs, outputs, *image.shape, zeros)
+        given = dict(zip(("image", "flow", "grad_out"), inputs, strict=True))
+        outputs = {"grad_image": sums if want_image else None, "grad_flow": grad_flow if want_flow else None}
+        sizes = dict(zip(("batch", "channels", "height", "width"), image.shape, strict=True))
+        native.call("warp_backward", compute, given, outputs, **sizes, zeros=zeros)
     else:
         fixed = want_image and torch.are_deterministic_algorithms_enabled()
         scale = sums
@@ -263,38 +255,30 @@ _BACKWARD = registry.torch_op(
 
 class _BackwardWarp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, image: Tensor, flow: Tensor, padding: str, backend: str, plain: bool) -> Tensor:
+    def forward(ctx: Any, image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
         ctx.save_for_backward(image, flow)
-        ctx.padding, ctx.backend, ctx.plain = padding, backend, plain
-        return _plain_forward(image, flow, padding) if plain else _FORWARD(image, flow, padding, backend)
+        ctx.padding, ctx.backend = padding, backend
+        return _FORWARD(image, flow, padding, backend)
 
     @staticmethod
     @registry.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         image, flow = ctx.saved_tensors
         want_image, want_flow = ctx.needs_input_grad[:2]
-        if ctx.plain and want_image and want_flow and native.plain(grad):
-            return *_plain_backward(image, flow, grad, ctx.padding), None, None, None
         by_image, by_flow = _BACKWARD(image, flow, grad, ctx.padding, want_image, want_flow, ctx.backend)
-        return by_image if want_image else None, by_flow if want_flow else None, None, None, None
+        return by_image if want_image else None, by_flow if want_flow else None, None, None
 
 
 def _fused(backend: str, image: Tensor, flow: Tensor, padding: str) -> Tensor:
     if not registry.wants_gradient(image, flow):
         return _FORWARD(image, flow, padding, backend)
-    return _BackwardWarp.apply(image, flow, padding, backend, False)
+    return _BackwardWarp.apply(image, flow, padding, backend)
 
 
 _OP = registry.define_fused("backward_warp", reference.backward_warp, _fused)
 
 
 _PADDINGS = ("border", "zeros")
-
-
-def _flow_fits(image: Tensor, flow: Tensor) -> bool:
-    """What the checks ask of the shapes, without their words: two calls less on the way of a plain call."""
-    size = image.shape
-    return len(size) == 4 and flow.shape == (size[0], 2, size[2], size[3])
 
 
 def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backend: str | None = None) -> Tensor:
@@ -305,10 +289,6 @@ def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backe
     NaN at its pixel. Raises ValueError on a wrong shape, dtype or padding, or a backend that cannot run it.
     Source: paper, Eq. 4.
     """
-    if backend is None and native.plain(image, flow) and padding in _PADDINGS and _flow_fits(image, flow):
-        if registry.wants_gradient(image, flow):
-            return _BackwardWarp.apply(image, flow, padding, "cpp", True)
-        return _plain_forward(image, flow, padding)
     checks.shape("image", image, "B C H W")
     b, _, h, w = image.shape
     checks.exactly("flow", flow, "B 2 H W", (b, 2, h, w))

@@ -80,15 +80,25 @@ class Side(NamedTuple):
         first = 0
         for x in maps:
             last = first + len(x) * self.tiles
-            numbers = (*x.shape[:2], apart, *self.numbers)
-            native.call("gather_tiles", x.dtype, (x, *self.matrices), (products[:, first:last],), *numbers)
+            rows, columns = self.matrices
+            given = {"map": x, "rows": rows, "columns": columns}
+            sizes = self.sizes(x, apart)
+            native.call("gather_tiles", x.dtype, given, {"products": products[:, first:last]}, **sizes)
             first = last
         return products
 
     def scatter(self, products: Tensor, out: Tensor) -> None:
         """Products (N,B*tiles,S*C) -> channels-last (B,C,*size): the adjoint."""
-        numbers = (*out.shape[:2], products.stride(0), *self.numbers)
-        native.call("scatter_tiles", out.dtype, (products, *self.matrices), (out,), *numbers)
+        rows, columns = self.matrices
+        given = {"products": products, "rows": rows, "columns": columns}
+        native.call("scatter_tiles", out.dtype, given, {"map": out}, **self.sizes(out, products.stride(0)))
+
+    def sizes(self, x: Tensor, apart: int) -> dict[str, Any]:
+        stride, padding, row_sizes, column_sizes = self.numbers
+        return {
+            "batch": x.shape[0], "channels": x.shape[1], "apart": apart, "stride": stride, "padding": padding,
+            "row_sizes": row_sizes, "column_sizes": column_sizes,
+        }  # fmt: skip
 
 
 # kept tensors have to serve training too, whoever asks for them first

@@ -1,7 +1,7 @@
 // the CUDA engine of TV-L1 on the CPU, for ctypes.
 #include "cuda_on_host.h"
 // after what stands in for CUDA
-#include "../../csrc/tvl1.cu"
+#include "../../csrc/tvl1/flow_cuda.cu"
 
 extern "C" void tvl1_on_host(const float* a, const float* b, float* flow, int64_t pairs, int height, int width,
                              bool chambolle_pock, float tau, float lambda, float scale_step, int scales, int warps,

@@ -15,7 +15,7 @@ import torch
 from avfast.opticalflow.tvl1 import PRESETS, TVL1Params, tvl1_flow
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = Path(__file__).parents[2] / "golden" / "tvl1_cuda.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "tvl1_cuda.json"
 NVCC = shutil.which("nvcc")
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
@@ -51,7 +51,7 @@ def test_registers_and_stack_of_every_kernel(tmp_path: Path) -> None:
     found: dict[str, dict[str, list[int]]] = {}
     for arch in ("sm_80", "sm_90"):
         run = subprocess.run(
-            [*command, f"-arch={arch}", "csrc/tvl1.cu", "-o", str(tmp_path / "o.cubin")],
+            [*command, f"-arch={arch}", "csrc/tvl1/flow_cuda.cu", "-o", str(tmp_path / "o.cubin")],
             cwd=ROOT,
             capture_output=True,
             text=True,
