@@ -18,19 +18,17 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CompileError, ExecError, LinkError
 
-HEADERS = sorted([*glob.glob("csrc/*.h"), *glob.glob("csrc/*.cuh")])
-CPP_SOURCES = ["csrc/fused.cpp", "csrc/threads.cpp", "csrc/tvl1.cpp"]
-CUDA_SOURCES = ["csrc/cuda_info.cu", "csrc/tvl1.cu"]
+HEADERS = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.def", recursive=True))
+# the loops, compiled once per instruction set; which one runs is chosen at run time
+ISA_SOURCES = sorted(glob.glob("csrc/*/kernels.cpp"))
+CPP_SOURCES = sorted(set(glob.glob("csrc/*/*.cpp")) - set(ISA_SOURCES))
+CUDA_SOURCES = sorted(glob.glob("csrc/*/*.cu"))
 
 # contraction off, here and below: where the source has no multiply_add, instruction sets and GPUs give the same bits
 CPP_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-# the loops that are compiled once per instruction set; which one runs is chosen at run time
-ISA_SOURCES = ["csrc/fused_kernels.cpp", "csrc/tvl1_kernels.cpp"]
 ISA_FLAGS = {"avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma"], "baseline": []}
-CUDA_FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "--fmad=false",
+CUDA_FLAGS = ["-O3", "-std=c++17", "--fmad=false"]
+CUDA_TARGETS = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
     "-Xcompiler=-fPIC",
@@ -64,15 +62,15 @@ def cudart_folder(nvcc: str) -> str:
 def write_ninja(folder: Path, compiler: list[str], nvcc: str | None) -> list[str]:
     """Write build.ninja for everything but the binding; returns the object files it makes."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    objects: dict[str, tuple[str, str, list[str]]] = {
-        f"{folder}/{Path(source).stem}.o": ("cxx", source, []) for source in CPP_SOURCES
-    }
-    for isa, flags in ISA_FLAGS.items():
-        if x86 or isa == "baseline":
-            for source in ISA_SOURCES:
-                objects[f"{folder}/{Path(source).stem}_{isa}.o"] = ("cxx", source, [f"-DAVFAST_ISA={isa}", *flags])
-    if nvcc is not None:
-        objects |= {f"{folder}/{Path(s).stem}.cu.o": ("nvcc", s, []) for s in CUDA_SOURCES}
+    objects: dict[str, tuple[str, str, list[str]]] = {}
+    for source in CPP_SOURCES:
+        objects[f"{folder}/{source}.o"] = ("cxx", source, [])
+    for source in ISA_SOURCES:
+        for isa, flags in ISA_FLAGS.items():
+            if x86 or isa == "baseline":
+                objects[f"{folder}/{source}.{isa}.o"] = ("cxx", source, [f"-DAVFAST_ISA={isa}", *flags])
+    for source in CUDA_SOURCES if nvcc is not None else []:
+        objects[f"{folder}/{source}.o"] = ("nvcc", source, [])
     lines = [
         f"builddir = {folder}",
         "rule cxx",
@@ -80,7 +78,7 @@ def write_ninja(folder: Path, compiler: list[str], nvcc: str | None) -> list[str
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",
-        f"  command = {shlex.join([nvcc or 'nvcc', *CUDA_FLAGS])} $flags -MD -MF $out.d -c $in -o $out",
+        f"  command = {shlex.join([nvcc or 'nvcc', *CUDA_FLAGS, *CUDA_TARGETS])} $flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
     ]
@@ -98,7 +96,7 @@ class BuildExt(build_ext):
         # setuptools compares file times only, and would keep the objects of a build with the other AVFAST_CUDA
         self.force = True
         nvcc = find_nvcc()
-        folder = Path(self.build_temp) / "csrc"
+        folder = Path(self.build_temp)
         ext.extra_objects = write_ninja(folder, shlex.split(os.environ.get("CXX", "c++")), nvcc)
         if nvcc is not None:
             ext.define_macros = [*ext.define_macros, ("AVFAST_WITH_CUDA", None)]
@@ -124,4 +122,6 @@ extension = Pybind11Extension(
     extra_link_args=["-pthread"],
 )
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})
+# tests read the flags above without building
+if __name__ == "__main__":
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 
-from avfast.kernels.tvl1 import level_sizes, warps_of
+from avfast.kernels.tvl1_reference import level_sizes, warps_of
 from avfast.opticalflow.tvl1 import PRESETS, TVL1Params, tvl1_flow
 
 cv2 = pytest.importorskip("cv2")

@@ -1,225 +1,218 @@
-// the Python module avfast._C, and the only file that knows pybind11. Pointers come as integers; shapes, types,
-// contiguity, devices and lifetimes are the caller's to check (avfast/kernels/tvl1.py). The instruction set is the
-// environment's to choose.
+// The Python module avfast._C, and the only file that knows pybind11. Functions take their arguments by name. Tensors
+// come as addresses: shapes, types, contiguity, devices and lifetimes are the caller's to check. avfast/_C.pyi lists
+// what is here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
-#include <cstdlib>
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "fused.h"
-#include "isa.h"
-#include "tvl1.h"
+#include "common/isa.h"
+#include "fused/ops.h"
+#include "tvl1/flow.h"
 #ifdef AVFAST_WITH_CUDA
-#include "tvl1_cuda.h"
+#include "tvl1/flow_cuda.h"
 #endif
 
 namespace py = pybind11;
 
 namespace avfast {
+
 #ifdef AVFAST_WITH_CUDA
 constexpr bool kWithCuda = true;
-std::vector<std::string> cuda_devices();  // cuda_info.cu
+std::vector<std::string> cuda_devices();  // common/cuda_info.cu
 #else
 constexpr bool kWithCuda = false;
 std::vector<std::string> cuda_devices() { return {}; }
 #endif
 
-// calls run(T{}) with the element type that the caller's tensors have.
-template <class Run>
-void with_type(bool fp64, const Run& run) {
-  fp64 ? run(double{}) : run(float{});
-}
+using Address = uintptr_t;
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
+
+// ---- fused ops ----
+
+// How an op's parameter comes from Python: the type that pybind11 converts to, and the value made of it.
+template <class Parameter>
+struct Argument {
+  using Given = Parameter;
+  Given given;
+  Parameter get() const { return given; }
+};
 template <class T>
-T* as(T, uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+struct Argument<T*> {
+  using Given = Address;
+  Given given;
+  T* get() const { return reinterpret_cast<T*>(given); }
+};
+template <class Element>
+struct Argument<fused::List<Element>> {
+  using Given = std::vector<std::conditional_t<std::is_pointer_v<Element>, Address, Element>>;
+  const Given& given;
+  std::vector<Element> elements = {};
+  fused::List<Element> get() {
+    for (const auto& value : given) elements.push_back(Argument<Element>{value}.get());
+    return {elements.data(), static_cast<int64_t>(elements.size())};
+  }
+};
+template <>
+struct Argument<fused::AxisSizes> {
+  using Given = std::array<int, 5>;
+  Given given;
+  fused::AxisSizes get() const { return {given[0], given[1], given[2], given[3], given[4]}; }
+};
+
+// The names in a list of parameters: "const T* gates, int threads" -> gates, threads.
+std::vector<std::string> parameter_names(const char* parameters) {
+  std::vector<std::string> names;
+  std::stringstream stream(parameters);
+  for (std::string parameter; std::getline(stream, parameter, ',');) {
+    names.push_back(parameter.substr(parameter.rfind(' ') + 1));
+  }
+  return names;
 }
-}  // namespace avfast
 
-PYBIND11_MODULE(_C, m) {
-  using avfast::as;
-  using avfast::tvl1::Params;
-  m.doc() = "Native parts of avfast. Private: use avfast.flow and avfast.kernels.";
-  m.attr("with_cuda") = avfast::kWithCuda;
-  m.def("cuda_devices", &avfast::cuda_devices, py::call_guard<py::gil_scoped_release>(),
-        "Name and compute capability of every CUDA device the built-in runtime sees; empty without a driver.");
+template <class... Single, class... Double, size_t... I>
+void bind_op(py::module_& m, const char* name, const char* parameters, void (*fused::Ops<float>::*single)(Single...),
+             void (*fused::Ops<double>::*double_)(Double...), std::index_sequence<I...>) {
+  const std::vector<std::string> names = parameter_names(parameters);
   m.def(
-      "has_environment",
-      [](const char* name) {
-        const char* value = std::getenv(name);
-        return value != nullptr && *value != '\0';
+      name,
+      [=](const typename Argument<Single>::Given&... given, bool fp64) {
+        if (fp64) {
+          (fused::ops<double>().*double_)(Argument<Double>{given}.get()...);
+        } else {
+          (fused::ops<float>().*single)(Argument<Single>{given}.get()...);
+        }
       },
-      "Whether a variable of the environment has a value, in a tenth of the 1 us that os.environ takes.");
-  m.def("instruction_sets", &avfast::instruction_sets,
-        "Instruction sets that the CPU code was built for and this CPU has, best first.");
+      WithoutGil(), py::kw_only(), py::arg(names[I].c_str())..., py::arg("fp64"));
+}
 
-  py::class_<Params>(m, "TVL1Params", "Parameters of the engine, checked by avfast.flow.TVL1Params.")
-      .def(py::init([](bool chambolle_pock, bool opencv, float tau, float lambda, float theta, float scale_step,
-                       int scales, int warps, int coarse_warps, int outer_iterations, int iterations, float epsilon,
-                       int median, float presmooth) {
-             return Params{chambolle_pock ? avfast::tvl1::Solver::kChambollePock : avfast::tvl1::Solver::kZach,
-                           opencv ? avfast::tvl1::Scheme::kOpenCV : avfast::tvl1::Scheme::kAvfast,
-                           tau,
-                           lambda,
-                           theta,
-                           scale_step,
-                           scales,
-                           warps,
-                           coarse_warps,
-                           outer_iterations,
-                           iterations,
-                           epsilon,
-                           median,
-                           presmooth};
-           }),
-           py::kw_only(), py::arg("chambolle_pock"), py::arg("opencv"), py::arg("tau"), py::arg("lambda_"),
-           py::arg("theta"), py::arg("scale_step"), py::arg("scales"), py::arg("warps"), py::arg("coarse_warps"),
-           py::arg("outer_iterations"), py::arg("iterations"), py::arg("epsilon"), py::arg("median"),
-           py::arg("presmooth"));
+// Binds an op under its name, with its parameters and `fp64`, which says whether the addresses are of doubles.
+template <class... Single, class... Double>
+void bind_op(py::module_& m, const char* name, const char* parameters, void (*fused::Ops<float>::*single)(Single...),
+             void (*fused::Ops<double>::*double_)(Double...)) {
+  bind_op(m, name, parameters, single, double_, std::index_sequence_for<Single...>());
+}
+
+void bind_fused(py::module_& m) {
+#define AVFAST_OP(name, ...) bind_op(m, #name, #__VA_ARGS__, &fused::Ops<float>::name, &fused::Ops<double>::name);
+#include "fused/ops.def"
+#undef AVFAST_OP
+}
+
+// ---- TV-L1 ----
+
+using tvl1::Params;
+
+constexpr const auto& names_of(tvl1::Solver) { return tvl1::kSolverNames; }
+constexpr const auto& names_of(tvl1::Scheme) { return tvl1::kSchemeNames; }
+
+template <class Value>
+py::object to_python(Value value) {
+  if constexpr (std::is_enum_v<Value>) {
+    return py::str(names_of(value)[static_cast<int>(value)]);
+  } else {
+    return py::cast(value);
+  }
+}
+
+template <class Value>
+Value from_python(const char* name, py::handle given) {
+  try {
+    if constexpr (std::is_enum_v<Value>) {
+      const auto& names = names_of(Value{});
+      const auto text = given.cast<std::string>();
+      const auto found = std::find(std::begin(names), std::end(names), text);
+      if (found != std::end(names)) return static_cast<Value>(found - std::begin(names));
+      throw std::invalid_argument(std::string(name) + " is '" + text + "', which is not known");
+    } else {
+      return given.cast<Value>();
+    }
+  } catch (const py::cast_error&) {
+    throw std::invalid_argument(std::string(name) + " is " + py::str(given).cast<std::string>() +
+                                ", which has the wrong type");
+  }
+}
+
+// Parameters from keyword arguments: those that are missing have their defaults.
+Params make_params(const py::kwargs& fields) {
+  Params params;
+  size_t known = 0;
+#define AVFAST_PARAM(type, name, value, needed)                                                             \
+  if (fields.contains(#name)) {                                                                             \
+    [[maybe_unused]] const auto x = params.name = from_python<decltype(params.name)>(#name, fields[#name]); \
+    if (!(needed)) {                                                                                        \
+      throw std::invalid_argument(#name " is " + py::str(fields[#name]).cast<std::string>() +               \
+                                  ", expected " #needed " for x = " #name);                                 \
+    }                                                                                                       \
+    ++known;                                                                                                \
+  }
+#include "tvl1/params.def"
+#undef AVFAST_PARAM
+  if (known != fields.size()) {
+    throw py::type_error("TVL1Params has no such parameter among " + py::str(py::list(fields)).cast<std::string>());
+  }
+  return params;
+}
+
+void bind_tvl1(py::module_& m) {
+  py::class_<Params> params(m, "TVL1Params", "Parameters of TV-L1 (avfast.opticalflow.tvl1.TVL1Params), read-only.");
+  params.def(py::init(&make_params));
+#define AVFAST_PARAM(type, name, value, needed) \
+  params.def_property_readonly(#name, [](const Params& p) { return to_python(p.name); });
+#include "tvl1/params.def"
+#undef AVFAST_PARAM
 
   m.def(
       "tvl1_flow",
-      [](uintptr_t a, uintptr_t b, uintptr_t flow, int64_t pairs, int height, int width, const Params& params,
-         int threads, bool bytes) {
+      [](Address a, Address b, Address flow, int64_t pairs, int height, int width, const Params& params, bool uint8,
+         int threads) {
         const auto run = [&](auto grey) {
-          avfast::tvl1::flow(as(grey, a), as(grey, b), as(float{}, flow), pairs, height, width, params, threads,
-                             nullptr);
+          using Grey = decltype(grey);
+          tvl1::flow(reinterpret_cast<const Grey*>(a), reinterpret_cast<const Grey*>(b), reinterpret_cast<float*>(flow),
+                     pairs, height, width, params, threads);
         };
-        bytes ? run(uint8_t{}) : run(float{});
+        uint8 ? run(uint8_t{}) : run(float{});
       },
-      py::call_guard<py::gil_scoped_release>(), py::arg("a"), py::arg("b"), py::arg("flow"), py::arg("pairs"),
-      py::arg("height"), py::arg("width"), py::arg("params"), py::arg("threads"), py::arg("bytes") = false,
-      "Addresses of float32 or (bytes) uint8 a, b [pairs, height, width] (0..255) -> writes float32 flow [pairs, 2, "
-      "height, width].");
-
-  // the fused ops: fused.h says what each address holds
-  m.def(
-      "gates_forward",
-      [](uintptr_t gates, uintptr_t cell, uintptr_t hidden, uintptr_t new_cell, int64_t rows, int64_t area, bool fp64,
-         int threads) {
-        avfast::with_type(fp64, [&](auto t) {
-          avfast::fused::gates_forward(as(t, gates), as(t, cell), as(t, hidden), as(t, new_cell), rows, area, threads,
-                                       nullptr);
-        });
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "gates_backward",
-      [](uintptr_t gates, uintptr_t cell, uintptr_t grad_hidden, uintptr_t grad_new_cell, uintptr_t grad_gates,
-         uintptr_t grad_cell, int64_t rows, int64_t area, bool fp64, int threads) {
-        avfast::with_type(fp64, [&](auto t) {
-          avfast::fused::gates_backward(as(t, gates), as(t, cell), as(t, grad_hidden), as(t, grad_new_cell),
-                                        as(t, grad_gates), as(t, grad_cell), rows, area, threads, nullptr);
-        });
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "warp_forward",
-      [](uintptr_t image, uintptr_t flow, uintptr_t out, int64_t batch, int channels, int height, int width, bool zeros,
-         bool fp64, int threads) {
-        avfast::with_type(fp64, [&](auto t) {
-          avfast::fused::warp_forward(as(t, image), as(t, flow), as(t, out), batch, channels, height, width, zeros,
-                                      threads, nullptr);
-        });
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "warp_backward",
-      [](uintptr_t image, uintptr_t flow, uintptr_t grad_out, uintptr_t grad_image, uintptr_t grad_flow, int64_t batch,
-         int channels, int height, int width, bool zeros, bool fp64, int threads) {
-        avfast::with_type(fp64, [&](auto t) {
-          avfast::fused::warp_backward(as(t, image), as(t, flow), as(t, grad_out), as(t, grad_image), as(t, grad_flow),
-                                       batch, channels, height, width, zeros, threads, nullptr);
-        });
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "flow_loss",
-      [](uintptr_t prediction, uintptr_t target, uintptr_t frames, uintptr_t grad, uintptr_t loss, int64_t images,
-         int channels, int height, int width, double data_weight, double smooth_weight, bool fp64, int threads) {
-        avfast::with_type(fp64, [&](auto t) {
-          avfast::fused::flow_loss(as(t, prediction), as(t, target), as(t, frames), as(t, grad), as(t, loss), images,
-                                   channels, height, width, data_weight, smooth_weight, threads, nullptr);
-        });
-      },
-      py::call_guard<py::gil_scoped_release>());
-  // a feature: its address and its channels
-  using Features = std::vector<std::pair<uintptr_t, int64_t>>;
-  m.def(
-      "modulate_forward",
-      [](uintptr_t context, uintptr_t gamma, uintptr_t beta, uintptr_t out, int64_t batch, int64_t channels,
-         int64_t area, int64_t out_stride, const Features& before, bool fp64, int threads) {
-        avfast::with_type(fp64, [&](auto t) {
-          std::vector<avfast::fused::Feature<decltype(t)>> features;
-          for (const auto& [address, count] : before) features.push_back({as(t, address), count});
-          avfast::fused::modulate_forward(as(t, context), as(t, gamma), as(t, beta), as(t, out), batch, channels, area,
-                                          out_stride, features, threads, nullptr);
-        });
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "modulate_backward",
-      [](uintptr_t context, uintptr_t gamma, uintptr_t grad_out, uintptr_t grad_context, uintptr_t grad_gamma,
-         uintptr_t grad_beta, int64_t batch, int64_t channels, int64_t area, int64_t grad_stride, bool fp64,
-         int threads) {
-        avfast::with_type(fp64, [&](auto t) {
-          avfast::fused::modulate_backward(as(t, context), as(t, gamma), as(t, grad_out), as(t, grad_context),
-                                           as(t, grad_gamma), as(t, grad_beta), batch, channels, area, grad_stride,
-                                           threads, nullptr);
-        });
-      },
-      py::call_guard<py::gil_scoped_release>());
-  // of an axis: size, tiles, taken, products, step
-  using Sizes = std::array<int, 5>;
-  const auto tiles = [](auto t, uintptr_t rows, uintptr_t columns, int64_t batch, int64_t channels, int64_t apart,
-                        int stride, int pad, const Sizes& h, const Sizes& w) {
-    using T = decltype(t);
-    return avfast::fused::Tiles<T>{batch,
-                                   channels,
-                                   stride,
-                                   pad,
-                                   apart,
-                                   {h[0], h[1], h[2], h[3], h[4], as(t, rows)},
-                                   {w[0], w[1], w[2], w[3], w[4], as(t, columns)}};
-  };
-  m.def(
-      "gather_tiles",
-      [tiles](uintptr_t map, uintptr_t rows, uintptr_t columns, uintptr_t products, int64_t batch, int64_t channels,
-              int64_t apart, int stride, int pad, const Sizes& h, const Sizes& w, bool fp64, int threads) {
-        avfast::with_type(fp64, [&](auto t) {
-          avfast::fused::gather_tiles(tiles(t, rows, columns, batch, channels, apart, stride, pad, h, w), as(t, map),
-                                      as(t, products), threads, nullptr);
-        });
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "scatter_tiles",
-      [tiles](uintptr_t products, uintptr_t rows, uintptr_t columns, uintptr_t map, int64_t batch, int64_t channels,
-              int64_t apart, int stride, int pad, const Sizes& h, const Sizes& w, bool fp64, int threads) {
-        avfast::with_type(fp64, [&](auto t) {
-          avfast::fused::scatter_tiles(tiles(t, rows, columns, batch, channels, apart, stride, pad, h, w),
-                                       as(t, products), as(t, map), threads, nullptr);
-        });
-      },
-      py::call_guard<py::gil_scoped_release>());
-
+      WithoutGil(), py::kw_only(), py::arg("a"), py::arg("b"), py::arg("flow"), py::arg("pairs"), py::arg("height"),
+      py::arg("width"), py::arg("params"), py::arg("uint8"), py::arg("threads"),
+      "Grey levels a, b [pairs, height, width], 0..255, float32 or uint8 -> writes float32 flow [pairs, 2, height, "
+      "width] in pixels. Addresses of the CPU's memory.");
 #ifdef AVFAST_WITH_CUDA
-  m.def("tvl1_cuda_scratch", &avfast::tvl1::cuda_scratch, py::arg("pairs"), py::arg("height"), py::arg("width"),
+  m.def("tvl1_cuda_scratch", &tvl1::cuda_scratch, py::kw_only(), py::arg("pairs"), py::arg("height"), py::arg("width"),
         py::arg("params"), "float32 values of scratch memory that tvl1_flow_cuda needs.");
   m.def(
       "tvl1_flow_cuda",
-      [](uintptr_t a, uintptr_t b, uintptr_t flow, int64_t pairs, int height, int width, const Params& params,
-         uintptr_t scratch, uintptr_t stream) {
-        avfast::tvl1::flow_cuda(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b),
-                                reinterpret_cast<float*>(flow), pairs, height, width, params,
-                                reinterpret_cast<float*>(scratch), reinterpret_cast<void*>(stream));
+      [](Address a, Address b, Address flow, int64_t pairs, int height, int width, const Params& params,
+         Address scratch, Address stream) {
+        tvl1::flow_cuda(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b),
+                        reinterpret_cast<float*>(flow), pairs, height, width, params, reinterpret_cast<float*>(scratch),
+                        reinterpret_cast<void*>(stream));
       },
-      py::call_guard<py::gil_scoped_release>(), py::arg("a"), py::arg("b"), py::arg("flow"), py::arg("pairs"),
-      py::arg("height"), py::arg("width"), py::arg("params"), py::arg("scratch"), py::arg("stream"),
-      "As tvl1_flow, with addresses on the current CUDA device; queued on the stream.");
+      WithoutGil(), py::kw_only(), py::arg("a"), py::arg("b"), py::arg("flow"), py::arg("pairs"), py::arg("height"),
+      py::arg("width"), py::arg("params"), py::arg("scratch"), py::arg("stream"),
+      "As tvl1_flow for float32, with addresses on the current CUDA device; queued on the stream.");
 #endif
+}
+
+}  // namespace avfast
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native parts of avfast. Private: use avfast.tvl1_flow and avfast.kernels.";
+  m.attr("with_cuda") = avfast::kWithCuda;
+  m.def("cuda_devices", &avfast::cuda_devices, avfast::WithoutGil(),
+        "Name and compute capability of every CUDA device the built-in runtime sees; empty without a driver.");
+  m.def("instruction_sets", &avfast::instruction_sets,
+        "Instruction sets that the CPU code was built for and this CPU has, best first.");
+  avfast::bind_fused(m);
+  avfast::bind_tvl1(m);
 }

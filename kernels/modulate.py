@@ -79,7 +79,7 @@ def _forward(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Ten
         _forward_triton(before, context, gamma, beta, out)
     elif out.numel() > 0:
         b, c, h, w = context.shape
-        inputs = {
+        inputs: dict[str, Tensor | list[Tensor]] = {
             "before": [t.contiguous() for t in before],
             "context": context.contiguous(),
             "gamma": gamma.contiguous(),

@@ -1,7 +1,8 @@
-"""The C++ side of the fused ops: whether it can run, and how its functions are called (csrc/fused.h)."""
+"""The C++ side of the fused ops: whether it can run, and how its functions are called (csrc/fused/ops.def)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -29,8 +30,15 @@ def unavailable(device: str) -> str | None:
 
 
 def unsupported(first: Tensor, *_others: Any) -> str | None:
-    """The same for a call whose first argument is `first`; public functions see to one device for all."""
-    return NOT_BUILT if first.is_cpu else unavailable("another")
+    """Why the C++ ops cannot run on `first` and other tensors of its device; None if they can."""
+    return unavailable(first.device.type)
+
+
+def backend(
+    function: Callable[..., Any], *, suits: Callable[..., bool] | None = None, condition: str | None = None
+) -> Backend:
+    """`function`, which calls the extension, as a backend of an op."""
+    return Backend(function, unsupported, unavailable, suits=suits, condition=condition)
 
 
 def engine() -> Any:
@@ -41,30 +49,43 @@ def engine() -> Any:
 
 
 def compute_type(*tensors: Tensor) -> torch.dtype:
-    """float64 where a tensor has it, else float32: half types are converted."""
-    # a loop: any() of a generator takes twice as long, 0.4 us, in every call
-    for tensor in tensors:
-        if tensor.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
+    """The type that C++ computes in: float64 where a tensor has it, else float32 (half types are converted)."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def backend(function, *, suits=None, condition=None):
-    """`function`, which calls the extension, as a backend of an op."""
-    return Backend(function, unsupported, unavailable, None, suits, condition)
+def call(
+    name: str,
+    compute: torch.dtype,
+    inputs: Mapping[str, Tensor | Sequence[Tensor]],
+    outputs: Mapping[str, Tensor | None],
+    **sizes: Any,
+) -> None:
+    """Run the C++ function `name` on CPU tensors, which it gets by the names of its arguments.
+
+    inputs: tensors, or sequences of tensors; those of another type than `compute` (float32 or float64) are converted.
+    outputs: tensors that the function writes; those of another type are computed in a buffer and copied from there.
+    None stands for an output that is not wanted. All lie in memory as csrc/fused/ops.def says. sizes: the other
+    arguments; `fp64` and `threads` (torch.get_num_threads()) are added.
+    """
+    # also keeps what is converted alive during the call
+    tensors: dict[str, Any] = {}
+    for key, given in inputs.items():
+        tensors[key] = given.to(compute) if isinstance(given, Tensor) else [tensor.to(compute) for tensor in given]
+    for key, output in outputs.items():
+        if output is None or output.dtype == compute:
+            tensors[key] = output
+        else:
+            tensors[key] = torch.empty_like(output, dtype=compute)
+    addresses = {key: _addresses(value) for key, value in tensors.items()}
+    function = getattr(engine(), name)
+    function(**addresses, **sizes, fp64=compute == torch.float64, threads=torch.get_num_threads())
+    for key, output in outputs.items():
+        if output is not None and output is not tensors[key]:
+            output.copy_(tensors[key])
 
 
-def call(name, compute, inputs, outputs, **sizes):
-    if name == "modulate_forward":
-        before = [t.to(compute) for t in inputs.pop("before")]
-        channels = sizes.pop("before_channels")
-        out = outputs["out"]
-        sizes["out_stride"] = out.shape[1] * sizes["area"]
-        sizes["before"] = list(zip([t.data_ptr() for t in before], channels, strict=True))
-    given = [t if t.dtype == compute else t.to(compute) for t in inputs.values()]
-    taken = [t if t is None or t.dtype == compute else torch.empty_like(t, dtype=compute) for t in outputs.values()]
-    addresses = [0 if t is None else t.data_ptr() for t in (*given, *taken)]
-    getattr(engine(), name)(*addresses, *sizes.values(), compute == torch.float64, torch.get_num_threads())
-    for output, buffer in zip(outputs.values(), taken, strict=True):
-        if output is not None and buffer is not None and output is not buffer:
-            output.copy_(buffer)
+def _addresses(value: Tensor | list[Tensor] | None) -> int | list[int]:
+    """Of a tensor, or of each in a list; 0, a null pointer, for None."""
+    if value is None:
+        return 0
+    return value.data_ptr() if isinstance(value, Tensor) else [tensor.data_ptr() for tensor in value]

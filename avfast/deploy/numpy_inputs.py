@@ -9,6 +9,7 @@ Shape legend: B clips, T K frames, C channels, H W pixels, F S the spectrogram o
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,6 @@ def backward_flow(frames: NDArray[np.float32], params: dict[str, Any], threads: 
     engine is not installed.
     """
     engine = _engine()
-    fields = dict(params)
-    chambolle_pock, opencv = fields.pop("solver") == "chambolle-pock", fields.pop("scheme") == "opencv"
-    native = engine.TVL1Params(chambolle_pock=chambolle_pock, opencv=opencv, **fields)
     grey = frames.astype(np.float32) * np.float32(255)
     grey = grey[:, :, 0] if frames.shape[2] == 1 else _luma(grey)
     b, t, h, w = grey.shape
@@ -53,8 +51,10 @@ def backward_flow(frames: NDArray[np.float32], params: dict[str, Any], threads: 
     if t > 1:
         later, earlier = (np.ascontiguousarray(x) for x in (grey[:, 1:], grey[:, :-1]))
         found = np.empty((b, t - 1, 2, h, w), np.float32)
-        addresses = (x.ctypes.data for x in (later, earlier, found))
-        engine.tvl1_flow(*addresses, b * (t - 1), h, w, native, threads)
+        engine.tvl1_flow(
+            a=later.ctypes.data, b=earlier.ctypes.data, flow=found.ctypes.data, pairs=b * (t - 1), height=h, width=w,
+            params=engine.TVL1Params(**params), uint8=False, threads=threads or os.cpu_count() or 1,
+        )  # fmt: skip
         flow[:, 1:] = found
     return flow
 

@@ -1,14 +1,13 @@
 """TV-L1 optical flow (Zach, Pock and Bischof, DAGM 2007) of image pairs and clips.
 
-`tvl1_flow` runs the compiled engine (csrc/tvl1.cpp on the CPU, csrc/tvl1.cu on a GPU, with the same bits), or its
-definition in plain PyTorch (`avfast.kernels.tvl1`) where the extension was not built. All presets but `opencv` do the
+`tvl1_flow` runs the compiled engine (csrc/tvl1, on the CPU and on CUDA devices, with the same bits), or its definition
+in plain PyTorch (`avfast.kernels.tvl1_reference`) where the extension was not built. All presets but `opencv` do the
 same work for every pair, whatever the content.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,68 +16,7 @@ from torch import Tensor
 
 from avfast.errors import InputError
 from avfast.kernels.tvl1 import tvl1_op
-
-
-@dataclass(frozen=True)
-class TVL1Params:
-    """Parameters of TV-L1. Raises InputError for a value out of range."""
-
-    solver: Literal["zach", "chambolle-pock"] = "zach"
-    """`zach`: relaxed by theta, as published and as in OpenCV; `chambolle-pock`: primal-dual on the energy itself."""
-    scheme: Literal["avfast", "opencv"] = "avfast"
-    """What surrounds the solver. `avfast`: pyramid by area average, no data term where a point leaves the image, median
-    after a warp's iterations. `opencv`: bilinear pyramid, black around the image, median before them."""
-    tau: float = 0.25
-    """Step: of the dual (zach; at most 0.25 is known to converge), of the primal (chambolle-pock; any)."""
-    lambda_: float = 0.15
-    """Weight of the data term for grey levels 0..255; smaller is smoother."""
-    theta: float = 0.3
-    """Coupling of zach's relaxation; chambolle-pock does not use it."""
-    scale_step: float = 0.5
-    """Size of a pyramid level as a share of the next finer one, 0.5 to 0.95."""
-    scales: int = 100
-    """Largest number of pyramid levels; the shorter side never falls below 16 pixels."""
-    warps: int = 5
-    """Linearisations per pyramid level."""
-    coarse_warps: int = 0
-    """The same for all levels but the finest, and for an only one; 0: as many as `warps`. Coarse levels are small and
-    find the large motions: 8 of them and 2 of the finest take 0.6 of the time of 5 of each and err as little."""
-    outer_iterations: int = 1
-    """Rounds of iterations per warp; in scheme `opencv` each begins with the median filter."""
-    iterations: int = 20
-    """Iterations per round."""
-    epsilon: float = 0.0
-    """A warp ends when the root mean squared change of the flow in one iteration, in pixels, is not above it; 0: all
-    iterations are done, always the same work whatever the content."""
-    median: int = 3
-    """Side of the median filter of the flow: 1 (off), 3 or 5 pixels."""
-    presmooth: float = 0.0
-    """Standard deviation of the Gaussian applied to both images first, in pixels; 0 is off."""
-
-    def __post_init__(self) -> None:
-        if self.solver not in ("zach", "chambolle-pock"):
-            raise InputError(f"solver is {self.solver!r}, expected 'zach' or 'chambolle-pock'")
-        for name in ("tau", "lambda_", "theta"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} is {value}, expected a positive number")
-        if self.scheme not in ("avfast", "opencv"):
-            raise InputError(f"scheme is {self.scheme!r}, expected 'avfast' or 'opencv'")
-        if not 0.5 <= self.scale_step <= 0.95:
-            raise InputError(f"scale_step is {self.scale_step}, expected 0.5 to 0.95")
-        if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
-            raise InputError(f"epsilon is {self.epsilon}, expected 0 (off) or more pixels")
-        for name in ("scales", "warps", "outer_iterations", "iterations"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value}, expected a whole number of at least 1")
-        if not isinstance(self.coarse_warps, int) or self.coarse_warps < 0:
-            raise InputError(f"coarse_warps is {self.coarse_warps}, expected a whole number of at least 0")
-        if self.median not in (1, 3, 5):
-            raise InputError(f"median is {self.median}, expected 1 (off), 3 or 5")
-        if not 0 <= self.presmooth <= 10:
-            raise InputError(f"presmooth is {self.presmooth}, expected 0 (off) to 10 pixels")
-
+from avfast.kernels.tvl1_reference import TVL1Params
 
 # mean end-point error in px over RubberWhale, Venus, Grove2 and Urban2: fast 0.271, quality 0.221, chambolle-pock
 # 0.261, opencv 1.05 like OpenCV; on 55 crops of 64x64 fast 1.46, opencv 1.37. fast and quality were chosen on these

@@ -16,9 +16,11 @@ from torch import Tensor
 from avfast.kernels import (
     backward_warp,
     condense,
+    conv3x3,
     convlstm_gates,
     flow_loss,
     modulate,
+    patch_conv,
     recall,
     registry,
     strided_conv,
@@ -111,10 +113,28 @@ CASES = {
         ],
         (True,) * 4,
     ),
+    "recall without a gradient": Case(
+        recall,
+        lambda b, h, w: [
+            *(normal(b, 4, h, w, seed=i) for i in range(2)),
+            *(normal(b, 5, 4, seed=i) for i in range(2, 4)),
+        ],
+        (False,) * 4,
+    ),
     "strided_conv": Case(
         strided_conv,
         lambda b, h, w: [normal(b, 3, h + 1, w + 1), 0.3 * normal(5, 3, 4, 4, seed=1)],
         (True, True),
+    ),
+    "conv3x3": Case(
+        conv3x3,
+        lambda b, h, w: [normal(b, 3, h, w), 0.3 * normal(5, 3, 3, 3, seed=1), normal(5, seed=2)],
+        (True, True, True),
+    ),
+    "patch_conv": Case(
+        lambda *a, **k: patch_conv(*a, stride=(2, 1), padding=(1, 2), **k),
+        lambda b, h, w: [normal(b, 3, h, w), 0.3 * normal(5, 3, 3, 2, seed=1), normal(5, seed=2)],
+        (True, True, True),
     ),
     "strided_conv transposed": Case(
         strided_conv_transpose,
@@ -124,13 +144,21 @@ CASES = {
 }
 
 
+def op_of(name: str) -> registry.Op:
+    name = name.split()[0]
+    return registry.OPS["conv2d" if name in ("strided_conv", "conv3x3") else name]
+
+
 def implementations() -> list[Any]:
     """(case, backend) for every backend but the reference that runs on this machine's device."""
     found = []
     for name in CASES:
-        op = registry.OPS[name.split()[0]]
+        op = op_of(name)
         for backend, how in op.backends.items():
-            if backend != "reference" and how.unavailable(DEVICE) is None:
+            without_gradient = not any(CASES[name].differentiable)
+            # the kernel of recall has no gradient
+            suited = without_gradient == (op.name == "recall" and backend == "triton") or name == "recall one"
+            if backend != "reference" and how.unavailable(DEVICE) is None and suited:
                 found.append(pytest.param(name, backend, id=f"{name.replace(' ', '-')}-{backend}"))
     return found
 
@@ -176,7 +204,8 @@ def results(name: str, args: list[Tensor], backend: str, *, expanded: bool = Fal
         for o in outs
     )
     assert isinstance(total, Tensor)
-    return [o.detach() for o in outs] + list(torch.autograd.grad(total, [a for a in args if a.requires_grad]))
+    wanted = [a for a in args if a.requires_grad]
+    return [o.detach() for o in outs] + list(torch.autograd.grad(total, wanted) if wanted else [])
 
 
 def assert_equal_to_reference(name: str, args: list[Tensor], backend: str, tolerance: float, **kwargs: Any) -> None:
@@ -247,6 +276,8 @@ def test_empty_batch(name: str, backend: str) -> None:
 @IMPLEMENTATIONS
 def test_gradients_by_finite_differences(name: str, backend: str) -> None:
     args = arguments(name, (2, 3, 4))
+    if not any(a.requires_grad for a in args):
+        pytest.skip("no gradient")
     # one random direction each under the interpreter, where a call takes 50 ms
     fast = backend == "triton" and DEVICE == "cpu"
     assert torch.autograd.gradcheck(lambda *a: CASES[name].call(*a, backend=backend), args, fast_mode=fast)
@@ -255,7 +286,7 @@ def test_gradients_by_finite_differences(name: str, backend: str) -> None:
 @IMPLEMENTATIONS
 def test_second_derivative_is_refused(name: str, backend: str) -> None:
     """By an error: a missing term would be a wrong gradient."""
-    if backend in ("sdpa", "torch") or name == "recall one":
+    if backend in ("sdpa", "torch") or name.startswith("recall"):
         pytest.skip("PyTorch's own ops, which decide for themselves")
     args = arguments(name, (1, 3, 4))
     out = CASES[name].call(*args, backend=backend)
@@ -292,16 +323,14 @@ def test_in_a_cuda_graph(name: str, backend: str, monkeypatch: pytest.MonkeyPatc
 
 def native(name: str) -> str:
     """The backend that is a torch op of ours on this device."""
-    return "cpp" if DEVICE == "cpu" and "cpp" in registry.OPS[name.split()[0]].backends else "triton"
+    return "cpp" if DEVICE == "cpu" and "cpp" in op_of(name).backends else "triton"
 
 
-# recall over one token is one addition, for which there is no op; strided convolutions are PyTorch's in programs
-TRITON = registry.OPS["condense"].backends["triton"].unavailable(DEVICE) is None
-REGISTERED = [
-    name
-    for name in CASES
-    if name != "recall one" and not name.startswith("strided_conv") and (TRITON or native(name) == "cpp")
-]
+TRITON = registry.OPS["recall"].backends["triton"].unavailable(DEVICE) is None
+# cases without a torch op of ours in compiled programs: one token is one addition, convolutions are PyTorch's there, and
+# so are condense and the gradient of recall
+NO_OP = ("recall one", "recall many", "condense", "strided_conv", "strided_conv transposed", "conv3x3", "patch_conv")
+REGISTERED = [name for name in CASES if name not in NO_OP and (TRITON or native(name) == "cpp")]
 
 
 @pytest.mark.parametrize("name", REGISTERED)
@@ -318,7 +347,7 @@ def test_compiled_without_graph_breaks(name: str, monkeypatch: pytest.MonkeyPatc
     for function in (call, compiled):
         out = function(*args)
         outs = out if isinstance(out, tuple) else (out,)
-        grads = torch.autograd.grad(sum(o.square().sum() for o in outs), wanted)
+        grads = torch.autograd.grad(sum(o.square().sum() for o in outs), wanted) if wanted else ()
         if function is call:
             expected = (*outs, *grads)
     assert all(torch.equal(a, b) for a, b in zip((*outs, *grads), expected, strict=True))
@@ -352,7 +381,9 @@ def samples() -> list[tuple[Any, tuple[Any, ...]]]:
     gates, cell = normal(2, 12, 5, 6).float(), normal(2, 3, 5, 6, seed=1).float()
     clip = normal(1, 2, 2, 5, 6).float()
     row = normal(2, 3, seed=2).float()
-    memory, weight, bias = normal(2, 5, 3).float(), normal(9, 3, seed=1).float(), normal(9, seed=2).float()
+    memory = normal(2, 5, 3).float()
+    geometry, weights = (5, 6, 4, 2, 1), normal(16, 12, 5, seed=1).float()
+    maps = [t.contiguous(memory_format=torch.channels_last) for t in (image, normal(2, 5, 2, 3).float())]
     ops = torch.ops.avfast
     calls = [
         (ops._backward_warp.default, (image, flow, "border")),
@@ -366,13 +397,10 @@ def samples() -> list[tuple[Any, tuple[Any, ...]]]:
         (ops._flow_loss.default, (clip, clip + 1, clip.sigmoid(), 0.1, False)),
         (ops._modulate.default, ([image, flow], image, row, row)),
         (ops._modulate_backward.default, (image, row, image)),
-        (ops._condense.default, (memory, weight, bias)),
-        (ops._condense_backward.default, (memory, weight, bias, memory.mT.contiguous().mT)),
         (ops._recall.default, (image.contiguous(memory_format=torch.channels_last), image, memory, memory + 1)),
-        (
-            ops._recall_backward.default,
-            (image, memory, memory + 1, image.contiguous(memory_format=torch.channels_last)),
-        ),
+        (ops._winograd_conv.default, (maps[0], weights, geometry, False)),
+        (ops._winograd_conv.default, (maps[1], weights, geometry, True)),
+        (ops._winograd_weight_gradient.default, (maps[:1], maps[1:], weights, geometry)),
     ]
     return [(op, tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)) for op, args in calls]
 
@@ -386,8 +414,9 @@ def test_opcheck(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in ("triton", "cpp"):
         module = registry.OPS["backward_warp"].backends[backend]
         given = (*args, backend) if op._schema.arguments[-1].name == "backend" else args
-        # an op that takes none is Triton's
-        if module.unavailable(DEVICE) is None and (given is not args or backend == "triton"):
+        # an op that takes none is the one's or the other's
+        own = "cpp" if "winograd" in str(op) else "triton"
+        if module.unavailable(DEVICE) is None and (given is not args or backend == own):
             torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))
             torch.library.opcheck(op, given, test_utils="test_aot_dispatch_dynamic")
 
@@ -510,17 +539,11 @@ def test_attention_over_several_blocks_of_everything() -> None:
     if not TRITON:
         pytest.skip("no Triton on this device")
     b, t, c = 1, 37, 35
-    tensors = [0.3 * normal(b, t, c), 0.2 * normal(3 * c, c, seed=1), 0.1 * normal(3 * c, seed=2)]
     maps = [0.5 * normal(b, c, 5, 7, seed=i) for i in (3, 4)]
     memories = [0.5 * normal(b, t, c, seed=i) for i in (5, 6)]
-    for call, args in ((condense, tensors), (recall, [*maps, *memories])):
-        args = [a.to(DEVICE).requires_grad_() for a in args]
-        found, expected = [], []
-        for backend, into in (("triton", found), ("reference", expected)):
-            out = call(*args, backend=backend)
-            into += [out, *torch.autograd.grad(out, args, torch.linspace(1, 2, out.numel()).view_as(out).to(out))]
-        for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    args = [a.to(DEVICE) for a in (*maps, *memories)]
+    found, expected = (recall(*args, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="made for the CPU")
@@ -550,19 +573,6 @@ def test_what_pytorchs_own_ops_are_chosen_for() -> None:
         assert recall_by_torch.chosen(maps, maps, memory, memory) is chosen
 
 
-def test_condense_of_half_memory_with_fp32_weights() -> None:
-    """What autocast leads to: a half memory from the layer before, fp32 parameters."""
-    if not TRITON:
-        pytest.skip("no Triton on this device")
-    memory, weight, bias = arguments("condense", (2, 7, 1), torch.float32)
-    half = memory.detach().bfloat16().requires_grad_()
-    out = condense(half, weight, bias, backend="triton")
-    grads = torch.autograd.grad(out.float().sum(), (half, weight, bias))
-    assert [t.dtype for t in (out, *grads)] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
-    exact = condense(half.float(), weight, bias, backend="reference")
-    assert (out - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("size", [(2, 1, 1), (1, 1, 1), (2, 4, 5), (1, 1, 3)], ids=str)
 def test_recall_gives_fused_attention_rows_that_it_takes(
@@ -583,10 +593,9 @@ def test_recall_gives_fused_attention_rows_that_it_takes(
     assert [t.stride()[1:] for t in seen] == [(t.shape[2] * t.shape[3], t.shape[3], 1) for t in seen] and len(seen) == 3
 
 
-def test_what_the_attention_kernels_leave_to_others() -> None:
-    assert registry.OPS["condense"].backends["triton"].opt_in
+def test_what_the_recall_kernel_leaves_to_others() -> None:
     triton = registry.OPS["recall"].backends["triton"]
-    assert triton.where is not None
+    assert triton.suits is not None
     for batch, tokens, dtype, wanted in (
         (16, 20, torch.float32, True),
         (512, 20, torch.float32, False),
@@ -594,18 +603,18 @@ def test_what_the_attention_kernels_leave_to_others() -> None:
         (16, 65, torch.bfloat16, False),
     ):
         maps, memory = torch.zeros(batch, 4, 3, 3, dtype=dtype), torch.zeros(batch, tokens, 4, dtype=dtype)
-        assert triton.where[1](maps, maps, memory, memory) is wanted
-        assert not triton.where[1](maps, maps, memory, memory.requires_grad_())
+        assert triton.suits(maps, maps, memory, memory) is wanted
     if not TRITON:
         pytest.skip("no Triton on this device")
     for c, dtype, most in ((129, torch.float32, 128), (129, torch.bfloat16, 128), (65, torch.float64, 64)):
-        memory = torch.zeros(1, 2, c, dtype=dtype, device=DEVICE)
-        weight, bias = memory.new_zeros(3 * c, c), memory.new_zeros(3 * c)
-        with pytest.raises(ValueError, match=f"it has {c} channels, the kernels take {most} of"):
-            condense(memory, weight, bias, backend="triton")
-        assert torch.equal(condense(memory, weight, bias), memory)
-    feature, value = torch.zeros(1, 200, 2, 2, device=DEVICE), torch.ones(1, 1, 200, device=DEVICE)
-    with pytest.raises(ValueError, match="it has 200 channels"):
-        recall(feature, feature, value.expand(1, 2, 200), value.expand(1, 2, 200), backend="triton")
-    # one token is an addition, of any size
+        maps = torch.zeros(1, c, 2, 2, dtype=dtype, device=DEVICE)
+        memory = maps.new_zeros(1, 2, c)
+        with pytest.raises(ValueError, match=f"it has {c} channels, the kernel takes {most} of"):
+            recall(maps, maps, memory, memory, backend="triton")
+        assert torch.equal(recall(maps, maps, memory, memory), maps)
+    maps, memory = torch.zeros(1, 4, 2, 2, device=DEVICE), torch.zeros(1, 2, 4, device=DEVICE).requires_grad_()
+    with pytest.raises(ValueError, match="the kernel has no gradient"):
+        recall(maps, maps, memory, memory, backend="triton")
+    # one token is an addition, of any size and with any gradient
+    feature, value = torch.zeros(1, 200, 2, 2, device=DEVICE), torch.ones(1, 1, 200, device=DEVICE, requires_grad=True)
     assert recall(feature, None, None, value, backend="triton").eq(1).all()

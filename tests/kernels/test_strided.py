@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avfast.kernels import native, strided_conv, strided_conv_transpose
-from avfast.kernels.winograd.strided import Kept
+from avfast.kernels import native, shared_weights, strided_conv, strided_conv_transpose
+from avfast.kernels.winograd import conv as winograd
 
 pytestmark = pytest.mark.skipif(native.NOT_BUILT is not None, reason=str(native.NOT_BUILT))
 
@@ -43,23 +43,32 @@ def test_every_size(padding: int, transposed: bool) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-def test_weights_are_transformed_once_for_calls_that_share_them() -> None:
+def test_weights_are_transformed_once_for_calls_that_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = normal(2, 32, 24, 24), normal(32, 32, 4, 4, seed=1)
+    transformed = []
+    transform = winograd.transform_weight
+    monkeypatch.setattr(winograd, "transform_weight", lambda *a: transformed.append(1) or transform(*a))
 
-    def run(kept: Kept | None) -> tuple[Tensor, Tensor]:
-        first = strided_conv(x, weight, kept=kept, backend="cpp")
-        second = strided_conv(x * x, weight, kept=kept, backend="cpp")
-        back = strided_conv_transpose(second, weight, kept=kept, backend="cpp")
+    def run() -> tuple[Tensor, ...]:
+        first = strided_conv(x, weight, backend="cpp")
+        second = strided_conv(x * x, weight, backend="cpp")
+        back = strided_conv_transpose(second, weight, backend="cpp")
         return torch.autograd.grad(first.square().sum() + back.square().sum(), (x, weight))
 
-    kept: Kept = {}
-    for shared, alone in zip(run(kept), run(None), strict=True):
-        torch.testing.assert_close(shared, alone, rtol=1e-10, atol=1e-10)
-    # forwards and backwards through the same maps
-    assert len(kept) == 1
-    # another size of map has other tiles
-    strided_conv(x[:, :, :12], weight, kept=kept, backend="cpp")
-    assert len(kept) == 2
+    alone = run()
+    assert len(transformed) == 3
+    transformed.clear()
+    with shared_weights():
+        shared = run()
+        # forwards and backwards through the same maps
+        assert len(transformed) == 1
+        # another size of map has other tiles
+        strided_conv(x[:, :, :12], weight, backend="cpp")
+        assert len(transformed) == 2
+    for ours, theirs in zip(shared, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    strided_conv(x, weight, backend="cpp")
+    assert len(transformed) == 3
 
 
 def test_choice() -> None:
@@ -72,10 +81,12 @@ def test_choice() -> None:
 
     image, weight = torch.rand(16, 32, 24, 24), torch.rand(32, 32, 4, 4)
     assert chosen(image, weight)
-    assert chosen(image[:2], weight, kept={})
+    with shared_weights():
+        assert chosen(image[:2], weight)
     # too few tiles to transform the weights for, or to multiply by them; too few channels; another type
     assert not chosen(image[:2], weight)
-    assert not chosen(image[:1], weight, kept={})
+    with shared_weights():
+        assert not chosen(image[:1], weight)
     assert not chosen(image[:, :31].contiguous(), weight[:, :31])
     assert not chosen(image.double(), weight.double())
     with torch.autocast("cpu"):
@@ -87,7 +98,8 @@ def test_compiled_and_exported_programs_have_pytorchs_convolution() -> None:
 
     class Module(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return strided_conv_transpose(strided_conv(x, weight, kept={}), weight, kept={})
+            with shared_weights():
+                return strided_conv_transpose(strided_conv(x, weight), weight)
 
     expected = F.conv_transpose2d(F.conv2d(image, weight, stride=2, padding=1), weight, stride=2, padding=1)
     with torch.no_grad():

@@ -30,16 +30,7 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # constexpr arguments beside those that follow from the type, options, and strides of 1, as the launchers choose them;
 # several variants where they choose the code
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "_condense_fwd_kernel": {"": {"BLOCK": 16}},
     "_recall_fwd_kernel": {"": {"BLOCK": 16, **POSITIONS}},
-    "_attention_bwd_query_kernel": {
-        "condense": {"CAUSAL": True, "BLOCK": 16, "num_stages": 1, "maxnreg": 255},
-        "recall": {"CAUSAL": False, "BLOCK": 16, "num_stages": 1, "maxnreg": 255, **POSITIONS},
-    },
-    "_attention_bwd_key_kernel": {
-        "condense": {"CAUSAL": True, "BLOCK": 16, "num_stages": 1, "num_warps": 8},
-        "recall": {"CAUSAL": False, "BLOCK": 16, "num_stages": 1, "num_warps": 8, **POSITIONS},
-    },
     "_gates_fwd_kernel": {
         "": {"BLOCK": 256, "OFFSET": triton.language.int32},
         "far": {"BLOCK": 256, "OFFSET": triton.language.int64},

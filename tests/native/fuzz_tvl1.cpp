@@ -11,8 +11,8 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/isa.h"
-#include "../../csrc/tvl1.h"
+#include "../../csrc/common/isa.h"
+#include "../../csrc/tvl1/flow.h"
 
 using namespace avfast::tvl1;
 
@@ -83,11 +83,12 @@ int main(int argc, char** argv) {
         flow_(new float[2 * pairs * area]);
     const bool good = fill(a.get(), pairs * area, pick(0, 6)) & fill(b.get(), pairs * area, pick(0, 6));
     const char* isa = sets[pick(0, static_cast<int>(sets.size()) - 1)];
+    setenv("AVFAST_ISA", isa, 1);
     if (good && pick(0, 3) == 0) {
       const std::vector<uint8_t> bytes_a(a.get(), a.get() + pairs * area), bytes_b(b.get(), b.get() + pairs * area);
-      flow(bytes_a.data(), bytes_b.data(), flow_.get(), pairs, height, width, params, pick(1, 4), isa);
+      flow(bytes_a.data(), bytes_b.data(), flow_.get(), pairs, height, width, params, pick(1, 4));
     } else {
-      flow(a.get(), b.get(), flow_.get(), pairs, height, width, params, pick(1, 4), isa);
+      flow(a.get(), b.get(), flow_.get(), pairs, height, width, params, pick(1, 4));
     }
     for (int64_t i = 0; good && i < 2 * pairs * area; ++i) {
       if (!std::isfinite(flow_[i])) {

@@ -1,23 +1,22 @@
 // the CUDA engine of TV-L1 on the CPU, for ctypes.
 #include "cuda_on_host.h"
 // after what stands in for CUDA
-#include "../../csrc/tvl1.cu"
+#include "../../csrc/tvl1/flow_cuda.cu"
+
+static avfast::tvl1::Params params;
+
+// Sets the parameter of that name for the calls that follow; a solver or a scheme by its number.
+extern "C" void set_param(const char* name, double value) {
+  using namespace avfast::tvl1;
+#define AVFAST_PARAM(type, field, unset, needed) \
+  if (std::string(name) == #field) params.field = static_cast<type>(value);
+#include "../../csrc/tvl1/params.def"
+#undef AVFAST_PARAM
+}
 
 extern "C" void tvl1_on_host(const float* a, const float* b, float* flow, int64_t pairs, int height, int width,
-                             bool chambolle_pock, float tau, float lambda, float scale_step, int scales, int warps,
-                             int coarse_warps, int iterations, int median, float presmooth, unsigned seed) {
+                             unsigned seed) {
   using namespace avfast::tvl1;
-  Params params;
-  params.solver = chambolle_pock ? Solver::kChambollePock : Solver::kZach;
-  params.tau = tau;
-  params.lambda = lambda;
-  params.scale_step = scale_step;
-  params.scales = scales;
-  params.warps = warps;
-  params.coarse_warps = coarse_warps;
-  params.iterations = iterations;
-  params.median = median;
-  params.presmooth = presmooth;
   cuda_on_host::seed = seed;
   // what is read before it is written shows in the flow
   const int64_t floats = cuda_scratch(pairs, height, width, params);

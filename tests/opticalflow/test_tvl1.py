@@ -18,7 +18,7 @@ from avfast._C import instruction_sets
 from avfast.data.mmnist import MMNISTConfig, MovingMNIST
 from avfast.errors import InputError
 from avfast.kernels import native
-from avfast.kernels import tvl1 as definition
+from avfast.kernels import tvl1_reference as definition
 from avfast.opticalflow.tvl1 import PRESETS, TVL1Params, tvl1_flow
 
 MIDDLEBURY = Path(__file__).parents[3] / "shared" / "data" / "middlebury"

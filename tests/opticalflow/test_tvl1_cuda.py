@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from avfast.opticalflow.tvl1 import PRESETS, TVL1Params, tvl1_flow
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = Path(__file__).parents[2] / "golden" / "tvl1_cuda.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "tvl1_cuda.json"
+SETUP = runpy.run_path(str(ROOT / "setup.py"))
 NVCC = shutil.which("nvcc")
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
@@ -43,7 +45,7 @@ def moved_waves(n: int, height: int, width: int) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def test_registers_and_stack_of_every_kernel(tmp_path: Path) -> None:
     """Against tests/golden/tvl1_cuda.json, which is kept per release of nvcc; no kernel may spill."""
-    command = [str(NVCC), "-O3", "-std=c++17", "--fmad=false", "-Xptxas", "-v", "-cubin"]
+    command = [str(NVCC), *SETUP["CUDA_FLAGS"], "-Xptxas", "-v", "-cubin"]
     release = re.search(
         r"release (\d+\.\d+)", subprocess.run([str(NVCC), "--version"], capture_output=True, text=True).stdout
     )
@@ -51,7 +53,7 @@ def test_registers_and_stack_of_every_kernel(tmp_path: Path) -> None:
     found: dict[str, dict[str, list[int]]] = {}
     for arch in ("sm_80", "sm_90"):
         run = subprocess.run(
-            [*command, f"-arch={arch}", "csrc/tvl1.cu", "-o", str(tmp_path / "o.cubin")],
+            [*command, f"-arch={arch}", "csrc/tvl1/flow_cuda.cu", "-o", str(tmp_path / "o.cubin")],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -90,22 +92,10 @@ def flow_on_host(library: ctypes.CDLL, a: torch.Tensor, b: torch.Tensor, p: TVL1
     a, b = (255 * x.squeeze(1).contiguous() for x in (a, b))
     flow = torch.full((len(a), 2, *a.shape[1:]), float("nan"))
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in (a, b, flow))
-    library.tvl1_on_host(
-        *pointers,
-        ctypes.c_int64(len(a)),
-        *a.shape[1:],
-        ctypes.c_bool(p.solver == "chambolle-pock"),
-        ctypes.c_float(p.tau),
-        ctypes.c_float(p.lambda_),
-        ctypes.c_float(p.scale_step),
-        p.scales,
-        p.warps,
-        p.coarse_warps,
-        p.iterations,
-        p.median,
-        ctypes.c_float(p.presmooth),
-        ctypes.c_uint(seed),
-    )
+    numbers = {"zach": 0, "chambolle-pock": 1, "avfast": 0, "opencv": 1}
+    for name, value in vars(p).items():
+        library.set_param(name.encode(), ctypes.c_double(numbers.get(value, value)))
+    library.tvl1_on_host(*pointers, ctypes.c_int64(len(a)), *a.shape[1:], ctypes.c_uint(seed))
     return flow
 
 

@@ -6,6 +6,8 @@
 // leave the image, and a GPU with multiply-adds and its one-instruction roots agreed within 1e-3 px on 35 to 100 %.
 #pragma once
 
+#include "params.h"
+
 #ifdef __CUDACC__
 #define AVFAST_HD __device__ __forceinline__
 #else
@@ -95,6 +97,8 @@ struct Zach {
   float tau_over_theta;  // tau / theta
   static constexpr bool kExtrapolates = false;
 
+  static Zach of(const Params& p) { return {p.lambda_ * p.theta, p.tau, p.tau / p.theta}; }
+
   template <class F>
   AVFAST_HD Flow2<F> primal(Flow2<F> u, const DataTerm<F>& d, F div1, F div2) const {
     const F step = threshold_step(d, u.u1, u.u2, F(limit));
@@ -127,6 +131,8 @@ struct ChambollePock {
   float limit;    // lambda tau
   float inv_tau;  // 1 / tau
   static constexpr bool kExtrapolates = true;
+
+  static ChambollePock of(const Params& p) { return {p.lambda_ * p.tau, 1.0f / p.tau}; }
 
   template <class F>
   AVFAST_HD Flow2<F> primal(Flow2<F> u, const DataTerm<F>& d, F div1, F div2) const {

@@ -55,7 +55,6 @@ struct Zach;
 struct ChambollePock;
 
 struct Kernels {
-  const char* name;
   void (*zach)(const Iterate&, const Zach&);
   void (*chambolle_pock)(const Iterate&, const ChambollePock&);
   void (*linearise_row)(const LineariseRow&);

@@ -48,7 +48,7 @@ __device__ __forceinline__ float where_above(float above, float limit, float a) 
 
 }  // namespace avfast::tvl1
 
-#include "tvl1_pixel.h"
+#include "pixel.h"
 
 namespace avfast::tvl1 {
 

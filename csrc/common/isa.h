@@ -1,4 +1,4 @@
-// which copy of the code that is compiled once per instruction set (setup.py, simd.h) runs on this CPU.
+// Which copy of the code that is compiled once per instruction set (setup.py, simd.h) runs on this CPU.
 #pragma once
 
 #include <cstdlib>
@@ -9,7 +9,7 @@
 
 namespace avfast {
 
-// names of the sets that were compiled and that this CPU has, best first: "avx512", "avx2", "baseline".
+// Names of the sets that were compiled and that this CPU has, best first: "avx512", "avx2", "baseline".
 inline std::vector<const char*> instruction_sets() {
   std::vector<const char*> found;
 #if defined(__x86_64__)
@@ -20,13 +20,13 @@ inline std::vector<const char*> instruction_sets() {
   return found;
 }
 
-// the one of three tables that `isa` names; where it is null, the one that the environment variable AVFAST_ISA names,
-// else the best. Throws std::invalid_argument where this CPU or build has no such set.
+// Returns the table of the set that the environment variable AVFAST_ISA names, or of the best set where it is not set.
+// Throws std::invalid_argument where this CPU or build has no such set.
 template <class Table>
-const Table& choose_isa(const char* isa, const Table* avx512, const Table* avx2, const Table* baseline) {
+const Table& choose_isa(const Table* avx512, const Table* avx2, const Table* baseline) {
   static const std::vector<const char*> sets = instruction_sets();
-  if (isa == nullptr) isa = std::getenv("AVFAST_ISA");
-  const std::string_view wanted = isa == nullptr || *isa == '\0' ? sets[0] : isa;
+  const char* const asked = std::getenv("AVFAST_ISA");
+  const std::string_view wanted = asked == nullptr || *asked == '\0' ? sets[0] : asked;
   for (const std::string_view name : sets) {
     if (name == wanted) return *(name == "avx512" ? avx512 : name == "avx2" ? avx2 : baseline);
   }

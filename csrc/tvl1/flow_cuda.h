@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "tvl1.h"
+#include "params.h"
 
 namespace avfast::tvl1 {
 

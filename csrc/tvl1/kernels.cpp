@@ -1,8 +1,8 @@
 // compiled once per instruction set (setup.py): see simd.h for what must not be used here.
-#include "tvl1_kernels.h"
+#include "kernels.h"
 
-#include "simd.h"
-#include "tvl1_pixel.h"
+#include "../common/simd.h"
+#include "pixel.h"
 
 namespace avfast::AVFAST_ISA {
 namespace {
@@ -291,10 +291,6 @@ void median_row(const MedianRow& r) {
 
 }  // namespace
 
-#define AVFAST_STRING_(x) #x
-#define AVFAST_STRING(x) AVFAST_STRING_(x)
-
-extern const tvl1::Kernels kTvl1 = {AVFAST_STRING(AVFAST_ISA), iterate<tvl1::Zach>, iterate<tvl1::ChambollePock>,
-                                    linearise_row, median_row};
+extern const tvl1::Kernels kTvl1 = {iterate<tvl1::Zach>, iterate<tvl1::ChambollePock>, linearise_row, median_row};
 
 }  // namespace avfast::AVFAST_ISA

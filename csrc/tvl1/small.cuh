@@ -4,7 +4,7 @@
 // share its rows and write their outermost ones into each other's shared memory.
 #pragma once
 
-#include "tvl1_tile.cuh"
+#include "tile.cuh"
 
 namespace avfast::tvl1 {
 
