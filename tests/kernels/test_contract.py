@@ -229,7 +229,7 @@ def test_equals_the_definition(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_types_err_at_most_twice_as_much_as_the_definition(name: str, backend: str, dtype: torch.dtype) -> None:
     args = arguments(name, (2, 7, 9), dtype)
-    if backend == "torch":
+    if backend == "torch" and name != "patch_conv":
         with pytest.raises(ValueError, match="half types"):
             results(name, args, backend)
         return
@@ -327,8 +327,8 @@ def native(name: str) -> str:
 
 
 TRITON = registry.OPS["recall"].backends["triton"].unavailable(DEVICE) is None
-# cases without a torch op of ours in compiled programs: one token is one addition, convolutions are PyTorch's there, and
-# so are condense and the gradient of recall
+# cases without a torch op of ours in compiled programs: one token is one addition, and PyTorch has the convolutions
+# there, condense, and the gradient of recall
 NO_OP = ("recall one", "recall many", "condense", "strided_conv", "strided_conv transposed", "conv3x3", "patch_conv")
 REGISTERED = [name for name in CASES if name not in NO_OP and (TRITON or native(name) == "cpp")]
 
@@ -382,7 +382,7 @@ def samples() -> list[tuple[Any, tuple[Any, ...]]]:
     clip = normal(1, 2, 2, 5, 6).float()
     row = normal(2, 3, seed=2).float()
     memory = normal(2, 5, 3).float()
-    geometry, weights = (5, 6, 4, 2, 1), normal(16, 12, 5, seed=1).float()
+    geometry, weights = (5, 6, 4, 2, 1), normal(12, 12, 5, seed=1).float()
     maps = [t.contiguous(memory_format=torch.channels_last) for t in (image, normal(2, 5, 2, 3).float())]
     ops = torch.ops.avfast
     calls = [
