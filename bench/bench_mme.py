@@ -9,7 +9,7 @@ the equations' inputs do not depend on the step. The limit is the convolutions' 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -105,8 +105,17 @@ def motion_step(mme: MME, literal: bool, batch: int, dtype: torch.dtype) -> Call
     return step
 
 
+@pytest.fixture(params=["fp32", "tf32"] if DEVICE == "cuda" else ["fp32"])
+def products(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How CUDA takes products of fp32 numbers: exactly, or rounded to tf32 first."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = request.param == "tf32"
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.mark.parametrize("batch", [16, 128] if DEVICE == "cuda" else [16])
-def bench_motion_step(batch: int, compare: Callable, captured: Callable) -> None:
+def bench_motion_step(batch: int, products: str, compare: Callable, captured: Callable) -> None:
     torch.manual_seed(0)
     mme = MME(ModelConfig()).to(DEVICE).train()
     # in double: in float, rounding alone changes gradients by 3e-3 where the warp crosses from pixel to pixel
@@ -115,9 +124,9 @@ def bench_motion_step(batch: int, compare: Callable, captured: Callable) -> None
     for ours, theirs in pairs:
         assert (ours - theirs).norm() <= 1e-8 * theirs.norm()
     ours, theirs = (motion_step(mme, literal, batch, torch.float32) for literal in (False, True))
-    row = compare(f"motion step: batch {batch}", ours, {"literal": theirs}, rounds=9)
+    row = compare(f"motion step: batch {batch}, {products}", ours, {"literal": theirs}, rounds=9)
     row["clips_per_s"] = batch / row["ours_s"]
     if DEVICE == "cuda":
         ours, theirs = captured(ours), captured(theirs)
-        row = compare(f"motion step: batch {batch} in a graph", ours, {"literal": theirs}, rounds=9)
+        row = compare(f"motion step: batch {batch}, {products}, in a graph", ours, {"literal": theirs}, rounds=9)
         row["clips_per_s"] = batch / row["ours_s"]

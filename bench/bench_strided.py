@@ -1,7 +1,7 @@
 """Strided convolutions of the motion model at 48x48 and of its audio encoder against PyTorch's, on the CPU.
 
-Weights are transformed once for `calls` calls, as in a forward pass over a clip; the limit is the products' arithmetic:
-kernels/minimal.py.
+Weights are transformed once for `calls` calls, as in a forward pass over a clip. The limit is the arithmetic of the
+products: kernels/winograd/tiles.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
     pytest bench/ --benchmark-only [--results FILE.json]
 
+The file says which scripts and command wrote it, when, on which machine, and the commit of the code.
+
 A case first checks that all contenders agree, then times them in turns, round by round, so that what else the machine
 does hits all alike. A ratio is the median over the rounds of (the rival's time / ours): above 1 we are faster.
 
@@ -20,6 +22,7 @@ import datetime
 import gc
 import json
 import platform
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +35,8 @@ import torch
 from torch._inductor.exc import InductorError
 
 ROWS: list[dict[str, Any]] = []
+SCRIPTS: set[str] = set()
+"""The files whose cases have a row, from the checkout's root."""
 
 
 def _keep_memory() -> None:
@@ -101,13 +106,14 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable
             row[f"{name}_ratio"] = statistics.median(t / o for t, o in zip(times, own, strict=True))
         benchmark.extra_info.update(row)
         ROWS.append(row)
+        SCRIPTS.add(request.path.relative_to(request.config.rootpath).as_posix())
         return row
 
     yield run
     path = request.config.getoption("--results")
     if path is not None:
         # after every case: what an interrupted run has found is kept
-        _write(path)
+        _write(path, request.config)
 
 
 @pytest.fixture(params=["forward", "forward+backward"])
@@ -217,13 +223,25 @@ def _repeat(call: Callable[[], Any], times: int) -> None:
         call()
 
 
-def _write(path: Path) -> None:
+def _write(path: Path, config: pytest.Config) -> None:
     from avfast.files.atomic import replacing
     from avfast.machine.environment import environment
 
     # without the path of the interpreter, which is nobody's business
     surroundings = environment() | {"python": platform.python_version()}
-    about = {"date": datetime.date.today().isoformat(), "environment": surroundings, "rows": ROWS}
+    arguments = [str(argument) for argument in config.invocation_params.args]
+    if "--results" in arguments:
+        place = arguments.index("--results")
+        del arguments[place : place + 2]
+    about = {
+        "script": sorted(SCRIPTS),
+        "command": shlex.join(["pytest", *arguments]),
+        "date": datetime.date.today().isoformat(),
+        "code": surroundings["commit"],
+        "older_than_code": False,
+        "environment": surroundings,
+        "rows": ROWS,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(about, indent=1) + "\n")

@@ -22,16 +22,21 @@ else
   "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "PyTorch sees no CUDA device: DRY=1 runs on the CPU"'
 fi
 "$PYTHON" setup.py -q build_ext --inplace
-"$PYTHON" -m pytest -q tests/test_contract.py tests/test_tvl1_cuda.py
+"$PYTHON" -m pytest -q tests/kernels/test_contract.py tests/opticalflow/test_tvl1_cuda.py
 if [ -n "${DRY:-}" ]; then
   exec "$PYTHON" -m pytest -q bench --benchmark-disable -k "bench_gates or bench_recall"
 fi
 GPU=$("$PYTHON" -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())')
 OUT=${OUT:-bench/results/$("$PYTHON" -c 'import avfast; print(avfast.__version__)')}
-"$PYTHON" -m pytest -q bench/bench_warp.py bench/bench_convlstm.py bench/bench_modulate.py bench/bench_loss.py \
-  bench/bench_attention.py bench/bench_mme.py --benchmark-only --results "$OUT/ops--$GPU.json" || failed=" ops"
-"$PYTHON" -m pytest -q bench/bench_flow.py -k cuda --benchmark-only --results "$OUT/flow--$GPU.json" ||
-  failed="${failed:-} flow"
+suite() {
+  name=$1
+  shift
+  "$PYTHON" -m pytest -q "$@" --benchmark-only --results "$OUT/$name--$GPU.json" || failed="${failed:-} $name"
+}
+suite ops bench/bench_warp.py bench/bench_convlstm.py bench/bench_modulate.py bench/bench_loss.py
+suite flow bench/bench_flow.py -k cuda
+suite motion-step bench/bench_mme.py
+suite attention bench/bench_attention.py
 if [ -n "${failed:-}" ]; then
   echo "these suites failed:$failed" >&2
   exit 1

@@ -1,9 +1,10 @@
-"""Accuracy of TV-L1 on Middlebury's training pairs, OpenCV's DualTVL1 (defaults) beside it where it is installed.
+"""Accuracy of TV-L1 on Middlebury's training pairs, beside OpenCV's DualTVL1 at its defaults where it is installed.
 
     python examples/middlebury_epe.py DIR
 
-DIR holds one folder per pair (vision.middlebury.edu/flow): frame10.png, frame11.png and flow10.flo or flow10.flo.xz.
-EPE in pixels, AAE in degrees, over all pixels of known flow, occluded ones too (Baker et al., IJCV 2011).
+DIR holds one folder per pair (vision.middlebury.edu/flow) with frame10.png, frame11.png, and flow10.flo or
+flow10.flo.xz. The errors are the end-point error (EPE) in pixels and the angular error (AAE) in degrees. They are means
+over all pixels of known flow, occluded ones too (Baker et al., IJCV 2011).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A small web service: upload a film, get back what the model makes of it. No PyTorch is needed where this runs.
+"""A small web service: upload a film, get the predicted one back. It runs an exported model and needs no PyTorch.
 
     pip install fastapi uvicorn python-multipart onnxruntime av
     AVFAST_MODEL=model/ uvicorn --app-dir examples serve:app
 
     curl -F film=@clip.mp4 http://127.0.0.1:8000/predict -o predicted.mp4
 
-The first frames are kept, the others predicted from them and the sound. Films that are too large, too long or no films
-are refused with a status of 4xx and the reason.
+The service keeps the first frames and predicts the others from them and the sound. It answers a file that is too large,
+too long or no film with a status of 4xx and the reason.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_FRAMES = 300
 
 
 def create_app(model: str | Path, *, max_bytes: int = MAX_BYTES, max_frames: int = MAX_FRAMES) -> FastAPI:
-    """The service over an exported model. Refused are films above the limits: bytes, frames at the model's rate."""
+    """The service over an exported model. It refuses films of more bytes, or of more frames at the model's rate."""
     predictor = Predictor(model)
     # an export that does not say how films are read is refused now, not at the first upload
     _ = predictor.usage

@@ -18,7 +18,8 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from avfast.data.digits import draw_digits, load_digits, philox_words, read_idx
-from avfast.data.mmnist import MMNISTConfig, MovingMNIST, shrink, sine_table
+from avfast.data.mmnist import MMNISTConfig, MovingMNIST
+from avfast.data.mmnist_rendering import shrink, sine_table
 from avfast.errors import InputError
 
 MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"

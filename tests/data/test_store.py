@@ -19,7 +19,7 @@ import torch
 
 from avfast.data import store as store_module
 from avfast.data.mmnist import MMNISTConfig, MovingMNIST, mmnist_spectrogram
-from avfast.data.store import ClipStore, load_mmnist, training_mean_image, write_store
+from avfast.data.store import ClipStore, training_mean_image, write_store
 from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder
 from avfast.media.spectrogram import spectrogram
@@ -193,12 +193,13 @@ def test_unwritable_cache(tmp_path, quick_flow):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_interrupted_build_leaves_nothing_behind(tmp_path, quick_flow):
-    def interrupt(done, total):
+def test_interrupted_build_leaves_nothing_behind(tmp_path, quick_flow, monkeypatch):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(Progress, "update", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        SMALL.load("train", cache=tmp_path, flow_preset="fast", progress=interrupt)
+        SMALL.load("train", cache=tmp_path, flow_preset="fast")
     assert not list(tmp_path.iterdir())
 
 
@@ -237,7 +238,7 @@ def test_what_is_in_the_way_is_kept(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["set", "note"]
 
 
-def test_load_mmnist_with_true_flow(tmp_path):
+def test_load_with_true_flow(tmp_path):
     config = dataclasses.replace(SMALL, tone="clean")
     store = config.load("test", cache=tmp_path, flow_preset="fast")
     clips = MovingMNIST(config, "test").clips(0, 3)
@@ -251,20 +252,21 @@ def test_load_mmnist_with_true_flow(tmp_path):
     assert (store.flow[:, 0] == 0).all() and abs(store.flow[:, 1:]).max() > 1
 
 
-def test_load_mmnist_opens_what_it_built(tmp_path, quick_flow, monkeypatch):
+def test_load_opens_what_it_built(tmp_path, quick_flow, monkeypatch):
     steps = []
-    built = SMALL.load("train", cache=tmp_path, flow_preset="fast", progress=lambda *step: steps.append(step))
+    monkeypatch.setattr(Progress, "update", lambda _, *step: steps.append(step))
+    built = SMALL.load("train", cache=tmp_path, flow_preset="fast")
     assert steps[-1] == (40, 40) and steps == sorted(steps) and len(steps) > 1
     assert built.folder.parent == tmp_path and built.folder.name.startswith("mmnist-train-")
     assert built.parameters["flow"]["preset"] == "fast" and built.parameters["digits"] == "drawn"
-    monkeypatch.setattr(store_module, "write_store", None)
+    monkeypatch.setattr(mmnist_module, "write_store", None)
     again = SMALL.load("train", cache=tmp_path, flow_preset="fast")
     assert again.folder == built.folder and (again.flow == built.flow).all()
 
 
 def test_name_depends_on_what_changes_the_data_only(tmp_path, quick_flow):
     def name(config=SMALL, split="val", preset="fast"):
-        return load_mmnist(config, split, tmp_path, flow_preset=preset).folder.name
+        return config.load(split, cache=tmp_path, flow_preset=preset).folder.name
 
     same = dataclasses.replace(SMALL, train_clips=41, test_clips=4)
     assert name(same) == name()
