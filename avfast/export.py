@@ -84,10 +84,11 @@ def export(config: ExportConfig) -> dict[str, float]:
     model = load_model(checkpoint)
     run = _run_config(checkpoint)
     spec = None if run is None else input_spec(checkpoint, run)
-    if run is not None and run.model != model.settings and not config.motion_only:
+    stages = model.stage_names(model.settings)
+    if run is not None and run.stage_names != stages and not config.motion_only:
         raise InputError(
-            f"{checkpoint} is of an earlier stage only, its run has {run.model.name} with {run.model}: "
-            "train the last stage, or give --motion-only"
+            f"{checkpoint} is of stage {stages[-1]} only, its run has the stages {', '.join(run.stage_names)}: "
+            "train them all, or give --motion-only"
         )
     with Progress(f"export, {config.format} {config.precision}") as progress:
         differences = export_model(model, config.out, config=config, run=run, spec=spec, progress=progress.update)

@@ -15,12 +15,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from avfast.models.settings import ModelConfig
 from torch import Tensor, nn
 
 from avfast.kernels import reference
 from avfast.models.avmodel import MME, Motion
 from avfast.models.losses import motion_loss
-from avfast.models.settings import ModelConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -95,6 +95,6 @@ def exported(random_model: Callable[..., AVModel], tmp_path_factory: pytest.Temp
 
     folder, model = tmp_path_factory.mktemp("exported"), random_model()
     run = TrainConfig(data_cache=str(folder / "no data"))
-    usage = input_spec(folder, run)
-    export_model(model, folder / "model", config=ExportConfig(rollout=False), run=run, usage=usage)
+    spec = input_spec(folder, run)
+    export_model(model, folder / "model", config=ExportConfig(rollout=False), run=run, spec=spec)
     return folder / "model", model

@@ -22,10 +22,12 @@ from avfast import __version__
 from avfast import evaluate as program
 from avfast.data.mmnist import MMNISTConfig
 from avfast.errors import InputError
-from avfast.evaluate import EvaluateConfig, Prediction, evaluate, reference_predictors, score
+from avfast.evaluate import EvaluateConfig, evaluate
 from avfast.files.settings import to_dict
 from avfast.models.avmodel import ModelConfig
+from avfast.models.base import Rollout
 from avfast.scoring.metrics import MetricResult
+from avfast.scoring.predictors import reference_predictors, score
 from avfast.scoring.tables import TableInfo, default_frames, format_tables
 from avfast.training.config import TrainConfig
 
@@ -112,7 +114,7 @@ def test_score_is_the_mean_over_all_clips() -> None:
 
 
 def test_a_perfect_model() -> None:
-    truth = lambda batch, k: Prediction(batch.frames[:, k:], batch.flow[:, k:])  # noqa: E731
+    truth = lambda batch, k: Rollout(batch.frames[:, k:], batch.flow[:, k:])  # noqa: E731
     result = score([clips()], {"truth": truth}, K)["truth"]
     np.testing.assert_allclose(result.ssim, 1, rtol=1e-12)
     assert result.psnr == [60.0] * P and result.aepe == [0.0] * P and result.capped_share == 1.0
@@ -121,7 +123,7 @@ def test_a_perfect_model() -> None:
 def test_score_names_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="nothing was scored"):
         score([], reference_predictors(torch.zeros(1, H, W)), K)
-    short = lambda batch, k: Prediction(batch.frames[:, k + 1 :], None)  # noqa: E731
+    short = lambda batch, k: Rollout(batch.frames[:, k + 1 :], None)  # noqa: E731
     with pytest.raises(ValueError, match=r"pred_frames has shape \(3, 2, 1, 16, 20\)"):
         score([clips()], {"short": short}, K)
 

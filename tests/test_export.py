@@ -162,9 +162,7 @@ def test_a_mismatch_fails_and_leaves_nothing(random_model: MakeModel, tmp_path: 
 def write_run(folder: Path, model: AVModel, link: str) -> None:
     run = TrainConfig()
     model.save_pretrained(folder / "checkpoints" / link)
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump(to_dict(run) | {"data": to_dict(run.data), "model": to_dict(run.model)})
-    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(run)))
 
 
 def test_bad_requests_are_one_clear_line(random_model: MakeModel, tmp_path: Path):
@@ -176,7 +174,9 @@ def test_bad_requests_are_one_clear_line(random_model: MakeModel, tmp_path: Path
     with pytest.raises(InputError, match="unroll is 0"):
         export(ExportConfig(run=str(tmp_path), out=out, unroll=0))
     write_run(tmp_path / "run", random_model(refinement="none"), "best-mme")
-    with pytest.raises(InputError, match="is of the motion stage only, its run has refinement car: train stage car"):
+    with pytest.raises(
+        InputError, match="is of stage mme only, its run has the stages mme, car: train them all, or give --motion-only"
+    ):
         export(ExportConfig(run=str(tmp_path / "run"), out=out))
     assert not Path(out).exists()
 

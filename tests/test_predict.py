@@ -329,7 +329,7 @@ def test_colour_models(films: Path, tmp_path: Path) -> None:
 def test_a_run_on_prepared_clips_says_how_videos_are_read(films: Path, tmp_path: Path, given: list) -> None:
     model = ModelConfig(image_channels=3, refinement="none", convlstm_layers=1, audio_shape=(33, 12))
     run = make_run(tmp_path / "run", model)
-    config = replace(load_run_config(run / "checkpoints" / "best"), dataset="clips", clips=ClipsConfig("anywhere"))
+    config = replace(load_run_config(run / "checkpoints" / "best"), data=ClipsConfig("anywhere"))
     (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     with pytest.raises(InputError, match="data.json cannot be read, which tells what the run was trained on"):
         predict(settings(run, films / "other.mkv", out=str(tmp_path / "out")))

@@ -6,7 +6,7 @@ A data set is one file in this folder, with a subclass of `DataSettings`, and on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,6 +56,6 @@ class DataSettings(ABC):
         raise InputError(f"data is {folder}, but the data set {self.name} is generated and lies in no folder")
 
     @abstractmethod
-    def clip_settings(self, parameters: Mapping[str, Any], image_channels: int) -> ClipSettings:
-        """How a film is read for a model that was trained on a set of these parameters. Raises InputError where films
-        cannot be read so."""
+    def clip_settings(self, read_parameters: Callable[[], Mapping[str, Any]], image_channels: int) -> ClipSettings:
+        """How a film is read for a model that was trained on this set; `read_parameters` gives the parameters of the
+        data that the run recorded. Raises InputError where films cannot be read so."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -130,7 +130,7 @@ class MMNISTConfig(DataSettings):
         folder, _ = _cached_split(MovingMNIST(self, split), cache, flow_preset)
         return ClipStore.open(folder) if folder.exists() else None
 
-    def clip_settings(self, parameters: Mapping[str, Any], image_channels: int) -> ClipSettings:
+    def clip_settings(self, read_parameters: Callable[[], Mapping[str, Any]], image_channels: int) -> ClipSettings:
         sound = mmnist_spectrogram(self.tone)
         return ClipSettings(
             fps=sound.sample_rate / sound.samples_per_frame,

@@ -109,7 +109,8 @@ class ClipsConfig(DataSettings):
     def load(self, split: Split, *, cache: str, flow_preset: str, quiet: bool = False) -> ClipStore:
         return open_split(self._folder(), split)
 
-    def clip_settings(self, parameters: Mapping[str, Any], image_channels: int) -> ClipSettings:
+    def clip_settings(self, read_parameters: Callable[[], Mapping[str, Any]], image_channels: int) -> ClipSettings:
+        parameters = read_parameters()
         if parameters["layout"] != "videos":
             raise InputError(f"the model was trained on the ready-made spectrograms of layout {parameters['layout']}")
         settings = {field.name: parameters[field.name] for field in dataclasses.fields(ClipSettings)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -116,6 +117,10 @@ class VideoModel(nn.Module, ABC):
     def sound(self, batch: Batch) -> Tensor:
         """What of a batch's sound the model takes: its spectrograms (B,T,1,F,S), or `batch.waveform`."""
         return batch.audio
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into a folder, see `models.checkpoint`."""
 
     @abstractmethod
     def predict(self, frames: Tensor, flow: Tensor, audio: Tensor, *, samples: int = 1) -> Rollout:

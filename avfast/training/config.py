@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from avfast.data.base import DataSettings
@@ -123,7 +123,7 @@ class TrainConfig:
             name, clips = values.pop("dataset"), values.pop("clips", None)
             settings = clips if name == ClipsConfig.name else values.get("data")
             values["data"] = {"name": name, **(settings or {})}
-        known = set(PaperTraining.__dataclass_fields__) & values.keys()
+        known = {field.name for field in fields(PaperTraining)} & values.keys()
         if known:
             values["training"] = {name: values.pop(name) for name in known}
         if values.get("stage") == "both":

@@ -10,11 +10,11 @@ it is found again.
                                                 training_state.pt, metrics.json
         checkpoints/last, best, best-mme        links to the newest, the best of the final stage, the best of stage mme
 
-A checkpoint is written into a hidden folder and renamed, then its link is replaced atomically, then older ones are
-renamed to hidden folders and deleted. So whenever a run is killed, every link leads to a whole checkpoint, the old one
-or the new one, and every visible checkpoint is whole; what is left hidden is deleted at the next save. Where a step's
-checkpoint is there already (after a resume) the new one is written beside it, with -2, -3 ... appended: were the old
-one moved away first, its link would lead nowhere until the new one is in its place.
+A checkpoint appears whole (`files.result_folder`), then its link is replaced atomically, then older ones are removed.
+So whenever a run is killed, every link leads to a whole checkpoint, the old one or the new one, and every visible
+checkpoint is whole; what is left hidden is removed at the next save. Where a step's checkpoint is there already (after
+a resume) the new one is written beside it, with -2, -3 ... appended: were the old one moved away first, its link would
+lead nowhere until the new one is in its place.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +30,9 @@ import torch
 from avfast.data.input_spec import InputSpec
 from avfast.errors import InputError
 from avfast.files.atomic import new_folder, numbered, read_records, replacing
+from avfast.files.result_folder import ResultFolder, remove_folder, sweep
 from avfast.files.settings import load_config, to_dict
 from avfast.models.base import VideoModel
-from avfast.models.checkpoint import save_pretrained
 from avfast.training.config import CHOICES, TrainConfig
 
 
@@ -122,40 +119,31 @@ class Run:
         prefix = "step" if link == "last" else link
         name = f"{prefix}_{step:08d}"
         final = next(path for path in numbered(self.checkpoints / name) if not path.exists())
-        temporary = self.checkpoints / f".{name}.tmp"
         try:
-            self._remove_hidden()
-            save_pretrained(model, temporary)
-            if state is not None:
-                # through memory: torch.save reports a full disk as an internal error without a file name
-                buffer = io.BytesIO()
-                torch.save(state, buffer)
-                (temporary / "training_state.pt").write_bytes(buffer.getbuffer())
-            (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-            os.rename(temporary, final)
-            pointer = self.checkpoints / f".{link}.tmp"
-            pointer.symlink_to(final.name)
-            os.replace(pointer, self.checkpoints / link)
+            sweep([final])
+            for unfinished in self.checkpoints.glob(".*.tmp"):
+                unfinished.unlink()
+            result = ResultFolder(final)
+            if not result.claim():
+                raise InputError(f"the checkpoint {final} is being written by another process")
+            with result.writing() as folder:
+                model.save_pretrained(folder)
+                if state is not None:
+                    # through memory: torch.save reports a full disk as an internal error without a file name
+                    buffer = io.BytesIO()
+                    torch.save(state, buffer)
+                    (folder / "training_state.pt").write_bytes(buffer.getbuffer())
+                (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+            with replacing(self.checkpoints / link) as pointer:
+                pointer.symlink_to(final.name)
         except OSError as error:
-            with suppress(OSError):
-                self._remove_hidden()
             raise InputError(f"the checkpoint {final} cannot be written: {error.strerror or error}") from None
         others = sorted((p for p in self.checkpoints.glob(f"{prefix}_[0-9]*") if p != final), reverse=True)
         earlier = [path for path in others if path.name < name]
         for old in others:
             if old not in earlier[: keep - 1]:
-                # hidden first: a kill while a folder is deleted leaves a part of it
-                os.rename(old, self.checkpoints / f".{old.name}.old")
-        self._remove_hidden()
+                remove_folder(old)
         return final
-
-    def _remove_hidden(self) -> None:
-        """Remove what is unfinished, or half deleted, in the checkpoints folder."""
-        for path in self.checkpoints.glob(".*"):
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path)
 
     def load_state(self) -> dict[str, Any] | None:
         """The training state of the last checkpoint with its folder under "folder", or None where there is none."""
@@ -243,8 +231,5 @@ def input_spec(checkpoint: Path, run: TrainConfig) -> InputSpec:
 
     Raises InputError where the run does not tell, and where films cannot be read so.
     """
-    try:
-        clips = run.data.clip_settings(read_data_parameters(checkpoint), run.model.image_channels)
-    except InputError as error:
-        raise InputError(f"{checkpoint}: {error}") from None
+    clips = run.data.clip_settings(lambda: read_data_parameters(checkpoint), run.model.image_channels)
     return InputSpec(run.context_frames, run.eval_frames, run.flow_preset, clips)

@@ -13,15 +13,18 @@ import yaml
 
 from avfast.cli.parser import parse
 from avfast.data.clips import ClipSettings
+from avfast.data.mmnist import MMNISTConfig
 from avfast.data.prepared import ClipsConfig
 from avfast.data.store import training_mean_image
 from avfast.errors import InputError
 from avfast.evaluate import EvaluateConfig, evaluate
-from avfast.files.settings import load_config
-from avfast.models.avmodel import ModelConfig
+from avfast.files.settings import to_dict
+from avfast.models.avmodel import ModelConfig, PaperTraining
 from avfast.prepare import PrepareConfig, prepare
-from avfast.train import DataOrder, train
-from avfast.training.config import PRESETS, TrainConfig
+from avfast.train import train
+from avfast.training.config import CHOICES, PRESETS, TrainConfig
+from avfast.training.order import DataOrder
+from avfast.training.runs import load_run_config
 
 FRAMES = 8
 
@@ -51,15 +54,13 @@ def folder(tmp_path_factory, make_film) -> Path:
 @pytest.fixture
 def config(folder: Path, tmp_path: Path) -> TrainConfig:
     return TrainConfig(
-        dataset="clips",
-        clips=ClipsConfig(data=str(folder)),
+        data=ClipsConfig(data=str(folder)),
         model=ModelConfig(image_channels=3, audio_shape=(45, 17), unet_width=2, convlstm_layers=1),
         context_frames=2,
         pred_frames=2,
         eval_frames=4,
         batch_size=3,
-        mme_steps=2,
-        car_steps=1,
+        training=PaperTraining(mme_steps=2, car_steps=1),
         log_every=1,
         bn_recalibrate=1,
         flow_preset="fast",
@@ -105,10 +106,9 @@ def test_the_data_may_have_moved(config: TrainConfig, folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"clips": ClipsConfig()}, "--dataset clips and --data FOLDER go together"),
-        ({"dataset": "mmnist"}, "--dataset clips and --data FOLDER go together"),
+        ({"data": ClipsConfig()}, "--data is missing, expected the folder of a data set with --dataset clips"),
         ({"flow_preset": "quality"}, "flow-preset is quality, but the clips in .*train have fast"),
-        ({"eval_frames": 7}, "or eval-frames is 9, more than the 8 frames of the clips in .*train"),
+        ({"eval_frames": 7}, "or eval-frames is 9 frames, more than the 8 frames of the clips in .*train"),
         ({"batch_size": 9}, "batch-size is 9 on 1 processes, more than the 8 training clips"),
         ({"model": ModelConfig(audio_shape=(45, 17))}, "image-channels is 1, but the clips in .*train have 3"),
         (
@@ -124,17 +124,39 @@ def test_what_does_not_fit_is_one_line(change: dict, message: str, config: Train
 
 def test_presets_and_flags(folder: Path) -> None:
     for name, argv in (("painting", []), ("drums", ["--cache", "ram"]), ("painting96", [])):
-        given = parse(TrainConfig, prog="t", argv=["--preset", name, "--data", str(folder), *argv], presets=PRESETS)
+        argv = ["--preset", name, "--data", str(folder), *argv]
+        given = parse(TrainConfig, prog="t", argv=argv, presets=PRESETS, choices=CHOICES)
         assert (given.context_frames, given.pred_frames, given.eval_frames) == (15, 15, 30)
         assert given.model.image_channels == 3 and given.model.audio_shape == ClipSettings().spectrogram.shape
-        assert given.clips == ClipsConfig(data=str(folder)) and given.cache == ("ram" if argv else "none")
+        assert given.data == ClipsConfig(data=str(folder)) and given.cache == ("ram" if "ram" in argv else "none")
         given.check()
 
 
 def test_a_config_from_before_is_read(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"clip_frames": 20}, "pred_frames": 3}))
-    read = load_config(tmp_path / "config.yaml", TrainConfig())
-    assert (read.dataset, read.clips.data, read.data.clip_frames) == ("mmnist", None, 20)
+    """With the settings of both data sets, and those of the stages among the run's own."""
+    old = {
+        "dataset": "mmnist",
+        "data": {"clip_frames": 20},
+        "clips": {"data": None},
+        "model": {"motion": "v", "audio_shape": [23, 21]},
+        "stage": "both",
+        "mme": None,
+        "mme_steps": 7,
+        "smooth_weight": 0.5,
+        "pred_frames": 3,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    read = load_run_config(tmp_path / "checkpoints")
+    assert read.data == MMNISTConfig(clip_frames=20) and read.model == ModelConfig(motion="v")
+    assert (read.stage, read.pred_frames) == ("all", 3)
+    assert read.training == PaperTraining(mme_steps=7, smooth_weight=0.5)
+    old |= {"dataset": "clips", "clips": {"data": "somewhere"}, "stage": "mme"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    read = load_run_config(tmp_path / "checkpoints")
+    assert read.data == ClipsConfig("somewhere") and read.stage == "mme"
+    # what is written now is read as it is
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(read)))
+    assert load_run_config(tmp_path / "checkpoints") == read
 
 
 def test_the_order_does_not_depend_on_who_asks() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from avfast.data import mmnist as mmnist_module
 from avfast.data import store as store_module
 from avfast.data.mmnist import MMNISTConfig, MovingMNIST, mmnist_spectrogram
 from avfast.data.store import ClipStore, training_mean_image, write_store
@@ -24,6 +25,7 @@ from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder
 from avfast.media.spectrogram import spectrogram
 from avfast.opticalflow.tvl1 import tvl1_flow
+from avfast.ui.progress import Progress
 
 SMALL = MMNISTConfig(clip_frames=6, train_clips=40, val_clips=5, test_clips=3)
 
@@ -54,6 +56,7 @@ def quick_flow(monkeypatch):
         return torch.cat([mean, -mean], 2)
 
     monkeypatch.setattr(store_module, "tvl1_flow", stand_in)
+    monkeypatch.setattr(mmnist_module, "tvl1_flow", stand_in)
 
 
 def test_round_trip(tmp_path):
@@ -79,11 +82,15 @@ def test_batch_is_the_windows(tmp_path):
         assert np.array_equal(batch.frames[row].numpy(), arrays["frames"][clip, window] / np.float32(255))
         assert np.array_equal(batch.audio[row].numpy(), arrays["audio"][clip, window])
         assert np.array_equal(batch.flow[row, 1:].numpy(), arrays["flow"][clip, window][1:].astype(np.float32))
-    assert (batch.flow[:, 0] == 0).all() and all(part.dtype == torch.float32 for part in batch)
+    assert (batch.flow[:, 0] == 0).all() and all(part.dtype == torch.float32 for part in batch[:3])
     # the zeroed first slice is the batch's own, not the store's
     assert (store.flow == arrays["flow"]).all()
-    moved = batch.to("meta")
-    assert type(moved) is type(batch) and all(part.device.type == "meta" for part in moved)
+    assert batch.waveform is None
+    batch = store.batch([2, 0, 2], torch.tensor([1, 3, 0]), 3, waveform=True)
+    samples = arrays["waveform"].shape[1] // arrays["frames"].shape[1]
+    assert np.array_equal(batch.waveform[1].numpy(), arrays["waveform"][0, 3 * samples : 6 * samples])
+    first = batch.first_frames(2)
+    assert torch.equal(first.waveform, batch.waveform[:, : 2 * samples]) and torch.equal(first.flow, batch.flow[:, :2])
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,9 @@ class Literal:
 
 def make_model(motion="mme", refinement="car", channels=1, training=True) -> AVModel:
     torch.manual_seed(0)
-    model = AVModel(ModelConfig(motion, refinement, channels, convlstm_layers=2, unet_width=4)).double()
+    model = AVModel(
+        ModelConfig(motion=motion, refinement=refinement, image_channels=channels, convlstm_layers=2, unet_width=4)
+    ).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
             # nothing at a special value: identity affines, zero residual and unit norms would hide mistakes
@@ -219,7 +221,7 @@ VARIANTS += [("v", "car", 1), ("v+recall", "car", 3), ("mme", "none", 3)]
 @pytest.mark.parametrize("motion,refinement,channels", VARIANTS)
 def test_equals_the_literal_equations(motion, refinement, channels, training, filtering, monkeypatch):
     # these maps are too small for minimal filtering to be chosen
-    monkeypatch.setattr("avfast.modules._LEAST_PIXELS", 0 if filtering else 10**9)
+    monkeypatch.setattr("avfast.kernels.winograd.conv._LEAST_PIXELS", 0 if filtering else 10**9)
     model = make_model(motion, refinement, channels, training)
     frames, flow, audio = make_inputs(channels)
     weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
@@ -276,7 +278,9 @@ def test_equals_the_literal_equations(motion, refinement, channels, training, fi
 
 def test_every_variant_runs_at_other_sizes_and_lengths():
     for motion, refinement in itertools.product(MOTIONS, REFINEMENTS):
-        model = AVModel(ModelConfig(motion, refinement, 3, (45, 17), unet_width=2)).eval()
+        model = AVModel(
+            ModelConfig(motion=motion, refinement=refinement, image_channels=3, audio_shape=(45, 17), unet_width=2)
+        ).eval()
         audio = torch.rand(1, 7, 1, 45, 17)
         rollout = model.predict(torch.rand(1, 1, 3, 32, 48), torch.zeros(1, 1, 2, 32, 48), audio)
         assert rollout.frames.shape == (1, 6, 3, 32, 48) and rollout.flow.shape == (1, 6, 2, 32, 48)
@@ -321,7 +325,7 @@ def test_training_starts_from_the_warped_frame():
     model = AVModel(ModelConfig(unet_width=4)).eval()
     frames, flow, audio = (x.float() for x in make_inputs())
     motion = model.mme(frames[:, :K], flow[:, :K], audio)
-    assert torch.equal(model.refine(frames[:, K - 1], motion).frames, motion.frames)
+    assert torch.equal(model(frames[:, :K], flow[:, :K], audio).frames, motion.frames)
 
 
 def test_autocast_keeps_flow_and_cell_state_in_float32():

@@ -22,10 +22,11 @@ import torch
 from avfast.data.mmnist import MMNISTConfig
 from avfast.errors import InputError
 from avfast.files.settings import load_config
-from avfast.models.avmodel import AVModel, ModelConfig
+from avfast.models.avmodel import AppearanceStage, AVModel, ModelConfig, MotionStage, PaperTraining
 from avfast.models.registry import read_model
-from avfast.train import AppearanceStage, DataOrder, MotionStage, train
+from avfast.train import train
 from avfast.training.config import TrainConfig
+from avfast.training.order import DataOrder
 from avfast.training.runs import Run, load_run_config, resolve_checkpoint
 
 FLAGS = {
@@ -63,8 +64,7 @@ def config(cache, tmp_path):
         pred_frames=2,
         eval_frames=3,
         batch_size=3,
-        mme_steps=5,
-        car_steps=4,
+        training=PaperTraining(mme_steps=5, car_steps=4),
         log_every=1,
         eval_every=4,
         save_every=2,
@@ -148,9 +148,9 @@ def test_both_stages_leave_a_complete_run_folder(config):
     assert not list((folder / "checkpoints").glob(".*"))
 
     motion = AVModel.from_pretrained(folder / "checkpoints" / "best-mme")
-    assert motion.config.refinement == "none"
+    assert motion.settings.refinement == "none"
     both = AVModel.from_pretrained(resolve_checkpoint(folder))
-    assert both.config == config.model
+    assert both.settings == config.model
     # stage car left MME as stage mme's best had it
     for name, tensor in motion.mme.state_dict().items():
         assert torch.equal(tensor, both.mme.state_dict()[name]), name
@@ -235,14 +235,19 @@ def test_kill_9_and_resume_auto(cache, tmp_path):
 
 def test_stage_car_on_another_runs_mme(config):
     first = train(replace(config, stage="mme", max_steps=2))
-    second = train(replace(config, stage="car", mme=str(first), name="second", max_steps=2))
+
+    def on(path, **changes):
+        training = replace(config.training, mme=str(path))
+        return train(replace(config, stage="car", training=training, **changes))
+
+    second = on(first, name="second", max_steps=2)
     motion = read_model(first / "checkpoints" / "best-mme")[1]
     weights = read_model(second / "checkpoints" / "best")[1]
     assert all(torch.equal(t, weights[name]) for name, t in motion.items())
-    with pytest.raises(InputError, match="holds the motion variant 'mme', expected 'v'"):
-        train(replace(config, stage="car", mme=str(first), model=replace(config.model, motion="v")))
+    with pytest.raises(InputError, match="motion is 'mme' in the checkpoint, expected 'v'"):
+        on(first, model=replace(config.model, motion="v"))
     with pytest.raises(InputError, match="neither a checkpoint"):
-        train(replace(config, stage="car", mme=str(first / "samples")))
+        on(first / "samples")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +260,8 @@ def test_every_variant_trains(config, motion, refinement):
 
 
 def test_training_lowers_the_loss(config):
-    config = replace(config, mme_lr=1e-3, mme_steps=30, car_steps=60, log_every=10, eval_every=100, save_every=100)
+    training = PaperTraining(mme_lr=1e-3, mme_steps=30, car_steps=60)
+    config = replace(config, training=training, log_every=10, eval_every=100, save_every=100)
     log = [r for r in records(train(config)) if "lr" in r]
     for stage in ("mme", "car"):
         losses = [r["loss"] for r in log if r["stage"] == stage]
@@ -263,8 +269,9 @@ def test_training_lowers_the_loss(config):
 
 
 def test_flow_cache_changes_nothing(config):
-    config = replace(config, car_steps=8)
-    with_cache, without = train(config), train(replace(config, name="without", flow_cache_gb=0.0))
+    config = replace(config, training=replace(config.training, car_steps=8))
+    no_cache = replace(config.training, flow_cache_gb=0.0)
+    with_cache, without = train(config), train(replace(config, name="without", training=no_cache))
     a, b = (read_model(f / "checkpoints" / "last")[1] for f in (with_cache, without))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -297,7 +304,7 @@ def test_full_disk_keeps_what_is_there(config, monkeypatch):
     real, calls = Path.write_bytes, []
 
     def write_bytes(self, content):
-        if "step_" in str(self) and self.suffix == ".safetensors":
+        if self.name == "training_state.pt":
             calls.append(self)
             if len(calls) == 2:
                 real(self, b"half")
@@ -320,13 +327,15 @@ def test_full_disk_keeps_what_is_there(config, monkeypatch):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"pred_frames": 5}, r"context-frames \+ pred-frames is 2 \+ 5, more than the clip's 6 frames"),
-        ({"context_frames": 6}, r"context-frames \+ pred-frames is 6 \+ 2"),
+        ({"pred_frames": 5}, r"context-frames with pred-frames or eval-frames is 7 frames, more than the clip's 6"),
+        ({"context_frames": 6}, r"context-frames with pred-frames or eval-frames is 9 frames"),
         ({"context_frames": 0}, "expected at least 1"),
         ({"batch_size": 9}, "batch-size is 9, more than the 8 training clips"),
         ({"batch_size": 0}, "batch-size is 0"),
         ({"stage": "car"}, "--mme PATH names the motion model"),
-        ({"mme": "x"}, "--mme PATH names the motion model"),
+        ({"training": PaperTraining(mme="x")}, "--mme PATH names the motion model"),
+        ({"training": PaperTraining(car_steps=0)}, "car-steps is 0, expected at least 1"),
+        ({"stage": "cars"}, "stage is 'cars', expected all or a stage of this model: mme, car"),
         ({"device": "tpu"}, "device is 'tpu', expected auto, cpu or cuda"),
         ({"resume": "nowhere"}, "resume is nowhere, which is not a run folder"),
         ({"output_dir": __file__}, "is not a folder"),
@@ -426,7 +435,6 @@ class Weights:
         self.value = value
 
     def save_pretrained(self, folder):
-        folder.mkdir()
         (folder / "config.json").write_text(str(self.value))
         (folder / "model.safetensors").write_text(str(self.value))
 
