@@ -31,6 +31,7 @@ from avfast import __version__, runtime
 from avfast.cli.parser import parse
 from avfast.data.input_spec import InputSpec
 from avfast.deploy.graphs import Graph, TensorSpec, make_graphs, trace
+from avfast.deploy.onnx_session import METADATA, Session
 from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder, sweep
 from avfast.models.base import Rollout, VideoModel
@@ -206,17 +207,17 @@ def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, about: dict[
     # sizes within the graph are known by torch's names for them, which are gone now
     del proto.graph.value_info[:]
     proto.producer_name, proto.producer_version = "avfast", __version__
-    onnx.helper.set_model_props(proto, {runtime.METADATA: json.dumps(about)})
+    onnx.helper.set_model_props(proto, {METADATA: json.dumps(about)})
     onnx.save(proto, path)
     onnx.checker.check_model(str(path), full_check=True)
 
 
 def _write_pt2(graph: Graph, program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    torch.export.save(program, path, extra_files={runtime.METADATA: json.dumps(about)})
+    torch.export.save(program, path, extra_files={METADATA: json.dumps(about)})
 
 
 def _write_aoti(graph: Graph, program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    metadata = {"aot_inductor.metadata": {runtime.METADATA: json.dumps(about)}}
+    metadata = {"aot_inductor.metadata": {METADATA: json.dumps(about)}}
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=metadata)
 
@@ -244,16 +245,16 @@ def open_graph(folder: str | Path, name: str) -> tuple[runtime.Run, dict[str, An
     Raises InputError where its file cannot be loaded."""
     paths = {kind: Path(folder) / f"{name}{suffix}" for kind, suffix in _SUFFIX.items()}
     if paths["onnx"].exists():
-        session = runtime.Session(paths["onnx"], ["CPUExecutionProvider"], None)
+        session = Session(paths["onnx"], ["CPUExecutionProvider"], None)
         return session, session.about
     call: Callable[..., Any]
     try:
         if paths["aoti"].exists():
             package = torch._inductor.aoti_load_package(str(paths["aoti"]))
-            call, text = package, package.get_metadata()[runtime.METADATA]
+            call, text = package, package.get_metadata()[METADATA]
         elif paths["pt2"].exists():
-            extra = {runtime.METADATA: ""}
-            call, text = torch.export.load(paths["pt2"], extra_files=extra).module(), extra[runtime.METADATA]
+            extra = {METADATA: ""}
+            call, text = torch.export.load(paths["pt2"], extra_files=extra).module(), extra[METADATA]
         else:
             return None
         about = json.loads(text)

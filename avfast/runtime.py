@@ -11,9 +11,6 @@ The folder is what `python -m avfast.export RUN --out model/` writes. Shape lege
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -22,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avfast.deploy import numpy_inputs
+from avfast.deploy.onnx_session import Session, choose_providers, to_numpy
 from avfast.errors import InputError
 from avfast.media.spectrogram import SpectrogramConfig
 
@@ -30,10 +28,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of an exported folder. Raised whenever one written before could no longer be run."""
-METADATA = "avfast"
-"""Key under which a graph carries what it is, as JSON."""
 GRAPHS = ("audio", "context", "observe", "step")
 """The graphs that the runner uses, where a model has them; `rollout` is for other hosts."""
+_KNOWN_INPUTS = set("frames image flow hidden cell condensed key value previous vector z1 z2 z3 z4".split())
+"""Of `observe` and `step`."""
 FEATURES = 128
 """As in avfast.models.networks, which needs PyTorch."""
 
@@ -82,7 +80,7 @@ class Predictor:
     def __init__(
         self, folder: str | Path, *, device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = None
     ) -> None:
-        providers, self.note = _providers(device)
+        providers, self.note = choose_providers(device)
         sessions = {
             name: Session(Path(folder) / f"{name}.onnx", providers, threads)
             for name in GRAPHS
@@ -110,6 +108,10 @@ class Predictor:
                 raise InputError(f"{source}: {name}.onnx and step.onnx are of different exports")
         self.config = self.about["config"]
         self.inputs: dict[str, list[dict[str, Any]]] = {name: found["inputs"] for name, found in about.items()}
+        for name in ("observe", "step"):
+            unknown = {spec["name"] for spec in self.inputs.get(name, [])} - _KNOWN_INPUTS
+            if unknown:
+                raise InputError(f"{source}: its {name} takes {', '.join(unknown)}, which this avfast does not know")
         sound = self.about["spectrogram"]
         self.spectrogram = None if sound is None else SpectrogramConfig(**sound)
 
@@ -243,7 +245,7 @@ class Stream:
         past = {name: self._sound.get(name, empty) for name in ("key", "value")}
         feed = {"windows": windows, **{f"past_{name}": past[name] for name in past}}
         # a few hundred numbers per frame, cut differently at every step: they stay with the host
-        new = {name: host(x) for name, x in self._run["audio"](feed).items()}
+        new = {name: to_numpy(x) for name, x in self._run["audio"](feed).items()}
         for name in ("vectors", "condensed"):
             if name in new:
                 new[name] = np.concatenate((self._sound.get(name, empty), new[name]), axis=1)
@@ -323,7 +325,7 @@ class Stream:
             self._after_given = self._state
         self._image, self._flow, self._previous = out["next_image"], out["next_flow"], out["prediction"]
         self.newest += 1
-        return host(self._previous), host(self._flow)
+        return to_numpy(self._previous), to_numpy(self._flow)
 
     def _observe(self, frames: Array, flow: Array, first: int) -> None:
         """Take in frames first+1 .. first+N."""
@@ -352,87 +354,6 @@ class Stream:
     def _need_sound(self, frames: int, purpose: str) -> None:
         if "audio" in self._run and self.sound_frames < frames:
             raise ValueError(f"sound covers {self.sound_frames} frames, expected {frames} or more {purpose}")
-
-
-class Session:
-    """One ONNX file, called with inputs by name. On CUDA outputs stay on the device, and are bound where they come back
-    as inputs (written for CUDA, not measured there yet; the same path runs on the CPU in the tests)."""
-
-    def __init__(self, path: Path, providers: list[str], threads: int | None, *, bind: bool | None = None) -> None:
-        import onnxruntime
-
-        if not path.is_file():
-            raise InputError(f"{path.parent} holds no exported model: {path.name} is missing")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:
-            # onnxruntime's own classes share no other base
-            raise InputError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from None
-        self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
-        self._bind = self.device == "cuda" if bind is None else bind
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        try:
-            self.about: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
-        except (KeyError, ValueError):
-            raise InputError(f"{path} was not written by avfast.export: it says nothing of itself") from None
-
-    def __call__(self, feed: Mapping[str, Any]) -> dict[str, Any]:
-        if not self._bind:
-            return dict(zip(self._outputs, self._session.run(self._outputs, dict(feed)), strict=True))
-        binding = self._session.io_binding()
-        # held by name until the run is over: the binding is not known to keep them
-        arrays = {name: np.ascontiguousarray(x) for name, x in feed.items() if isinstance(x, np.ndarray)}
-        for name, value in feed.items():
-            if name in arrays:
-                binding.bind_cpu_input(name, arrays[name])
-            else:
-                binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            binding.bind_output(name, self.device)
-        self._session.run_with_iobinding(binding)
-        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
-
-
-def host(value: Any) -> Array:
-    """A graph's output as a numpy array."""
-    return value if isinstance(value, np.ndarray) else value.numpy()
-
-
-def _providers(device: str) -> tuple[list[str], str | None]:
-    """onnxruntime's providers for a device, and why "auto" settled for the CPU. Raises InputError where "cuda" cannot
-    be had, or onnxruntime is not there."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device is {device!r}, expected auto, cpu or cuda")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise InputError(f"onnxruntime is needed and does not load ({error}): pip install onnxruntime") from None
-    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
-    if device == "cpu":
-        return [cpu], None
-    reason = None
-    if len(both := [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]) == 2:
-        reason = f"{' and '.join(both)} are both installed and overwrite each other: uninstall both, then install one"
-    elif cuda not in onnxruntime.get_available_providers():
-        reason = "this onnxruntime is built without CUDA: install onnxruntime-gpu in its place"
-    elif not os.path.exists("/dev/nvidiactl"):
-        reason = "there is no NVIDIA driver"
-    if reason is None:
-        return [cuda, cpu], None
-    if device == "cuda":
-        raise InputError(f"device is 'cuda', but {reason}")
-    return [cpu], reason
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _shape(name: str, array: Any) -> tuple[int, ...]:

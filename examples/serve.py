@@ -34,7 +34,7 @@ def create_app(model: str | Path, *, max_bytes: int = MAX_BYTES, max_frames: int
     """The service over an exported model. It refuses films of more bytes, or of more frames at the model's rate."""
     predictor = Predictor(model)
     # an export that does not say how films are read is refused now, not at the first upload
-    _ = predictor.usage
+    _ = predictor.input_spec
     # one prediction at a time: it uses all cores, and memory stays that of one film
     turn = threading.Lock()
     app = FastAPI(title="avfast")
@@ -66,7 +66,7 @@ def create_app(model: str | Path, *, max_bytes: int = MAX_BYTES, max_frames: int
 
 
 def _predict_film(predictor: Predictor, source: Path, target: Path, max_frames: int) -> None:
-    given, film = predictor.usage.context_frames, predictor.read(source, max_frames=max_frames)
+    given, film = predictor.input_spec.context_frames, predictor.read(source, max_frames=max_frames)
     if film.frames.shape[1] <= given:
         raise InputError(f"film has {film.frames.shape[1]} frames with sound, expected more than {given}")
     rollout = predictor.predict(film.frames[:, :given], film.sound)

@@ -13,7 +13,9 @@ import yaml
 
 from avfast import export as export_module
 from avfast.data.mmnist import MMNISTConfig
-from avfast.deploy.graphs import border_warp, fold_batch_norms, make_graphs
+from avfast.deploy.folding import fold_batch_norms
+from avfast.deploy.graphs import make_graphs
+from avfast.deploy.operators import border_warp
 from avfast.errors import InputError
 from avfast.files.settings import to_dict
 from avfast.kernels import reference
@@ -127,7 +129,7 @@ def test_files_say_what_they_are(exported: tuple[Path, AVModel]):
 
 def test_real_clips_are_compared_where_they_have_been_built(exported: tuple[Path, AVModel], tmp_path: Path):
     data = MMNISTConfig(train_clips=2, val_clips=1, test_clips=2, clip_frames=8)
-    run = TrainConfig(data=data, data_cache=str(tmp_path))
+    run = TrainConfig(data=data, pred_frames=3, eval_frames=3, data_cache=str(tmp_path))
     assert run.built_split("test") is None and list(tmp_path.iterdir()) == []
     store = run.load_split("test", quiet=True)
     found = run.built_split("test")
@@ -174,9 +176,7 @@ def test_bad_requests_are_one_clear_line(random_model: MakeModel, tmp_path: Path
     with pytest.raises(InputError, match="unroll is 0"):
         export(ExportConfig(run=str(tmp_path), out=out, unroll=0))
     write_run(tmp_path / "run", random_model(refinement="none"), "best-mme")
-    with pytest.raises(
-        InputError, match="is of stage mme only, its run has the stages mme, car: train them all, or give --motion-only"
-    ):
+    with pytest.raises(InputError, match="is of stage mme only, its run has the stages mme, car: train them"):
         export(ExportConfig(run=str(tmp_path / "run"), out=out))
     assert not Path(out).exists()
 

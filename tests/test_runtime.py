@@ -23,7 +23,7 @@ from avfast.opticalflow.tvl1 import PRESETS, tvl1_flow
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from avfast import runtime  # noqa: E402
+from avfast.deploy.onnx_session import METADATA, Session  # noqa: E402
 from avfast.runtime import Predictor  # noqa: E402
 
 CLIPS = Path(__file__).parents[2] / "shared" / "data" / "clips"
@@ -115,7 +115,7 @@ def test_stream_computes_the_flow_to_the_frame_before(predictor: Predictor):
 def test_bound_outputs_equal_plain_ones(exported: tuple[Path, AVModel], predictor: Predictor):
     bound = Predictor(exported[0], device="cpu")
     paths = {name: exported[0] / f"{name}.onnx" for name in predictor.about["graphs"]}
-    bound.graphs = {n: runtime.Session(p, ["CPUExecutionProvider"], 2, bind=True) for n, p in paths.items()}
+    bound.graphs = {n: Session(p, ["CPUExecutionProvider"], 2, bind=True) for n, p in paths.items()}
     frames, flow, sound = inputs(2, 3, 6)
     plain = predictor.predict(frames, sound, flow=flow)
     for ours, theirs in zip(bound.predict(frames, sound, flow=flow), plain, strict=True):
@@ -232,7 +232,7 @@ def rewrite(source: Path, target: Path, **changes: Any) -> None:
     """Copy a graph with other values in what it says of itself."""
     graph = onnx.load(source)
     about = json.loads(graph.metadata_props[0].value)
-    onnx.helper.set_model_props(graph, {runtime.METADATA: json.dumps({**about, **changes})})
+    onnx.helper.set_model_props(graph, {METADATA: json.dumps({**about, **changes})})
     onnx.save(graph, target)
 
 
@@ -242,8 +242,9 @@ def test_exports_that_this_version_does_not_know(exported: tuple[Path, AVModel],
     rewrite(exported[0] / "step.onnx", step, format=99)
     with pytest.raises(InputError, match="is of format 99, this avfast runs format 1"):
         Predictor(tmp_path / "model")
-    rewrite(exported[0] / "step.onnx", step, config={**predictor.config, "motion": "telepathy"})
-    with pytest.raises(InputError, match="has motion 'telepathy', expected one of v, mme, v.recall"):
+    thought = {"name": "thought", "shape": ["B", 128]}
+    rewrite(exported[0] / "step.onnx", step, inputs=[*predictor.inputs["step"], thought])
+    with pytest.raises(InputError, match="its step takes thought, which this avfast does not know"):
         Predictor(tmp_path / "model")
 
 

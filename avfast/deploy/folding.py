@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from avfast.models.avmodel import AVModel
 from avfast.models.networks import ConvBlock
@@ -50,8 +49,15 @@ class _Cast(nn.Module):
         self.module, self.inside, self.outside = module.to(inside), inside, outside
 
     def forward(self, *arguments: Any) -> Any:
-        result = self.module(*tree_map_only(Tensor, lambda x: x.to(self.inside), arguments))
-        return tree_map_only(Tensor, lambda x: x.to(self.outside), result)
+        result = self.module(*_cast(list(arguments), self.inside))
+        return _cast(result, self.outside)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The same with every tensor of a type, also those in lists."""
+    if isinstance(value, list):
+        return [_cast(part, dtype) for part in value]
+    return value.to(dtype) if isinstance(value, Tensor) else value
 
 
 def half_precision(model: AVModel) -> AVModel:

@@ -148,11 +148,8 @@ class TrainConfig:
         return store
 
     def built_split(self, split: Split) -> ClipStore | None:
-        """The same where nothing has to be made for it, else None."""
-        store = self.data.built(split, cache=self.data_cache, flow_preset=self.flow_preset)
-        if store is not None:
-            self._refuse_misfit(store)
-        return store
+        """One split where nothing has to be made for it, else None. Raises InputError where it cannot be had."""
+        return self.data.built(split, cache=self.data_cache, flow_preset=self.flow_preset)
 
     def _refuse_misfit(self, store: ClipStore) -> None:
         for flag, wanted, found in (

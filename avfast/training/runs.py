@@ -195,8 +195,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
             return checkpoint
     folder = path / "checkpoints"
     # of a run whose final stage was not trained, the best of the latest stage
-    earlier = sorted(folder.glob("best-*"), key=lambda p: p.resolve().name.rpartition("_")[2], reverse=True)
-    for checkpoint in (folder / "best", *(p for p in earlier if p.is_symlink()), folder / "last"):
+    earlier = [p for p in folder.glob("best-*") if not p.name[-8:].isdigit()]
+    earlier.sort(key=lambda p: p.resolve().name[-8:], reverse=True)
+    for checkpoint in (folder / "best", *earlier, folder / "last"):
         if (checkpoint / "model.safetensors").is_file():
             return checkpoint
     raise InputError(f"{path} is neither a checkpoint (no model.safetensors) nor a run folder with one")

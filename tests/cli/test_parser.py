@@ -55,7 +55,7 @@ class Drawing:
     title: str | None = "untitled"
 
 
-SHAPES = {"shape": ("shape", {"circle": Circle, "square": Square})}
+SHAPES = {"shape": {"shape": {"circle": Circle, "square": Square}}}
 
 
 def drawing(line: str, **options: Any) -> Drawing:
