@@ -28,7 +28,7 @@ from avfast.errors import InputError
 from avfast.files.result_folder import ResultFolder
 from avfast.flow import FlowConfig, extract_flow
 from avfast.media.video import read_video
-from avfast.opticalflow import extraction
+from avfast.opticalflow import flow_pipeline as extraction
 from avfast.opticalflow.flow_files import bytes_to_flow, read_flo
 from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.ui.plots import flow_to_rgb
@@ -319,7 +319,7 @@ def test_results_beside_the_inputs_are_no_inputs(tmp_path: Path) -> None:
 STUCK = """
 import sys, time
 from avfast import flow
-from avfast.opticalflow import extraction
+from avfast.opticalflow import flow_pipeline as extraction
 calls, solve = 0, extraction.tvl1_flow
 def stuck(*arguments, **settings):
     global calls

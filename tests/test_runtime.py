@@ -114,7 +114,7 @@ def test_stream_computes_the_flow_to_the_frame_before(predictor: Predictor):
 
 def test_bound_outputs_equal_plain_ones(exported: tuple[Path, AVModel], predictor: Predictor):
     bound = Predictor(exported[0], device="cpu")
-    paths = {name: exported[0] / f"{name}.onnx" for name in predictor.about["graphs"]}
+    paths = {name: exported[0] / f"{name}.onnx" for name in predictor.metadata["graphs"]}
     bound.graphs = {n: Session(p, ["CPUExecutionProvider"], 2, bind=True) for n, p in paths.items()}
     frames, flow, sound = inputs(2, 3, 6)
     plain = predictor.predict(frames, sound, flow=flow)

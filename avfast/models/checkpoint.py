@@ -26,12 +26,12 @@ def save_pretrained(model: VideoModel, folder: str | Path) -> None:
     """Write config.json and model.safetensors into a folder, each under a temporary name first."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"format": FORMAT, "model": model.settings.name, **dataclasses.asdict(model.settings)}
-    config = json.dumps(about, indent=2) + "\n"
+    content = {"format": FORMAT, "model": model.settings.name, **dataclasses.asdict(model.settings)}
+    config = json.dumps(content, indent=2) + "\n"
     # serialised in memory: safetensors reports a full disk as an error of its own, without the file's name
-    for name, content in (("model.safetensors", save(model.state_dict())), ("config.json", config.encode())):
+    for name, data in (("model.safetensors", save(model.state_dict())), ("config.json", config.encode())):
         with replacing(folder / name) as temporary:
-            temporary.write_bytes(content)
+            temporary.write_bytes(data)
 
 
 def read_pretrained(
