@@ -14,7 +14,7 @@ import torch
 from avfast import env
 from avfast.machine.environment import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
