@@ -14,7 +14,7 @@ import torch
 from avfast import env
 from avfast.machine.environment import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -25,6 +25,19 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert report["cuda"]["native"] == "none: avfast._C is missing"
     env.main([])
     assert "  avfast._C: missing: " in capsys.readouterr().out
+
+
+def test_convolutions_are_listed_with_what_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("avfast._C")
+    monkeypatch.delenv("AVFAST_BACKEND", raising=False)
+    env.main([])
+    shown = capsys.readouterr().out
+    assert "\n  conv2d (cpu): cpp, " in shown and "\n  patch_conv (cpu): torch, " in shown
+    monkeypatch.setenv("AVFAST_BACKEND", "reference")
+    env.main([])
+    shown = capsys.readouterr().out
+    assert "\n  conv2d (cpu): reference, " in shown and "\n  patch_conv (cpu): reference, " in shown
+    assert "\n  AVFAST_BACKEND: reference\n" in shown
 
 
 def report_without(*names: str, arguments: list[str]) -> str:
