@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +45,10 @@ from avfast.data.mmnist_rendering import (
     render_sound,
     sine_table,
 )
-from avfast.data.store import ClipStore, write_store
+from avfast.data.store import ClipStore, generated_folder, write_store
 from avfast.errors import InputError
 from avfast.media.spectrogram import SpectrogramConfig, spectrogram
-from avfast.opticalflow.tvl1 import PRESETS, tvl1_flow
+from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.ui.progress import Progress
 
 GENERATOR_VERSION = 1
@@ -120,14 +119,14 @@ class MMNISTConfig(DataSettings):
         a full disk or an unwritable cache.
         """
         source = MovingMNIST(self, split)
-        folder, parameters = _cached_split(source, cache, flow_preset)
+        folder, parameters = generated_folder(cache, source.parameters(), flow_preset)
         if folder.exists():
             return ClipStore.open(folder)
         with Progress(f"data set, {split}", quiet=quiet) as progress:
             return write_store(folder, len(source), _built_chunks(source, flow_preset, progress), parameters)
 
     def built(self, split: Split, *, cache: str | Path, flow_preset: str) -> ClipStore | None:
-        folder, _ = _cached_split(MovingMNIST(self, split), cache, flow_preset)
+        folder, _ = generated_folder(cache, MovingMNIST(self, split).parameters(), flow_preset)
         return ClipStore.open(folder) if folder.exists() else None
 
     def clip_settings(self, read_parameters: Callable[[], Mapping[str, Any]], image_channels: int) -> ClipSettings:
@@ -156,16 +155,6 @@ def _built_chunks(source: MovingMNIST, flow_preset: str, progress: Progress) -> 
             "waveform": clips.waveform,
         }
         progress.update(first + len(clips.frames), len(source))
-
-
-def _cached_split(source: MovingMNIST, cache: str | Path, flow_preset: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of a split in a cache, and the parameters whose hash is in its name."""
-    if flow_preset not in PRESETS:
-        raise InputError(f"flow_preset={flow_preset!r}: expected one of {', '.join(PRESETS)}")
-    flow_parameters = {"preset": flow_preset, **dataclasses.asdict(PRESETS[flow_preset])}
-    parameters = {**source.parameters(), "flow": flow_parameters}
-    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(cache) / f"mmnist-{source.split}-{digest}", parameters
 
 
 def mmnist_spectrogram(tone: str) -> SpectrogramConfig:

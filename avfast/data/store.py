@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -18,7 +20,7 @@ from avfast.files.atomic import npy_appender
 from avfast.files.result_folder import hidden_folder, sweep
 from avfast.media.prefetch import prefetch
 from avfast.media.spectrogram import SpectrogramConfig, spectrogram
-from avfast.opticalflow.tvl1 import tvl1_flow
+from avfast.opticalflow.tvl1 import PRESETS, tvl1_flow
 
 FORMAT = "avfast-clips"
 FORMAT_VERSION = 1
@@ -241,6 +243,21 @@ def training_mean_image(store: ClipStore) -> Tensor:
     for first in range(0, len(store), 256):
         total += store.frames[first : first + 256].sum((0, 1), dtype=np.int64)
     return torch.from_numpy(total / (255 * len(store) * store.clip_frames)).float()
+
+
+def generated_folder(cache: str | Path, parameters: dict[str, Any], flow_preset: str) -> tuple[Path, dict[str, Any]]:
+    """Where a split of a generated data set is kept in the folder `cache`, and `parameters`, which decide its bytes,
+    with those of its flow added.
+
+    The folder is `<cache>/<dataset>-<split>-<hash of all parameters>`; two of them are `dataset` and `split`. Raises
+    InputError for an unknown flow preset.
+    """
+    if flow_preset not in PRESETS:
+        raise InputError(f"flow_preset={flow_preset!r}: expected one of {', '.join(PRESETS)}")
+    flow_parameters = {"preset": flow_preset, **dataclasses.asdict(PRESETS[flow_preset])}
+    parameters = {**parameters, "flow": flow_parameters}
+    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(cache) / f"{parameters['dataset']}-{parameters['split']}-{digest}", parameters
 
 
 def write_store(

@@ -19,7 +19,7 @@ from avfast.errors import InputError
 from avfast.kernels import flow_loss
 from avfast.models.base import ModelSettings, Rollout, Stage, TrainingSettings, VideoModel, WindowKeys, repeated
 from avfast.models.car import CAR
-from avfast.models.checkpoint import load_pretrained, save_pretrained
+from avfast.models.checkpoint import load_pretrained
 from avfast.models.losses import frame_loss
 from avfast.models.mme import MME, Motion, RecallMotion, VisualMotion
 from avfast.models.networks import FEATURES, ContextEncoder, UNet, batch_norms
@@ -99,23 +99,6 @@ class AVModel(VideoModel):
             affine = nn.ModuleList(levels) if has_affine else None
             self.car = CAR(unet, context_encoder, affine, uses_sound=has_affine and self.mme.uses_sound)
 
-    def check_inputs(self, frames: Tensor, flow: Tensor, audio: Tensor) -> None:
-        """Raise ValueError, naming argument and value, unless the three fit each other and the model."""
-        channels, audio_shape = self.settings.image_channels, self.settings.audio_shape
-        if frames.dim() != 5 or frames.shape[2] != channels:
-            raise ValueError(f"frames has shape {tuple(frames.shape)}, expected (B, K, {channels}, H, W)")
-        b, k, _, h, w = frames.shape
-        if h % 16 or w % 16 or 0 in (b, k, h, w):
-            raise ValueError(
-                f"frames has shape {tuple(frames.shape)}, expected H and W to be multiples of 16, none empty"
-            )
-        if flow.shape != (b, k, 2, h, w):
-            raise ValueError(f"flow has shape {tuple(flow.shape)}, expected {(b, k, 2, h, w)}")
-        if audio.dim() != 5 or audio.shape[0] != b or tuple(audio.shape[2:]) != (1, *audio_shape):
-            raise ValueError(f"audio has shape {tuple(audio.shape)}, expected {(b, 'T', 1, *audio_shape)}")
-        if audio.shape[1] <= k:
-            raise ValueError(f"audio covers T = {audio.shape[1]} frames, expected more than the K = {k} given frames")
-
     def forward(self, frames: Tensor, flow: Tensor, audio: Tensor) -> Rollout:
         """frames (B,K,C,H,W) in [0,1], flow (B,K,2,H,W), audio (B,T,1,F,S) -> the T-K frames and flows that follow; H
         and W multiples of 16. The frames are not clamped. Raises ValueError on inputs that do not fit."""
@@ -140,10 +123,6 @@ class AVModel(VideoModel):
             model = AVModel(dataclasses.replace(self.settings, refinement="none"))
         model.mme = self.mme
         return model
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into a folder, each under a temporary name first."""
-        save_pretrained(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> AVModel:

@@ -1,6 +1,7 @@
 """What the harness asks of a model. Training, scoring, prediction and run folders know models through these classes.
 
-A model is one file in this folder: its settings, the module, its training stages; and one line in `registry`.
+A model is one file: its settings, the module, its training stages; and one line in `registry`. Models to compare with
+lie in `baselines`. docs/extending.md adds one, step by step.
 
 Shape legend: B batch, K given frames of T in all, P = T - K predicted ones, C channels, H W image, F S spectrogram of
 one frame.
@@ -8,15 +9,22 @@ one frame.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from avfast.data.store import Batch
+from avfast.files.atomic import replacing
+
+FORMAT = 3
+"""Version of config.json."""
 
 WindowKeys = tuple[np.ndarray, np.ndarray]
 """Of a batch's windows: the clips' numbers, and the first frames within them."""
@@ -118,9 +126,34 @@ class VideoModel(nn.Module, ABC):
         """What of a batch's sound the model takes: its spectrograms (B,T,1,F,S), or `batch.waveform`."""
         return batch.audio
 
-    @abstractmethod
+    def check_inputs(self, frames: Tensor, flow: Tensor, audio: Tensor) -> None:
+        """Raise ValueError, naming argument and value, unless the three fit each other and the model."""
+        channels, audio_shape = self.settings.image_channels, self.settings.audio_shape
+        if frames.dim() != 5 or frames.shape[2] != channels:
+            raise ValueError(f"frames has shape {tuple(frames.shape)}, expected (B, K, {channels}, H, W)")
+        b, k, _, h, w = frames.shape
+        if h % 16 or w % 16 or 0 in (b, k, h, w):
+            raise ValueError(
+                f"frames has shape {tuple(frames.shape)}, expected H and W to be multiples of 16, none empty"
+            )
+        if flow.shape != (b, k, 2, h, w):
+            raise ValueError(f"flow has shape {tuple(flow.shape)}, expected {(b, k, 2, h, w)}")
+        if audio.dim() != 5 or audio.shape[0] != b or tuple(audio.shape[2:]) != (1, *audio_shape):
+            raise ValueError(f"audio has shape {tuple(audio.shape)}, expected {(b, 'T', 1, *audio_shape)}")
+        if audio.shape[1] <= k:
+            raise ValueError(f"audio covers T = {audio.shape[1]} frames, expected more than the K = {k} given frames")
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into a folder, see `models.checkpoint`."""
+        """Write config.json, which names the model and its settings, and model.safetensors into a folder, each under a
+        temporary name first."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"format": FORMAT, "model": self.settings.name, **dataclasses.asdict(self.settings)}
+        config = json.dumps(about, indent=2) + "\n"
+        # serialised in memory: safetensors reports a full disk as an error of its own, without the file's name
+        for name, content in (("model.safetensors", save(self.state_dict())), ("config.json", config.encode())):
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(content)
 
     @abstractmethod
     def predict(self, frames: Tensor, flow: Tensor, audio: Tensor, *, samples: int = 1) -> Rollout:

@@ -1,37 +1,22 @@
-"""Weights on disk: a folder with config.json, which names the model and its settings, and model.safetensors."""
+"""Models from disk: folders that `VideoModel.save_pretrained` has written."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from avfast.errors import InputError
-from avfast.files.atomic import replacing
 from avfast.files.settings import from_dict
-from avfast.models.base import ModelSettings, VideoModel
+from avfast.models.base import FORMAT, ModelSettings, VideoModel
 
-FORMAT = 3
-"""Version of config.json. 2 did not name the model, which was always the paper's; its files are still read."""
 _MODEL_OF_FORMAT_2 = "mme-car"
-
-
-def save_pretrained(model: VideoModel, folder: str | Path) -> None:
-    """Write config.json and model.safetensors into a folder, each under a temporary name first."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "model": model.settings.name, **dataclasses.asdict(model.settings)}
-    config = json.dumps(content, indent=2) + "\n"
-    # serialised in memory: safetensors reports a full disk as an error of its own, without the file's name
-    for name, data in (("model.safetensors", save(model.state_dict())), ("config.json", config.encode())):
-        with replacing(folder / name) as temporary:
-            temporary.write_bytes(data)
+"""Format 2 did not name the model, which was always the paper's; its files are still read."""
 
 
 def read_pretrained(

@@ -11,11 +11,11 @@ using Wide = Vec2;
 }
 #endif
 
-#include "flow_loss.h"
-#include "gates.h"
-#include "modulate.h"
-#include "tiles.h"
-#include "warp.h"
+#define AVFAST_LOOPS
+#define AVFAST_OP(name, ...)
+#include "ops.def"
+#undef AVFAST_OP
+#undef AVFAST_LOOPS
 
 namespace avfast::AVFAST_ISA {
 

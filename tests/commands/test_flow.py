@@ -24,14 +24,8 @@ from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.files.result_folder import ResultFolder
 from avfast.flow import FlowConfig, extract_flow
-<<<<<<< HEAD:tests/test_flow.py
-from avfast.media.video import read_video
-from avfast.opticalflow import flow_pipeline as extraction
-from avfast.opticalflow.flow_files import bytes_to_flow, read_flo
-=======
 from avfast.opticalflow import flow_pipeline as extraction
 from avfast.opticalflow.flow_files import bytes_to_flow
->>>>>>> 195f8af69492235e284fa0c0216a84ab816950c2:tests/commands/test_flow.py
 from avfast.opticalflow.tvl1 import tvl1_flow
 
 H, W = 40, 56

@@ -25,7 +25,6 @@ from avfast.export import ExportConfig, export
 from avfast.files.settings import to_dict
 from avfast.models.avmodel import AVModel, ModelConfig
 from avfast.models.base import ModelSettings, Rollout, Stage, TrainingSettings, VideoModel, WindowKeys
-from avfast.models.checkpoint import save_pretrained
 from avfast.models.registry import MODELS, build_model, load_model, read_model
 from avfast.predict import PredictConfig, predict
 from avfast.train import train
@@ -75,9 +74,6 @@ class Flicker(VideoModel):
     def sound(self, batch: Batch) -> Tensor:
         assert batch.waveform is not None
         return batch.waveform
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        save_pretrained(self, folder)
 
     def forward(self, frames: Tensor, waveform: Tensor) -> Tensor:
         """frames (B,K,C,H,W), waveform (B, T * SAMPLES) int16 -> (B,T-K,C,H,W)."""

@@ -1,7 +1,7 @@
 // The CUDA engine of TV-L1 on the CPU, for ctypes.
 #include "cuda_on_host.h"
 // has to follow the replacement of CUDA
-#include "../../csrc/tvl1/flow_cuda.cu"
+#include "../../csrc/tvl1/cuda/flow_cuda.cu"
 
 static avfast::tvl1::Params params;
 

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "resample.h"
+#include "../resample.h"
 
 namespace avfast::tvl1 {
 
@@ -49,7 +49,7 @@ __device__ __forceinline__ float where_above(float above, float limit, float a) 
 
 }  // namespace avfast::tvl1
 
-#include "pixel.h"
+#include "../pixel.h"
 
 namespace avfast::tvl1 {
 

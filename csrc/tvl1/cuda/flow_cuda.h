@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "params.h"
+#include "../params.h"
 
 namespace avfast::tvl1 {
 
