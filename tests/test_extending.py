@@ -5,8 +5,9 @@ A walk is a section that begins with "Files: N." Its blocks are done in their or
 
 - A block below "New file `path`:" is that file. A `diff` block changes the file that the paragraph above it begins
   with: each part, between `@@`, is found by its context, which has to be there once.
-- `sh` and `python` blocks run in the copy, all of a walk in one process. A line with `# refused: TEXT` has to end with
-  status 2 and that text. After `<!-- docs-test: slow -->` only `make check` runs a block.
+- `sh` and `python` blocks run in the copy, in one process. A block that builds the extension begins another, because
+  what is loaded stays loaded. A line with `# refused: TEXT` has to end with status 2 and that text. A block after
+  `<!-- docs-test: slow -->` is run by `make check` only.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "extending.md"
 COPIED = ("avfast", "kernels", "csrc", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
-# runs the blocks of a walk, given as JSON on stdin, with the modules of the copy; `python -m X` costs no new process
+# runs blocks, given as JSON on stdin, with the modules of the copy; `python -m X` costs no new process
 RUNNER = """
 import contextlib, io, json, re, runpy, shlex, sys
 names = {}
@@ -149,19 +150,25 @@ def carry_out(walk: Walk, copy: Path) -> set[str]:
 
 def run(walk: Walk, copy: Path, *, slow: bool) -> None:
     """Run the commands of a walk in the copy that it was carried out in."""
-    commands = [b for b in walk.blocks if b.language in ("sh", "python") and b.new_file is None]
+    processes: list[list[tuple[str, str]]] = [[]]
+    for block in walk.blocks:
+        if block.language in ("sh", "python") and block.new_file is None and (slow or not block.slow):
+            if "setup.py" in block.text:
+                processes.append([])
+            processes[-1].append((block.language, block.text))
     # without CUDA: nvcc takes minutes
     environment = {**os.environ, "PYTHONPATH": str(copy), "AVFAST_CUDA": "0", "PYTHONDONTWRITEBYTECODE": "1"}
-    ended = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps([(b.language, b.text) for b in commands if slow or not b.slow]),
-        cwd=copy,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stdout[-6000:]
+    for commands in filter(None, processes):
+        ended = subprocess.run(
+            [sys.executable, "-c", RUNNER],
+            input=json.dumps(commands),
+            cwd=copy,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stdout[-6000:]
 
 
 @pytest.fixture
