@@ -5,9 +5,9 @@ A walk is a section that begins with "Files: N." Its blocks are done in their or
 
 - A block below "New file `path`:" is that file. A `diff` block changes the file that the paragraph above it begins
   with: each part, between `@@`, is found by its context, which has to be there once.
-- `sh` and `python` blocks run in the copy, in one process until a block builds the extension, which begins another: what
-  is loaded stays loaded. A line with `# refused: TEXT` has to end with status 2 and that text. After `<!-- docs-test:
-  slow -->` only `make check` runs a block.
+- `sh` and `python` blocks run in the copy, in one process. A block that builds the extension begins another, because
+  what is loaded stays loaded. A line with `# refused: TEXT` has to end with status 2 and that text. A block after
+  `<!-- docs-test: slow -->` is run by `make check` only.
 """
 
 from __future__ import annotations
