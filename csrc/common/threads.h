@@ -3,20 +3,19 @@
 // The library has one pool of its own and does not use PyTorch's OpenMP threads: those are not there without PyTorch,
 // do not survive a fork, and all wait for the slowest of them by spinning.
 //
-// Measured with 2 threads on 2 cores (Xeon with AVX-512, Linux 6.18), median per call in us: the version before, which
-// used PyTorch's threads where there were any, and this one.
+// Measured on 2 cores (Xeon with AVX-512, Linux 6.18) in a process with PyTorch and OpenMP's default policy, in us per
+// call with 2 threads, median and mean. "before" used PyTorch's threads where there were any.
 //
-//                                                    one thread    before    now
-//   gates 16x128x3x3      alone                              32        18     25
-//                         beside a busy process              44      8000     48
-//   gates 16x128x12x12    alone                             515       310    315
-//                         right after a PyTorch op          720       420    570
-//   TV-L1, 2 pairs 64x64  alone                             980       745    755
-//                         beside a busy process             965      8000    985
+//                        alone                     right after a PyTorch op    beside a busy process
+//                        before      now           before       now           before        now
+//   gates 16x128x3x3     23 / 22     19 / 26       25 / 27      47 / 50       24 / 93       45 / 51
+//   gates 16x128x12x12   350 / 341   303 / 343     326 / 336    370 / 447
+//   TV-L1, 2 of 64x64    539 / 584   627 / 720     694 / 700    1003 / 1107   689 / 3078    1321 / 1319
 //
-// "Beside a busy process" and "after a PyTorch op" are in a process with PyTorch and OpenMP's default policy. There
-// OpenMP's threads keep their cores for some milliseconds after an op of PyTorch, so that a second thread of this pool
-// gains little. OMP_WAIT_POLICY=passive makes them sleep.
+// Beside two or more busy processes every call with PyTorch's threads took 8000 to 12000 us, and takes 48 (the small
+// gates) and 985 (TV-L1) now. The price: after an op of PyTorch, OpenMP's threads keep their cores for some
+// milliseconds, and a second thread of this pool gains little. A training step of the motion stage (batch 16, 48x48)
+// takes 1.15 s before and 1.32 s now; with OMP_WAIT_POLICY=passive 1.66 s before and 1.57 s now.
 #pragma once
 
 #include <cstdint>
