@@ -3,19 +3,17 @@
 // The library has one pool of its own and does not use PyTorch's OpenMP threads: those are not there without PyTorch,
 // do not survive a fork, and all wait for the slowest of them by spinning.
 //
-// Measured on 2 cores (Xeon with AVX-512, Linux 6.18) in a process with PyTorch and OpenMP's default policy, in us per
-// call with 2 threads, median and mean. "before" used PyTorch's threads where there were any.
+// Time per call against a version that used PyTorch's threads where there were any, medians with 2 threads on 2 cores
+// (Xeon with AVX-512), in a process with PyTorch and OpenMP's default policy, November 2026:
 //
-//                        alone                     right after a PyTorch op    beside a busy process
-//                        before      now           before       now           before        now
-//   gates 16x128x3x3     23 / 22     19 / 26       25 / 27      47 / 50       24 / 93       45 / 51
-//   gates 16x128x12x12   350 / 341   303 / 343     326 / 336    370 / 447
-//   TV-L1, 2 of 64x64    539 / 584   627 / 720     694 / 700    1003 / 1107   689 / 3078    1321 / 1319
+//                        alone   right after a PyTorch op   beside one busy process   beside two or more
+//   gates 16x128x3x3     0.83    1.9                        1.9                       0.006
+//   gates 16x128x12x12   0.87    1.1
+//   TV-L1, 2 of 64x64    1.2     1.4                        1.9                       0.12
 //
-// Beside two or more busy processes every call with PyTorch's threads took 8000 to 12000 us, and takes 48 (the small
-// gates) and 985 (TV-L1) now. The price: after an op of PyTorch, OpenMP's threads keep their cores for some
-// milliseconds, and a second thread of this pool gains little. A training step of the motion stage (batch 16, 48x48)
-// takes 1.15 s before and 1.32 s now; with OMP_WAIT_POLICY=passive 1.66 s before and 1.57 s now.
+// The price: after an op of PyTorch, OpenMP's threads keep their cores for some milliseconds, and a second thread of
+// this pool gains little. A training step of the motion stage (batch 16, 48x48) takes 1.15 times as long; with
+// OMP_WAIT_POLICY=passive 0.95 times.
 #pragma once
 
 #include <cstdint>
