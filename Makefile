@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 PIP := $(RUN) pip --disable-pip-version-check install -qq --constraint constraints.txt
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/native/*.h tests/native/*.cpp)
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.cu csrc/*/*/*.h csrc/*/*/*.cuh tests/native/*.h tests/native/*.cpp)
 INPUTS := pyproject.toml constraints.txt $(wildcard setup.py) $(NATIVE) $(wildcard csrc/*/*.def)
 
 .PHONY: help demo test check bench gpu lint format wheel

@@ -22,7 +22,7 @@ HEADERS = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*
 # the loops, compiled once per instruction set; which one runs is chosen at run time
 ISA_SOURCES = sorted(glob.glob("csrc/*/kernels.cpp"))
 CPP_SOURCES = sorted(set(glob.glob("csrc/*/*.cpp")) - set(ISA_SOURCES))
-CUDA_SOURCES = sorted(glob.glob("csrc/*/*.cu"))
+CUDA_SOURCES = sorted(glob.glob("csrc/**/*.cu", recursive=True))
 
 # contraction off, here and below: where the source has no multiply_add, instruction sets and GPUs give the same bits
 CPP_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]

@@ -114,13 +114,13 @@ def export_model(
     dtype = torch.float16 if config.precision == "fp16" else torch.float32
     whole = config.rollout and (config.format != "aoti" or unroll is not None)
     graphs = [g for g in make_graphs(model, dtype, unroll) if whole or g.name != "rollout"]
-    about = _about(model, config, spec, [g.name for g in graphs])
+    metadata = _metadata(model, config, spec, [g.name for g in graphs])
     # of the example alone; 0 and 1 are the sizes that torch.export would take for fixed
     sizes = {"B": 2, "N": 3, "P": 4, "M": 6, "K": 3, "T": 7, "h": 2, "w": 3}
     with _new_folder(Path(out)) as folder:
         for done, graph in enumerate(graphs):
             progress(done, len(graphs) + 1, graph.name)
-            own = {**about, "graph": graph.name, **_inputs_and_outputs(graph)}
+            own = {**metadata, "graph": graph.name, **_inputs_and_outputs(graph)}
             with _quiet():
                 program = trace(graph, sizes)
                 _WRITERS[config.format](graph, program, folder / f"{graph.name}{_SUFFIX[config.format]}", own)
@@ -159,7 +159,7 @@ def _run_config(checkpoint: Path) -> TrainConfig | None:
         return None
 
 
-def _about(model: VideoModel, config: ExportConfig, spec: InputSpec | None, graphs: list[str]) -> dict[str, Any]:
+def _metadata(model: VideoModel, config: ExportConfig, spec: InputSpec | None, graphs: list[str]) -> dict[str, Any]:
     """What every file of an export says of the whole."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -187,7 +187,7 @@ def _inputs_and_outputs(graph: Graph) -> dict[str, Any]:
     return {"inputs": [described(s) for s in graph.inputs], "outputs": [described(s) for s in graph.outputs]}
 
 
-def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
+def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
     try:
         import onnx
         import onnxscript  # noqa: F401
@@ -207,19 +207,19 @@ def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, about: dict[
     # sizes within the graph are known by torch's names for them, which are gone now
     del proto.graph.value_info[:]
     proto.producer_name, proto.producer_version = "avfast", __version__
-    onnx.helper.set_model_props(proto, {METADATA: json.dumps(about)})
+    onnx.helper.set_model_props(proto, {METADATA: json.dumps(metadata)})
     onnx.save(proto, path)
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def _write_pt2(graph: Graph, program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(about)})
+def _write_pt2(graph: Graph, program: ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
+    torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
 
 
-def _write_aoti(graph: Graph, program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    metadata = {"aot_inductor.metadata": {METADATA: json.dumps(about)}}
+def _write_aoti(graph: Graph, program: ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
+    configs = {"aot_inductor.metadata": {METADATA: json.dumps(metadata)}}
     with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=metadata)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 
 
 _WRITERS = {"onnx": _write_onnx, "pt2": _write_pt2, "aoti": _write_aoti}
@@ -235,7 +235,7 @@ class TorchPredictor(runtime.Predictor):
             raise InputError(f"{folder} holds no exported model: step is missing")
         self._set(
             {name: run for name, (run, _) in opened.items()},
-            {name: about for name, (_, about) in opened.items()},
+            {name: metadata for name, (_, metadata) in opened.items()},
             str(folder),
         )
 
@@ -246,7 +246,7 @@ def open_graph(folder: str | Path, name: str) -> tuple[runtime.Run, dict[str, An
     paths = {kind: Path(folder) / f"{name}{suffix}" for kind, suffix in _SUFFIX.items()}
     if paths["onnx"].exists():
         session = Session(paths["onnx"], ["CPUExecutionProvider"], None)
-        return session, session.about
+        return session, session.metadata
     call: Callable[..., Any]
     try:
         if paths["aoti"].exists():
@@ -257,17 +257,17 @@ def open_graph(folder: str | Path, name: str) -> tuple[runtime.Run, dict[str, An
             call, text = torch.export.load(paths["pt2"], extra_files=extra).module(), extra[METADATA]
         else:
             return None
-        about = json.loads(text)
+        metadata = json.loads(text)
     except Exception as error:
         # whatever torch finds wrong with a file, to the user it is one
         raise InputError(f"{name} in {folder} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
 
     def run(feed: Mapping[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
-            outputs = call(*(torch.from_numpy(np.array(feed[spec["name"]])) for spec in about["inputs"]))
-        return {spec["name"]: x.numpy() for spec, x in zip(about["outputs"], outputs, strict=True)}
+            outputs = call(*(torch.from_numpy(np.array(feed[spec["name"]])) for spec in metadata["inputs"]))
+        return {spec["name"]: x.numpy() for spec, x in zip(metadata["outputs"], outputs, strict=True)}
 
-    return run, about
+    return run, metadata
 
 
 def open_export(folder: str | Path) -> runtime.Predictor:

@@ -3,7 +3,7 @@
     python -m avfast.flow clips/ --out flow
     avfast flow 'films/**/*.mp4' --out flow --recipe i3d
 
-avfast.opticalflow.extraction does the work and says what lies in the folders, avfast.opticalflow.flow_files how.
+avfast.opticalflow.flow_pipeline does the work and says what lies in the folders, avfast.opticalflow.flow_files how.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from avfast.errors import InputError
 from avfast.files.result_folder import sweep
 from avfast.machine.device import choose_device
 from avfast.media.inputs import find_items, list_failures, write_failures
-from avfast.opticalflow.extraction import FlowParameters, FlowRun
 from avfast.opticalflow.flow_files import MARKER, Format
+from avfast.opticalflow.flow_pipeline import FlowParameters, FlowRun
 from avfast.opticalflow.tvl1 import PRESETS, tvl1_flow
 from avfast.ui.progress import Progress
 

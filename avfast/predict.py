@@ -168,7 +168,7 @@ class _Predictor:
         self._spec, self._settings = spec, spec.clips
         self._k, self._total = spec.context_frames, spec.context_frames + (config.horizon or spec.eval_frames)
         check_conditions((config.audio,), config.shift, self._total)
-        self._about = {
+        self._settings_record = {
             **source,
             "given_frames": self._k,
             "predicted_frames": self._total - self._k,
@@ -244,21 +244,21 @@ class _Predictor:
         batch = Batch(frames.float() / 255, audio, flow, waveform)
         rollout = self._predict(batch, k)
         results = _scores(batch, rollout, k, self._config.protocol)
-        about = {
+        record = {
             "video": str(clip.item.path),
             "sound": None if clip.sound is None else str(clip.sound),
             "fps": clip.fps,
             "start_seconds": clip.start,
             "true_frames": len(clip.frames),
-            **self._about,
+            **self._settings_record,
             "scores": {name: result.as_dict() for name, result in results.items()},
         }
         final = Path(self._config.out) / clip.item.name
         with hidden_folder(final) as unfinished:
             _write(unfinished, clip, batch, rollout, results, k)
-            (unfinished / MARKER).write_text(json.dumps(finite(about), indent=2, allow_nan=False) + "\n")
+            (unfinished / MARKER).write_text(json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
             folder = publish(unfinished, final)
-        return about | {"folder": str(folder)}
+        return record | {"folder": str(folder)}
 
 
 def _sound_start(path: Path, rate: int) -> float:

@@ -68,10 +68,10 @@ class Predictor:
     cannot be used, with the reason.
     """
 
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     """What the export says of itself: config, precision, hash of the weights, spectrogram, flow."""
     graphs: Mapping[str, Run]
-    """The graphs by name; `about["inputs"]` and the like say what each takes."""
+    """The graphs by name; `metadata["inputs"]` and the like say what each takes."""
     device: str
     """Where it runs: "cpu" or "cuda"."""
     note: str | None
@@ -93,26 +93,26 @@ class Predictor:
             )
             if device == "cuda":
                 raise InputError(f"device is 'cuda', but {self.note}")
-        self._set(sessions, {name: session.about for name, session in sessions.items()}, str(folder))
+        self._set(sessions, {name: session.metadata for name, session in sessions.items()}, str(folder))
 
-    def _set(self, graphs: Mapping[str, Run], about: dict[str, dict[str, Any]], source: str) -> None:
+    def _set(self, graphs: Mapping[str, Run], metadata: dict[str, dict[str, Any]], source: str) -> None:
         """Take graphs that belong together. Raises InputError where one is missing or of another export."""
-        self.graphs, self.about, self.source = graphs, about["step"], source
-        if self.about.get("format") != FORMAT:
-            raise InputError(f"{source} is of format {self.about.get('format')}, this avfast runs format {FORMAT}")
-        for name in self.about["graphs"]:
+        self.graphs, self.metadata, self.source = graphs, metadata["step"], source
+        if self.metadata.get("format") != FORMAT:
+            raise InputError(f"{source} is of format {self.metadata.get('format')}, this avfast runs format {FORMAT}")
+        for name in self.metadata["graphs"]:
             if name in GRAPHS and name not in graphs:
                 raise InputError(f"{source} lacks {name}.onnx, which its step.onnx needs")
-        for name, found in about.items():
-            if found.get("hash") != self.about["hash"] or found.get("precision") != self.about["precision"]:
+        for name, found in metadata.items():
+            if found.get("hash") != self.metadata["hash"] or found.get("precision") != self.metadata["precision"]:
                 raise InputError(f"{source}: {name}.onnx and step.onnx are of different exports")
-        self.config = self.about["config"]
-        self.inputs: dict[str, list[dict[str, Any]]] = {name: found["inputs"] for name, found in about.items()}
+        self.config = self.metadata["config"]
+        self.inputs: dict[str, list[dict[str, Any]]] = {name: found["inputs"] for name, found in metadata.items()}
         for name in ("observe", "step"):
             unknown = {spec["name"] for spec in self.inputs.get(name, [])} - _KNOWN_INPUTS
             if unknown:
                 raise InputError(f"{source}: its {name} takes {', '.join(unknown)}, which this avfast does not know")
-        sound = self.about["spectrogram"]
+        sound = self.metadata["spectrogram"]
         self.spectrogram = None if sound is None else SpectrogramConfig(**sound)
 
     @property
@@ -122,9 +122,9 @@ class Predictor:
         # here: it needs av, which the runner itself does not
         from avfast.data.input_spec import InputSpec
 
-        if self.about["usage"] is None:
+        if self.metadata["usage"] is None:
             raise InputError(f"{self.source} does not say how films are read for it: export it from its run folder")
-        return InputSpec.from_dict(self.about["usage"])
+        return InputSpec.from_dict(self.metadata["usage"])
 
     def read(self, path: str | Path, *, max_frames: int | None = None) -> Film:
         """A film as the model was trained to see and hear it, as far as its sound covers it. Needs av.
@@ -172,7 +172,7 @@ class Predictor:
 
     def flow(self, frames: NDArray[np.float32]) -> NDArray[np.float32]:
         """The flow that the model was trained on, of frames (B,T,C,H,W) in [0,1]."""
-        return numpy_inputs.backward_flow(frames, self.about["flow"])
+        return numpy_inputs.backward_flow(frames, self.metadata["flow"])
 
     def _images(self, name: str, images: Array, ndim: int) -> NDArray[np.float32]:
         """Images as float32 in [0,1]. Raises ValueError for what does not fit the model."""
@@ -278,7 +278,7 @@ class Stream:
         if not self._state:
             layers = self._config["convlstm_layers"]
             shape = (b, layers, FEATURES, h // 16, w // 16)
-            half = self._predictor.about["precision"] == "fp16"
+            half = self._predictor.metadata["precision"] == "fp16"
             self._state = {
                 "hidden": np.zeros(shape, np.float16 if half else np.float32),
                 "cell": np.zeros(shape, np.float32),

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from avfast.models.avmodel import AVModel
-from avfast.models.settings import ModelConfig
+from avfast.models.avmodel import AVModel, ModelConfig
 
 pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

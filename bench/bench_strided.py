@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avfast.kernels import strided_conv, strided_conv_transpose
+from avfast.kernels import shared_weights, strided_conv, strided_conv_transpose
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA both are cuDNN's")
 # transposed, input, channels out, calls with the same weights
@@ -39,9 +39,9 @@ def bench_strided_conv(
     weight = (0.05 * torch.randn((c, channels, 4, 4) if transposed else (channels, c, 4, 4))).requires_grad_()
 
     def ours(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        kept: dict = {}
         call = strided_conv_transpose if transposed else strided_conv
-        return tuple(call(x, weight, kept=kept) for _ in range(calls))
+        with shared_weights():
+            return tuple(call(x, weight) for _ in range(calls))
 
     def framework(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         call = F.conv_transpose2d if transposed else F.conv2d

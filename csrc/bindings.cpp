@@ -20,7 +20,7 @@
 #include "fused/ops.h"
 #include "tvl1/flow.h"
 #ifdef AVFAST_WITH_CUDA
-#include "tvl1/flow_cuda.h"
+#include "tvl1/cuda/flow_cuda.h"
 #endif
 
 namespace py = pybind11;

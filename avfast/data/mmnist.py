@@ -278,22 +278,23 @@ class MovingMNIST:
         for t in range(frames):
             if choice is not None and t >= _FIRST_BLOCK_FRAME:
                 _place_block(block, position, choice, t)
-            ahead = position + velocity
-            low, high = ahead < -2, ahead > limit + 2
+            next_position = position + velocity
+            low, high = next_position < -2, next_position > limit + 2
             walls[:, t] = hit = (low | high).any(-1)
             if config.bounce == "random":
                 turned = speed[..., None] * _direction(turns[:, t, :digits])
                 # of all directions those that lead away from the wall that was hit
                 turned = np.where(low, abs(turned), np.where(high, -abs(turned), turned))
                 velocity = np.where(hit[..., None], turned, velocity)
-                ahead = position + velocity
-                low, high = ahead < -2, ahead > limit + 2
+                next_position = position + velocity
+                low, high = next_position < -2, next_position > limit + 2
             velocity = np.where(low | high, -velocity, velocity)
             if choice is not None:
                 corner = block[:, None, :2]
                 present = (block[:, 2] <= t)[:, None]
-                ahead = position + velocity
-                blocks[:, t] = inside = present & ((ahead >= corner) & (ahead < corner + BLOCK_SIDE)).all(-1)
+                next_position = position + velocity
+                covered = (next_position >= corner) & (next_position < corner + BLOCK_SIDE)
+                blocks[:, t] = inside = present & covered.all(-1)
                 entered = (position < corner) | (position >= corner + BLOCK_SIDE)
                 velocity = np.where(inside[..., None] & entered, -velocity, velocity)
             position = position + velocity

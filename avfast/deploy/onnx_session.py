@@ -39,7 +39,7 @@ class Session:
         self._bind = self.device == "cuda" if bind is None else bind
         self._outputs = [output.name for output in self._session.get_outputs()]
         try:
-            self.about: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
+            self.metadata: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA])
         except (KeyError, ValueError):
             raise InputError(f"{path} was not written by avfast.export: it says nothing of itself") from None
 

@@ -105,14 +105,14 @@ def format_tables(
             f"AEPE in 10^-2 pixels, all pixels, mean over frames {info.context_frames + 1} to {last}. {facts}",
         ]
 
-    about = asdict(info) | {"protocol": one.protocol, "protocol_words": protocol.words, "clips": one.clips}
-    document = about | {
+    described = asdict(info) | {"protocol": one.protocol, "protocol_words": protocol.words, "clips": one.clips}
+    document = described | {
         f"{kind}s": {n: r.as_dict() for n, r in results.items() if kinds[n] == kind} for kind in ("model", "reference")
     }
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     said = {
-        key: about[key]
+        key: described[key]
         for key in ("protocol", "clips", "source", "data_seed", "commit", "version", "flow_preset", "regenerated")
     }
     numbers = [f"{m}_{n}" for m in ("ssim", "psnr", "aepe_px") for n in (*(f"fr{n}" for n in info.frames), "mean")]

@@ -5,7 +5,7 @@
 
 namespace avfast {
 
-// "name (sm_XY)" of every device; empty where there is no device or no driver.
+// Returns "name (sm_XY)" for every device; nothing where there is no device or no driver.
 std::vector<std::string> cuda_devices() {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {

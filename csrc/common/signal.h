@@ -9,7 +9,7 @@
 namespace avfast {
 
 // A waiting thread looks for so long before it sleeps: putting a thread to sleep and waking it costs 10 to 50 us.
-constexpr std::chrono::microseconds kSpinTime{20};
+constexpr std::chrono::microseconds kSpinTime{5};
 
 inline void pause() {
 #if defined(__x86_64__)

@@ -1,8 +1,8 @@
-// floats in the registers of one instruction set. The translation unit says which: it is compiled once per set, with
-// AVFAST_ISA naming the namespace that keeps the copies apart (setup.py).
+// Registers of floats for one instruction set. A translation unit that includes this is compiled once per set, and
+// AVFAST_ISA names the namespace that keeps the copies apart (setup.py).
 //
-// no function of the standard library is used here or in what includes this: the linker keeps one copy of an inline
-// function, and would take the one with AVX-512 in it for the machine that has none.
+// Neither this file nor the code that includes it uses functions of the standard library. The linker keeps only one
+// copy of an inline function, and that could be the copy with AVX-512, on a machine that has none.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +23,13 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// kLanes floats with the arithmetic of one; every operation rounds as the scalar one does. multiply_add rounds once
-// where the instruction set has it as one instruction, twice in the baseline: what has to be the same bit for bit on
-// all sets (TV-L1) does without it.
+// kLanes floats with the arithmetic of one: every operation rounds as the scalar one does. multiply_add rounds once
+// where the instruction set has it as one instruction, and twice in the baseline. Code whose results have to be the
+// same bit for bit on all sets (TV-L1) does not use it.
 struct Vec {
   using Scalar = float;
   static constexpr int kWidth = kLanes;
-  // added to a float it rounds that to a whole number n, |n| < 2^22, which is then in the sum's lowest bits
+  // Adding this to a float rounds that float to a whole number n, |n| < 2^22; n is then in the lowest bits of the sum.
   static constexpr float kToLowBits = 12582912.0f;  // 1.5 * 2^23
   using Raw = float __attribute__((vector_size(kLanes * sizeof(float))));
   using Int = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
@@ -51,7 +51,7 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) r[i] = static_cast<float>(i);
     return r;
   }
-  // whether all lanes of a mask are -1.
+  // Returns whether all lanes of a mask are -1.
   AVFAST_INLINE static bool all(Int mask) {
 #if defined(__AVX512F__)
     return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) == 0xffff;
@@ -67,7 +67,7 @@ struct Vec {
 #endif
   }
   AVFAST_INLINE void store(float* to) const { __builtin_memcpy(to, &raw, sizeof raw); }
-  // the first `count` lanes only, for the end of a row; 0 <= count <= kLanes. The other lanes are 0.
+  // Loads the first `count` lanes only, for the end of a row; 0 <= count <= kLanes. The other lanes are 0.
   AVFAST_INLINE static Vec load_first(const float* from, int count) {
     if (count == kLanes) return load(from);
     Raw r{};
@@ -85,8 +85,8 @@ AVFAST_INLINE Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
 AVFAST_INLINE Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
 AVFAST_INLINE Vec reciprocal(Vec a) { return Vec(1.0f).raw / a.raw; }
 
-// the smaller and the larger, b where one is NaN: what the instructions do. GCC 12 makes a comparison and a blend of
-// the ternary operator, and no root at all of a loop.
+// The smaller and the larger value, and b where one of them is NaN, which is what the instructions do. They are used
+// because GCC 12 makes a comparison and a blend of the ternary operator, and does not vectorise a loop of roots.
 #if defined(__AVX512F__)
 AVFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
   return static_cast<Vec::Raw>(_mm512_fmadd_ps(a.raw, b.raw, c.raw));
@@ -116,37 +116,37 @@ AVFAST_INLINE Vec sqrt(Vec a) {
 }
 #endif
 
-// a where `above` is greater than `limit`, else 0.
+// Returns a where `above` is greater than `limit`, else 0.
 AVFAST_INLINE Vec where_above(Vec above, Vec limit, Vec a) { return above.raw > limit.raw ? a.raw : Vec::Raw{}; }
 
-// a where the mask, the result of a comparison, is -1, b where it is 0.
+// Returns a where the mask, the result of a comparison, is -1, and b where it is 0.
 AVFAST_INLINE Vec where(Vec::Int mask, Vec a, Vec b) { return mask ? a.raw : b.raw; }
 
-// 1 where a equals b, else 0.
+// Returns 1 where a equals b, else 0.
 AVFAST_INLINE Vec equal(Vec a, Vec b) { return a.raw == b.raw ? Vec(1.0f).raw : Vec::Raw{}; }
 
-// the largest whole number not above a, for |a| < 2^31, as floats and as integers.
+// Returns the largest whole number that is not above a, for |a| < 2^31.
 AVFAST_INLINE Vec::Int floor_int(Vec a) {
   const Vec::Int cut = __builtin_convertvector(a.raw, Vec::Int);
-  // the comparison is -1 where it holds
+  // a comparison is -1 where it holds
   return cut + (__builtin_convertvector(cut, Vec::Raw) > a.raw);
 }
 AVFAST_INLINE Vec to_float(Vec::Int a) { return __builtin_convertvector(a, Vec::Raw); }
 
-// 2 to the power of n, -126 <= n <= 127, given n + Vec::kToLowBits; any number for NaN.
+// Returns 2 to the power of n, -126 <= n <= 127, given n + Vec::kToLowBits; any number for NaN.
 AVFAST_INLINE Vec power_of_two(Vec shifted) {
   const Vec::Int bits = (reinterpret_cast<Vec::Int>(shifted.raw) << 23) + (127 << 23);
   return reinterpret_cast<Vec::Raw>(bits);
 }
 
-// lanes 1, 2, ... of a, then `last`.
+// Returns lanes 1, 2, ... of a, then `last`.
 AVFAST_INLINE Vec next_lanes(Vec a, float last) {
   Vec::Int order;
   for (int i = 0; i < kLanes; ++i) order[i] = i + 1;
   return __builtin_shuffle(a.raw, Vec(last).raw, order);
 }
 
-// `first`, then lanes 0, 1, ... of a.
+// Returns `first`, then lanes 0, 1, ... of a.
 AVFAST_INLINE Vec previous_lanes(Vec a, float first) {
   Vec::Int order;
   for (int i = 0; i < kLanes; ++i) order[i] = i == 0 ? kLanes : i - 1;
@@ -156,7 +156,7 @@ AVFAST_INLINE Vec previous_lanes(Vec a, float first) {
 // ---- registers seen as quads, which are four lanes each ----
 constexpr int kQuads = kLanes / 4;
 
-// in every quad its lane kLane four times.
+// Returns, in every quad, its lane kLane four times.
 template <int kLane>
 AVFAST_INLINE Vec spread_in_quads(Vec a) {
   Vec::Int order;
@@ -164,7 +164,7 @@ AVFAST_INLINE Vec spread_in_quads(Vec a) {
   return __builtin_shuffle(a.raw, order);
 }
 
-// lane i of quad k of a[j] becomes lane j of quad k of a[i].
+// Transposes: lane i of quad k of a[j] becomes lane j of quad k of a[i].
 AVFAST_INLINE void transpose_in_quads(Vec (&a)[4]) {
   Vec::Int low, high, first, last;
   for (int i = 0; i < kLanes; ++i) {
@@ -184,7 +184,7 @@ AVFAST_INLINE void transpose_in_quads(Vec (&a)[4]) {
   a[3] = __builtin_shuffle(high01, high23, last);
 }
 
-// of kQuads rows of four quads each: quad k of out[i] is quad i of row k.
+// Transposes kQuads rows of four quads each: quad k of out[i] is quad i of row k.
 AVFAST_INLINE void transpose_quads(const Vec (&rows)[kQuads][4 / kQuads], Vec (&out)[4]) {
 #if defined(__AVX512F__)
   // quads of two registers: 0x44 the first two of each, 0xee the last two, 0x88 the even ones, 0xdd the odd ones
@@ -206,7 +206,7 @@ AVFAST_INLINE void transpose_quads(const Vec (&rows)[kQuads][4 / kQuads], Vec (&
 #endif
 }
 
-// two registers as one: for long chains of operations, of which one at a time would leave the core waiting.
+// Two registers as one, for long chains of operations: with a single chain the core would wait for each result.
 struct Vec2 {
   using Scalar = float;
   static constexpr int kWidth = 2 * kLanes;

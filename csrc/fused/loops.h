@@ -24,15 +24,18 @@ AVFAST_LOOP int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Elements for which a second thread is worth its cost: they take 10 to 20 us.
 constexpr int64_t kGrain = 1 << 13;
-// Parts per thread. A thread that is woken late, or whose core another process uses, leaves the rest to the others.
-constexpr int64_t kPartsPerThread = 4;
+// Work is cut into parts of half of that, of which the threads take one after the other. A thread that is woken late,
+// or whose core another process uses, thus leaves its work to the others. Large work has at most so many parts per
+// thread.
+constexpr int64_t kPartWork = kGrain / 2;
+constexpr int64_t kMaxPartsPerThread = 16;
 
 // Calls body(begin, end) on stretches that cover 0 .. count - 1, which are `work` elements in all.
 template <class Body>
 void share(int64_t count, int64_t work, int threads, const Body& body) {
   const int64_t workers = smaller(smaller(threads, count), work / kGrain);
   if (workers <= 1) return body(int64_t{0}, count);
-  const int64_t parts = smaller(count, kPartsPerThread * workers);
+  const int64_t parts = smaller(count, smaller(work / kPartWork, kMaxPartsPerThread * workers));
   run_parts(parts, static_cast<int>(workers),
             [&](int64_t part) { body(count * part / parts, count * (part + 1) / parts); });
 }

@@ -104,8 +104,8 @@ void for_tiles(const Tiling& tiling, T* map, T* products, int64_t begin, int64_t
 // ---- the ops ----
 
 void gather_tiles(const T* map, const T* rows, const T* columns, T* products, int64_t batch, int64_t channels,
-                  int64_t apart, int stride, int padding, AxisSizes row_sizes, AxisSizes column_sizes, int threads) {
-  const Tiling tiling{row_sizes, column_sizes, channels, stride, padding, apart};
+                  int64_t product_stride, int stride, int padding, AxisSizes row_sizes, AxisSizes column_sizes, int threads) {
+  const Tiling tiling{row_sizes, column_sizes, channels, stride, padding, product_stride};
   share(batch * row_sizes.tiles, batch * tiling.image_values(), threads, [&](int64_t begin, int64_t end) {
     T zeros[kChannels] = {};
     T between[kMaxPixels][kMaxPixels][kChannels];  // [product of the rows][pixel of the columns]
@@ -139,8 +139,8 @@ struct Transposed {
 };
 
 void scatter_tiles(const T* products, const T* rows, const T* columns, T* map, int64_t batch, int64_t channels,
-                   int64_t apart, int stride, int padding, AxisSizes row_sizes, AxisSizes column_sizes, int threads) {
-  const Tiling tiling{row_sizes, column_sizes, channels, stride, padding, apart};
+                   int64_t product_stride, int stride, int padding, AxisSizes row_sizes, AxisSizes column_sizes, int threads) {
+  const Tiling tiling{row_sizes, column_sizes, channels, stride, padding, product_stride};
   const int64_t image = tiling.image_values();
   const bool overlap = row_sizes.pixels > row_sizes.step || column_sizes.pixels > column_sizes.step;
   const Transposed row_matrix(rows, row_sizes), column_matrix(columns, column_sizes);

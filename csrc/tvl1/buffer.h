@@ -20,9 +20,9 @@ class Buffer {
   explicit Buffer(int64_t size) : size_(round_up(size + 1, 64 / sizeof(float))), data_(take(size_)) {}
   Buffer(Buffer&& other) noexcept : size_(other.size_), data_(std::move(other.data_)) {}
   ~Buffer() {
-    if (data_ && kept().floats + size_ <= kMostKept) {
-      kept().floats += size_;
-      kept().buffers.emplace_back(size_, std::move(data_));
+    if (data_ && free_buffers().floats + size_ <= kMostFreeFloats) {
+      free_buffers().floats += size_;
+      free_buffers().buffers.emplace_back(size_, std::move(data_));
     }
   }
   float* get() const { return data_.get(); }
@@ -32,23 +32,23 @@ class Buffer {
     void operator()(float* p) const { std::free(p); }
   };
   using Memory = std::unique_ptr<float, Free>;
-  struct Kept {
+  struct FreeBuffers {
     int64_t floats = 0;
     std::vector<std::pair<int64_t, Memory>> buffers;
   };
-  static constexpr int64_t kMostKept = 4 << 20;
+  static constexpr int64_t kMostFreeFloats = 4 << 20;
 
-  static Kept& kept() {
-    thread_local Kept buffers;
+  static FreeBuffers& free_buffers() {
+    thread_local FreeBuffers buffers;
     return buffers;
   }
   static Memory take(int64_t size) {
-    auto& buffers = kept().buffers;
+    auto& buffers = free_buffers().buffers;
     const auto same = std::find_if(buffers.begin(), buffers.end(), [&](const auto& b) { return b.first == size; });
     if (same != buffers.end()) {
       Memory memory = std::move(same->second);
       buffers.erase(same);
-      kept().floats -= size;
+      free_buffers().floats -= size;
       return memory;
     }
     Memory memory(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));

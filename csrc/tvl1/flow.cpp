@@ -13,7 +13,8 @@
 namespace avfast::tvl1 {
 namespace {
 
-// The rows of one pair are shared out from this many pixels on; in a smaller one, waiting for each other costs more.
+// The rows of one pair are shared out from this many pixels on. In a smaller pair the threads would lose more time by
+// waiting for each other than they gain.
 constexpr int64_t kTeamArea = 160 * 120;
 constexpr int kTeamRows = 32;
 

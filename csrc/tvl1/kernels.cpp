@@ -1,4 +1,4 @@
-// compiled once per instruction set (setup.py): see simd.h for what must not be used here.
+// The loops of TV-L1, compiled once per instruction set (setup.py). See simd.h for what must not be used here.
 #include "kernels.h"
 
 #include "../common/simd.h"
@@ -12,8 +12,9 @@ using tvl1::Iterate;
 using tvl1::LineariseRow;
 using tvl1::MedianRow;
 
-// a register of pixels in every field of one row. A pointer to each third field is kept, the two that follow are one
-// and two strides on, which an address can hold: a pointer to each field would not fit the registers.
+// A register of pixels in every field of one row. There is a pointer to each third field only; the two fields that
+// follow are one and two strides further, which an address can express. A pointer to each field would need more
+// registers than there are.
 struct Cursor {
   float* group[tvl1::kFields / 3];
   int64_t stride;
@@ -28,14 +29,15 @@ struct Cursor {
   }
 };
 
-// steps begin .. end - 1, as far as they are asked for: the primal step of a row and the dual step of the row two
-// above, in one loop. They have nothing to do with each other and so fill each other's waiting time: roots, then the
-// primal step, then the division. With the dual of the row just above, which needs what the primal makes, a core (Zen
-// 3) takes 1.15 to 1.25 times as long; one after the other 1.1; row by row, each set up anew, 1.02 to 1.06.
+// The steps begin .. end - 1 of an iteration that also lie in r.begin .. r.end - 1: in one loop, the primal step of a
+// row and the dual step of the row two above. The two do not depend on each other, so that each uses the time in which
+// the other waits: for the roots, then for the division. Other orders take longer on a Zen 3 core: with the dual of the
+// row just above, which depends on the primal step, 1.15 to 1.25 times; one step after the other, 1.1 times; row by
+// row, each set up anew, 1.02 to 1.06 times.
 template <class Solver, bool kPrimal, bool kDual, bool kBelow, bool kChange>
 AVFAST_INLINE void iterate_rows(const Iterate& r, int begin, int end, const Solver& parameters) {
   constexpr bool kBar = Solver::kExtrapolates;
-  // the dual is driven by the flow itself, or by the extrapolated one beside it
+  // the dual follows the gradient of the flow itself, or of an extrapolated flow that is kept beside it
   constexpr Field kDrive1 = kBar ? tvl1::kBar1 : tvl1::kU1;
   constexpr Field kDrive2 = kBar ? tvl1::kBar2 : tvl1::kU2;
   begin = begin < r.begin ? r.begin : begin;
@@ -102,7 +104,7 @@ AVFAST_INLINE void iterate_rows(const Iterate& r, int begin, int end, const Solv
     above.advance(to_next_row);
     dual.advance(to_next_row);
     if constexpr (kPrimal) {
-      // makes the forward difference 0 in the last column
+      // with this the forward difference in the last column is 0
       past1[0] = past1[-1];
       past2[0] = past2[-1];
       past1 += row_stride;
@@ -111,7 +113,7 @@ AVFAST_INLINE void iterate_rows(const Iterate& r, int begin, int end, const Solv
   }
 }
 
-// steps of an iteration: the first have no dual, the last no primal; the last row of all has none below it.
+// The first steps of an iteration have no dual step, the last ones no primal step, and the last row has no row below.
 template <class Solver>
 void iterate(const Iterate& given, const Solver& parameters) {
   const Iterate r = given;
@@ -132,8 +134,8 @@ void iterate(const Iterate& given, const Solver& parameters) {
   iterate_rows<Solver, false, true, false, false>(r, last, last + 1, solver);
 }
 
-// where some pixels of a row lead to, kept between the loops over them: one loop, which waits for each register's
-// points, takes 1.1 times as long.
+// Where some pixels of a row lead to. This is kept between two loops over the pixels: a single loop, which waits for
+// the points of each register, takes 1.1 times as long.
 struct Points {
   static constexpr int kCount = 64;
   float x_weights[4][kCount], y_weights[4][kCount];
@@ -163,7 +165,8 @@ AVFAST_INLINE void find_points(const LineariseRow& r, const Cursor& row, int x, 
   __builtin_memcpy(points.first + i, &first, sizeof first);
 }
 
-// the pixels of one lane of every quad: down the columns each by itself, then along the row. Returns their texels.
+// Warps the pixels of one lane of every quad, first down the columns, pixel by pixel, then along the row. Returns their
+// texels.
 template <int kLane>
 AVFAST_INLINE Vec warp(const LineariseRow& r, const Points& points, int i) {
   static_assert(tvl1::kTexelChannels == 4, "a texel is a quad");
@@ -219,14 +222,15 @@ AVFAST_INLINE void sort(Vec& a, Vec& b) {
 
 AVFAST_INLINE Vec median_of_3(Vec a, Vec b, Vec c) { return max(min(a, b), min(max(a, b), c)); }
 
-// sorts each column of kSide rows into the scratch rows, lowest first; columns -kSide / 2 .. width - 1 + kSide / 2.
+// Sorts each column of kSide rows into the scratch rows, lowest value first; columns -kSide / 2 .. width - 1 + kSide /
+// 2.
 template <int kSide>
 AVFAST_INLINE void sort_columns(const MedianRow& r, int64_t scratch_stride) {
   constexpr int kReach = kSide / 2;
   for (int x = -kReach; x < r.width + kReach; x += kLanes) {
     Vec v[kSide];
     for (int i = 0; i < kSide; ++i) v[i] = Vec::load(r.rows[i] + x);
-    // insertion by exchanges of neighbours; the compiler drops nothing, each of the kSide results is needed
+    // insertion by exchanges of neighbours; every one of the kSide results is needed
 #pragma GCC unroll 8
     for (int i = 1; i < kSide; ++i) {
 #pragma GCC unroll 8
@@ -236,7 +240,7 @@ AVFAST_INLINE void sort_columns(const MedianRow& r, int64_t scratch_stride) {
   }
 }
 
-// of three sorted columns the median is the middle one of the largest low, the middle mid and the smallest high.
+// The median of three sorted columns is the middle one of the largest low, the middle mid and the smallest high.
 void median3_row(const MedianRow& r, int64_t scratch_stride) {
   sort_columns<3>(r, scratch_stride);
   for (int x = 0; x < r.width; x += kLanes) {
@@ -250,8 +254,8 @@ void median3_row(const MedianRow& r, int64_t scratch_stride) {
   }
 }
 
-// five columns sorted, then five rows: of the 25 the median can only be one of 13, because every other value has 13 or
-// more known to lie above it, or below.
+// Sorts five columns, then five rows. The median of the 25 values can then only be one of 13, because each of the
+// others is known to have 13 or more values above it, or below it.
 void median5_row(const MedianRow& r, int64_t scratch_stride) {
   sort_columns<5>(r, scratch_stride);
   for (int x = 0; x < r.width; x += kLanes) {
@@ -268,8 +272,8 @@ void median5_row(const MedianRow& r, int64_t scratch_stride) {
     }
     Vec held[13] = {v[0][3], v[0][4], v[1][2], v[1][3], v[1][4], v[2][1], v[2][2],
                     v[2][3], v[3][0], v[3][1], v[3][2], v[4][0], v[4][1]};
-    // forgetful selection: of 8 of 13 values the smallest and the largest cannot be the median; both are dropped and
-    // the next one is taken in, until three are left
+    // forgetful selection: of 8 of 13 values, the smallest and the largest cannot be the median. Both are dropped and
+    // the next value is taken, until three are left
     constexpr int kCount = 13;
     constexpr int kLast = kCount / 2 + 1;
 #pragma GCC unroll 16

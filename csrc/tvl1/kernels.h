@@ -1,29 +1,32 @@
-// the loops over rows of pixels, one table of them per instruction set.
+// The loops over rows of pixels. There is one table of them per instruction set.
 #pragma once
 
 #include <cstdint>
 
 namespace avfast::tvl1 {
 
-// the widest register: rows are laid out so that every set may read and write whole registers.
+// Lanes of the widest register. Rows are laid out so that every instruction set may read and write whole registers.
 constexpr int kMaxLanes = 16;
 
-// the fields of one pyramid level lie row by row: all fields of row 0, all fields of row 1, and so on, so that an
-// iteration runs along one stretch of memory and never meets two fields a power of two apart.
+// The fields of one pyramid level lie row by row: all fields of row 0, then all fields of row 1, and so on. An
+// iteration thus runs along one stretch of memory, and two fields never lie a power of two apart, where they would
+// share a set of the cache.
 //
-// a field's row holds its pixels 0 .. width-1 and some room: [-2], [-1] and [width], [width + 1] may be read, whole
-// registers past the last pixel read and written. What is there beyond the named elements means nothing.
+// The row of a field holds its pixels 0 .. width-1 and some room. [-2], [-1] and [width], [width + 1] may be read, and
+// whole registers past the last pixel may be read and written. The values in that room have no meaning, except for
+// these.
 enum Field { kU1, kU2, kQ11, kQ12, kQ21, kQ22, kIx, kIy, kRhoC, kInvGrad, kBar1, kBar2, kFields };
 
-// texels: an image beside its two derivatives and a zero, so that the three share the addresses and weights of a warp.
+// A texel holds the value of an image, its two derivatives and a zero, so that a warp computes addresses and weights
+// once for the three.
 constexpr int kTexelChannels = 4;
 
-// the dual step of a row is done this many rows after its primal step.
+// The dual step of a row is done this many rows after its primal step.
 constexpr int kDualLag = 2;
 
-// steps `begin` .. `end` - 1 of the height + kDualLag of one iteration: step y does the primal step of row y and the
-// dual step of row y - kDualLag, where there are such rows. The next iteration may do step y after this one has done
-// step y + kDualLag.
+// The steps `begin` .. `end` - 1 of one iteration, which has height + kDualLag of them. Step y does the primal step of
+// row y and the dual step of row y - kDualLag, where there are such rows. The next iteration may do step y as soon as
+// this one has done step y + kDualLag.
 struct Iterate {
   float* row;          // pixel 0 of field 0 of row `begin`
   int64_t row_stride;  // floats from one row to the next

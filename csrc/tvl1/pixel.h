@@ -1,9 +1,10 @@
-// the arithmetic of TV-L1 for one pixel, without loops and memory, written once for all engines: F is float under nvcc,
-// a register of floats (simd.h) on the CPU. F needs + - *, min, max, sqrt, reciprocal and where_above.
+// The arithmetic of TV-L1 for one pixel, without loops and memory, written once for both engines: F is float under
+// nvcc, and a register of floats (simd.h) on the CPU. F needs + - *, min, max, sqrt, reciprocal and where_above.
 //
-// contraction is off (setup.py) and every operation is exactly rounded, so that all instruction sets and the GPU give
-// the same bits. Anything less is seen: 3e-7 of noise moves 11 % of the flow by more than 1e-3 px where a point may
-// leave the image, and a GPU with multiply-adds and its one-instruction roots agreed within 1e-3 px on 35 to 100 %.
+// Contraction is off (setup.py) and every operation is exactly rounded, so that all instruction sets and the GPU give
+// the same bits. Less exactness shows in the result: noise of 3e-7 moves 11 % of the flow by more than 1e-3 px where a
+// point may leave the image, and a GPU with multiply-adds and its one-instruction roots agreed within 1e-3 px on 35 to
+// 100 % of the pixels.
 #pragma once
 
 #include "params.h"
@@ -11,7 +12,7 @@
 #ifdef __CUDACC__
 #define AVFAST_HD __device__ __forceinline__
 #else
-// a function left out of line would be compiled for one instruction set and used by all
+// a function that is not inlined would be compiled for one instruction set and used by all
 #define AVFAST_HD inline __attribute__((always_inline))
 #endif
 
@@ -22,8 +23,9 @@ AVFAST_HD F clamp(F x, F low, F high) {
   return min(max(x, low), high);
 }
 
-// weights of the four taps at -1, 0, 1, 2 for a point `t` in [0, 1) past tap 0: cubic convolution (Keys 1981) with
-// a = -0.75, as OpenCV's. Over four Middlebury pairs the mean end-point error is 0.273 px with it, 0.291 with a = -0.5.
+// The weights of the four taps at -1, 0, 1, 2 for a point `t` in [0, 1) after tap 0: cubic convolution (Keys 1981) with
+// a = -0.75, as in OpenCV. The mean end-point error over four Middlebury pairs is 0.273 px with it, 0.291 with a =
+// -0.5.
 template <class F>
 struct CubicWeights {
   F w[4];
@@ -35,14 +37,14 @@ AVFAST_HD CubicWeights<F> cubic_weights(F t) {
            ((F(-1.25f) * t + F(1.5f)) * t + F(0.75f)) * t, (F(0.75f) * t - F(0.75f)) * t * t}};
 }
 
-// brightness constancy linearised at the flow `u0` used for warping: rho(u) = rho_c + ix u1 + iy u2.
+// Brightness constancy, linearised at the flow that was used for warping: rho(u) = rho_c + ix u1 + iy u2.
 template <class F>
 struct DataTerm {
   F ix, iy, rho_c, inv_grad;
 };
 
-// `inside` is 0 where the data term is to be off, because nothing is known of the warped point, else 1.
-// inv_grad = -1/|grad|^2, and 0 where the gradient vanishes, which makes the step below 0 without a branch.
+// `inside` is 0 where the data term is off because the warped point is unknown, else 1. inv_grad is -1/|grad|^2, or 0
+// where the gradient vanishes; the step below is then 0 without a branch.
 template <class F>
 AVFAST_HD DataTerm<F> linearise(F warped, F warped_dx, F warped_dy, F target, F u1, F u2, F inside) {
   const F ix = warped_dx * inside;
@@ -52,16 +54,16 @@ AVFAST_HD DataTerm<F> linearise(F warped, F warped_dx, F warped_dy, F target, F 
   return {ix, iy, rho_c, where_above(grad, F(1e-9f), F(0.0f) - reciprocal(grad))};
 }
 
-// minimiser over v of limit |rho(v)| + |v - u|^2 / 2, as the multiple of (ix, iy) to add to u: the three-case threshold
-// of Zach et al. (2007), Eq. 11, written as a clamp.
+// The minimiser over v of limit |rho(v)| + |v - u|^2 / 2, as the multiple of (ix, iy) to add to u: the three-case
+// threshold of Zach et al. (2007), Eq. 11, written as a clamp.
 template <class F>
 AVFAST_HD F threshold_step(const DataTerm<F>& d, F u1, F u2, F limit) {
   const F rho = d.rho_c + d.ix * u1 + d.iy * u2;
   return clamp(rho * d.inv_grad, F(0.0f) - limit, limit);
 }
 
-// what one iteration does to one pixel. The duals are kept scaled (by theta, or by the primal step tau), so that the
-// primal step adds their divergence as it is.
+// What one iteration reads and writes of a pixel. The duals are stored scaled, by theta or by the primal step tau, so
+// that the primal step can add their divergence without a factor.
 template <class F>
 struct Flow2 {
   F u1, u2;
@@ -71,15 +73,15 @@ struct Dual4 {
   F q11, q12, q21, q22;
 };
 
-// the dual step in two parts, for whoever has something to do while the roots are under way: a step upwards, then the
-// division by the norms, `norm(root)` of the solver.
+// The dual step in two parts, so that other work can be done while the roots are computed: a step upwards, then the
+// division by the norms, which are `norm(root)` of the solver.
 template <class F>
 struct Ascended {
   F root1, root2;  // first here and in the making: they take longest
   Dual4<F> q;
 };
 
-// the two components share one division, the slowest instruction here.
+// The two components share one division, which is the slowest instruction here.
 template <class F, class Solver>
 AVFAST_HD Dual4<F> project(const Solver& solver, const Ascended<F>& a) {
   const F norm1 = solver.norm(a.root1);
@@ -105,7 +107,7 @@ struct Zach {
     return {u.u1 + step * d.ix + div1, u.u2 + step * d.iy + div2};
   }
 
-  // the field whose gradient drives the dual: the flow itself, or an extrapolated one kept beside it.
+  // The field whose gradient drives the dual: the flow itself, or an extrapolated flow that is kept beside it.
   template <class F>
   AVFAST_HD static Flow2<F> driver(Flow2<F> next, Flow2<F>) {
     return next;

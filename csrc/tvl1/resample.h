@@ -1,4 +1,5 @@
-// linear maps between pixel grids, one axis at a time, and the sizes of a pyramid: what both engines share.
+// Linear maps between pixel grids, one axis at a time, and the sizes of a pyramid; the CPU's and the GPU's engine use
+// them.
 #pragma once
 
 #include <algorithm>
@@ -14,13 +15,13 @@
 
 namespace avfast {
 
-// one axis of a linear map between two grids: the at most three source pixels under a target pixel.
+// One axis of a linear map between two grids: the source pixels, at most three, of one target pixel.
 struct Tap {
   int index[3];
   float weight[3];
 };
 
-// under pixel `i` of an area average from `from` to `to` pixels, at most halving.
+// The source pixels of pixel `i` in an area average from `from` to `to` pixels, where `to` is at least half of `from`.
 AVFAST_BOTH inline Tap area_tap(int i, int from, int to) {
   // in units of 1/to of a source pixel everything is an integer
   const int64_t begin = static_cast<int64_t>(i) * from;
@@ -36,8 +37,8 @@ AVFAST_BOTH inline Tap area_tap(int i, int from, int to) {
   return tap;
 }
 
-// under pixel `i` of a bilinear interpolation at every `ratio` of `from` pixels, pixel centres at half integers, the
-// border repeated.
+// The source pixels of pixel `i` in a bilinear interpolation at every `ratio` of `from` pixels. Pixel centres are at
+// half integers, and the border is repeated.
 AVFAST_BOTH inline Tap linear_tap(int i, int from, float ratio) {
   const float centre = (static_cast<float>(i) + 0.5f) * ratio - 0.5f;
   const float inside = centre > 0.0f ? centre : 0.0f;
@@ -60,10 +61,10 @@ inline std::vector<Tap> linear_taps(int from, int to, float ratio) {
   return taps;
 }
 
-// the pyramid ends before the shorter side falls below this many pixels.
+// The pyramid ends before the shorter side falls below this many pixels.
 constexpr int kMinSide = 16;
 
-// the size of the next coarser pyramid level, `step` times as large; false where there is none.
+// Computes the size of the next coarser pyramid level, `step` times as large; returns false where there is none.
 inline bool coarser(float step, int height, int width, int* coarse_height, int* coarse_width) {
   const auto scaled = [step](int n) { return static_cast<int>(std::floor(n * static_cast<double>(step) + 0.5)); };
   *coarse_height = scaled(height);
@@ -71,7 +72,7 @@ inline bool coarser(float step, int height, int width, int* coarse_height, int* 
   return std::min(*coarse_height, *coarse_width) >= kMinSide && *coarse_height < height && *coarse_width < width;
 }
 
-// weights of a Gaussian over three standard deviations each way; they add up to 1.
+// The weights of a Gaussian over three standard deviations each way; their sum is 1.
 inline std::vector<float> gaussian(float sigma) {
   const int radius = static_cast<int>(std::ceil(3.0 * sigma));
   std::vector<double> weights(2 * radius + 1);

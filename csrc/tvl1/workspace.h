@@ -1,4 +1,4 @@
-// Solves pairs of one size.
+// The solver for pairs of one size.
 #pragma once
 
 #include <algorithm>

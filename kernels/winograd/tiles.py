@@ -72,14 +72,14 @@ class TileGrid(NamedTuple):
         """Cut channels-last batches (B,C,H,W), one after the other, into products (N,M,S*C)."""
         values = self.phases * maps[0].shape[1]
         tiles = self.tiles * sum(map(len, maps))
-        # the products of one tile lie anything but a power of two apart: else they would share one set of a cache
-        distance = -(-tiles * values // 1024) * 1024 + 64
-        memory = maps[0].new_empty((self.products, distance))
-        products = memory.as_strided((self.products, tiles, values), (distance, values, 1))
+        # no power of two: the products of one tile would share one set of a cache
+        product_stride = -(-tiles * values // 1024) * 1024 + 64
+        memory = maps[0].new_empty((self.products, product_stride))
+        products = memory.as_strided((self.products, tiles, values), (product_stride, values, 1))
         first = 0
         for x in maps:
             last = first + len(x) * self.tiles
-            self._call("gather_tiles", {"map": x}, {"products": products[:, first:last]}, x, distance)
+            self._call("gather_tiles", {"map": x}, {"products": products[:, first:last]}, x, product_stride)
             first = last
         return products
 
@@ -88,7 +88,7 @@ class TileGrid(NamedTuple):
         self._call("scatter_tiles", {"products": products}, {"map": out}, out, products.stride(0))
 
     def _call(
-        self, name: str, given: dict[str, Tensor], taken: dict[str, Tensor | None], maps: Tensor, distance: int
+        self, name: str, given: dict[str, Tensor], taken: dict[str, Tensor | None], maps: Tensor, product_stride: int
     ) -> None:
         inputs = {**given, "rows": self.row_matrix, "columns": self.column_matrix}
         batch, channels = maps.shape[:2]
@@ -99,7 +99,7 @@ class TileGrid(NamedTuple):
             taken,
             batch=batch,
             channels=channels,
-            apart=distance,
+            product_stride=product_stride,
             stride=self.stride,
             padding=self.padding,
             row_sizes=self.row_sizes,

@@ -6,7 +6,7 @@ The oracle of the definitions themselves is test_ops.py. What an op gets from to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,6 +28,7 @@ from avfast.kernels import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 class Case(NamedTuple):
@@ -54,6 +55,7 @@ def apart(flow: Tensor) -> Tensor:
 
 
 WARP = [lambda b, h, w: [normal(b, 3, h, w), off_kinks(2 * normal(b, 2, h, w, seed=1))], (True, True)]
+
 CASES = {
     "backward_warp border": Case(lambda *a, **k: backward_warp(*a, padding="border", **k), *WARP),
     "backward_warp zeros": Case(lambda *a, **k: backward_warp(*a, padding="zeros", **k), *WARP),
@@ -164,24 +166,8 @@ def implementations() -> list[Any]:
 
 
 IMPLEMENTATIONS = pytest.mark.parametrize(("name", "backend"), implementations())
+
 SIZES = [(7, 9), (1, 1), (1, 63), (65, 1), (16, 17)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty and its kin return NaN."""
-
-    def fill(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def filled(*args: Any, **kwargs: Any) -> Tensor:
-            out = function(*args, **kwargs)
-            return out.fill_(math.nan) if out.is_floating_point() and not out.is_meta else out
-
-        return filled
-
-    monkeypatch.setattr(torch, "empty", fill(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
-    yield
 
 
 def arguments(name: str, size: tuple[int, int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -327,9 +313,11 @@ def native(name: str) -> str:
 
 
 TRITON = registry.OPS["recall"].backends["triton"].unavailable(DEVICE) is None
+
 # cases without a torch op of ours in compiled programs: one token is one addition, and PyTorch has the convolutions
 # there, condense, and the gradient of recall
 NO_OP = ("recall one", "recall many", "condense", "strided_conv", "strided_conv transposed", "conv3x3", "patch_conv")
+
 REGISTERED = [name for name in CASES if name not in NO_OP and (TRITON or native(name) == "cpp")]
 
 
@@ -373,248 +361,3 @@ def test_exported_as_one_node_that_decomposes_into_the_definition(name: str, mon
             (plain, CASES[name].call(*args, backend="reference")),
         ):
             torch.testing.assert_close(found.module()(*args), expected, rtol=1e-5, atol=1e-5)
-
-
-def samples() -> list[tuple[Any, tuple[Any, ...]]]:
-    """Calls of the registered torch ops, without the backend where they take one."""
-    image, flow = normal(2, 3, 5, 6).float(), normal(2, 2, 5, 6, seed=1).float()
-    gates, cell = normal(2, 12, 5, 6).float(), normal(2, 3, 5, 6, seed=1).float()
-    clip = normal(1, 2, 2, 5, 6).float()
-    row = normal(2, 3, seed=2).float()
-    memory = normal(2, 5, 3).float()
-    geometry, weights = (5, 6, 4, 2, 1), normal(12, 12, 5, seed=1).float()
-    maps = [t.contiguous(memory_format=torch.channels_last) for t in (image, normal(2, 5, 2, 3).float())]
-    ops = torch.ops.avfast
-    calls = [
-        (ops._backward_warp.default, (image, flow, "border")),
-        (ops._backward_warp.default, (image.contiguous(memory_format=torch.channels_last), flow, "zeros")),
-        (ops._backward_warp_backward.default, (image, flow, image, "border", True, True)),
-        (ops._backward_warp_backward.default, (image, flow, image.mT.contiguous().mT, "zeros", False, True)),
-        (ops._convlstm_gates.default, (gates, cell)),
-        (ops._convlstm_gates.default, (gates.contiguous(memory_format=torch.channels_last), cell)),
-        (ops._convlstm_gates_backward.default, (gates, cell, cell, cell)),
-        (ops._flow_loss.default, (clip, clip + 1, clip.sigmoid(), 0.1, True)),
-        (ops._flow_loss.default, (clip, clip + 1, clip.sigmoid(), 0.1, False)),
-        (ops._modulate.default, ([image, flow], image, row, row)),
-        (ops._modulate_backward.default, (image, row, image)),
-        (ops._recall.default, (image.contiguous(memory_format=torch.channels_last), image, memory, memory + 1)),
-        (ops._winograd_conv.default, (maps[0], weights, geometry, False)),
-        (ops._winograd_conv.default, (maps[1], weights, geometry, True)),
-        (ops._winograd_weight_gradient.default, (maps[:1], maps[1:], weights, geometry)),
-    ]
-    return [(op, tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)) for op, args in calls]
-
-
-@pytest.mark.parametrize("index", range(len(samples())), ids=[str(op) for op, _ in samples()])
-def test_opcheck(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schema, fake and compiled use. Gradients are the autograd.Functions' and tested above."""
-    monkeypatch.undo()
-    op, args = samples()[index]
-    args = tuple([t.to(DEVICE) for t in a] if isinstance(a, list) else a for a in args)
-    for backend in ("triton", "cpp"):
-        module = registry.OPS["backward_warp"].backends[backend]
-        given = (*args, backend) if op._schema.arguments[-1].name == "backend" else args
-        # an op that takes none is the one's or the other's
-        own = "cpp" if "winograd" in str(op) else "triton"
-        if module.unavailable(DEVICE) is None and (given is not args or backend == own):
-            torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))
-            torch.library.opcheck(op, given, test_utils="test_aot_dispatch_dynamic")
-
-
-WARPS = pytest.mark.parametrize(("name", "backend"), [p for p in implementations() if "warp" in p.values[0]])
-
-
-@WARPS
-def test_warp_with_nan_and_huge_flow(name: str, backend: str) -> None:
-    """Reads stay inside the image, which lies in a buffer of NaN; NaN comes out where the flow is NaN, only there."""
-    buffer = torch.full((1, 3, 20, 20), math.nan, device=DEVICE)
-    image = buffer[..., 5:13, 6:15]
-    image.copy_(normal(1, 3, 8, 9))
-    flow = torch.zeros(1, 2, 8, 9, device=DEVICE)
-    values = torch.tensor([1e30, -1e30, math.inf, -math.inf, 2.0**31, -(2.0**63), 1e9, -9.0])
-    flow[0, 0, :, 0] = values
-    flow[0, 1, :, 1] = values
-    flow = flow.requires_grad_()
-    image = image.detach().requires_grad_()
-    found, expected = (results(name, [image, flow], b) for b in (backend, "reference"))
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.isfinite().all()
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        flow[0, 0, 3, 4] = math.nan
-        out = CASES[name].call(image, flow, backend=backend)
-    assert out.isnan().sum() == 3 and out[0, :, 3, 4].isnan().all()
-
-
-@WARPS
-@pytest.mark.parametrize("size", [(9, 40), (3, 17), (40, 2)], ids=str)
-def test_warp_by_a_smooth_flow(name: str, backend: str, size: tuple[int, int]) -> None:
-    """Neighbours come from neighbours, in whole registers, and beyond every border."""
-    for shift in ((0.3, 0.6), (-2.7, 1.2), (12.4, -30.2), (1.0, 0.0)):
-        image, flow = arguments(name, (2, *size), torch.float32)
-        with torch.no_grad():
-            flow.copy_(0.01 * flow.sin() + torch.tensor(shift, device=DEVICE)[:, None, None] + 0.05)
-        assert_equal_to_reference(name, [image, flow], backend, 1e-5)
-
-
-@pytest.mark.skipif(not any(p.values[1] == "triton" for p in implementations()), reason="no Triton on this device")
-def test_warp_of_far_apart_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image whose second row lies 2^31 elements behind the first: offsets of 64 bits."""
-    monkeypatch.undo()  # most of this memory is never touched
-    image = torch.empty(2**31 + 8, dtype=torch.float16, device=DEVICE).as_strided((1, 2, 2, 3), (0, 4, 2**31, 1))
-    image.copy_(normal(1, 2, 2, 3))
-    flow = off_kinks(normal(1, 2, 2, 3)).float().to(DEVICE)
-    out = backward_warp(image, flow, backend="triton")
-    assert torch.equal(out, backward_warp(image.contiguous(), flow, backend="triton"))
-
-
-def test_tiles_cover_an_image_without_idle_threads() -> None:
-    tiles = pytest.importorskip("avfast.kernels.triton_utils").tiles.__wrapped__
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr("avfast.kernels.triton_utils.INTERPRETED", False)
-    try:
-        for sizes, grid, columns in (
-            ((16, 48, 48), (3, 3, 16), 16),
-            ((16, 64, 64), (1, 16, 16), 64),
-            ((128, 96, 96), (3, 12, 128), 32),
-            ((8, 1080, 1920), (15, 540, 8), 128),
-            ((70_000, 1, 1), (70_000, 1, 1), 1),
-            ((1, 1_000_000, 1), (1, 3907, 1), 1),
-            ((1, 1, 1_000_000), (7813, 1, 1), 128),
-            ((2, 4_000_000, 100), (25, 62_500, 2), 4),
-        ):
-            found, shape = tiles(*sizes, 256)
-            assert found == grid and shape["COLUMNS"] == columns and shape["ROWS"] * columns == 256
-            assert shape["IMAGES"] == (0 if sizes[0] > 65_535 else 2) and max(found[1:]) <= 65_535
-    finally:
-        monkeypatch.undo()
-
-
-@WARPS
-def test_warp_gradient_with_deterministic_algorithms(name: str, backend: str) -> None:
-    """Fixed point is exact to fp32's rounding, also where gradients are tiny or not finite."""
-    args = arguments(name, (2, 7, 9), torch.float32)
-    plain = results(name, args, backend)
-    torch.use_deterministic_algorithms(True)
-    try:
-        fixed, again = (results(name, args, backend) for _ in range(2))
-        grads = []
-        for scale in (1e-30, 1e30, math.inf):
-            out = CASES[name].call(*args, backend=backend)
-            grads.append(torch.autograd.grad(out, args[0], torch.full_like(out, scale))[0])
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(fixed, again, strict=True))
-    torch.testing.assert_close(fixed, plain, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grads[0] * 1e30, grads[1] / 1e30, rtol=1e-5, atol=1e-5)
-    assert not grads[2][plain[1] != 0].isfinite().any()
-
-
-@pytest.mark.parametrize("backend", [p.values[1] for p in implementations() if p.values[0] == "convlstm_gates"])
-def test_gates_saturate_without_nan(backend: str) -> None:
-    extremes = torch.tensor([-math.inf, -1e30, -100.0, 0.0, 100.0, 1e30, math.inf], device=DEVICE)
-    gates = torch.cartesian_prod(*[extremes] * 4).T.reshape(1, 4, 49, 49).requires_grad_()
-    cell = torch.ones(1, 1, 49, 49, device=DEVICE, requires_grad=True)
-    hidden, new_cell = convlstm_gates(gates, cell, backend=backend)
-    grads = torch.autograd.grad(hidden.sum() + new_cell.sum(), (gates, cell))
-    assert all(t.isfinite().all() for t in (hidden, new_cell, *grads))
-    assert hidden.abs().max() <= 1 and new_cell.abs().max() <= 2
-    with torch.no_grad():
-        gates[0, 1, 0, 0] = math.nan
-        assert convlstm_gates(gates, cell, backend=backend)[1].isnan().sum() == 1
-
-
-def test_condensing_every_prefix_equals_the_loop() -> None:
-    memory, weight, bias = arguments("condense", (2, 11, 1))
-    q, k, v = (memory @ weight.T + bias).chunk(3, -1)
-    for t in range(11):
-        row = memory[:, t] + torch.einsum(
-            "bm,bmc->bc", torch.einsum("bc,bmc->bm", q[:, t], k[:, : t + 1]).softmax(-1), v[:, : t + 1]
-        )
-        torch.testing.assert_close(condense(memory, weight, bias)[:, t], row, rtol=1e-10, atol=1e-10)
-
-
-def test_attention_over_several_blocks_of_everything() -> None:
-    """More rows, tokens and channels than one block of a kernel has, none a multiple of it."""
-    if not TRITON:
-        pytest.skip("no Triton on this device")
-    b, t, c = 1, 37, 35
-    maps = [0.5 * normal(b, c, 5, 7, seed=i) for i in (3, 4)]
-    memories = [0.5 * normal(b, t, c, seed=i) for i in (5, 6)]
-    args = [a.to(DEVICE) for a in (*maps, *memories)]
-    found, expected = (recall(*args, backend=backend) for backend in ("triton", "reference"))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="made for the CPU")
-@pytest.mark.parametrize("steps", [128, 129], ids=["all scores at once", "fused attention"])
-def test_condense_with_two_projections_in_one(steps: int) -> None:
-    args = [0.5 * normal(2, steps, 8), 0.3 * normal(24, 8, seed=1), 0.1 * normal(24, seed=2)]
-    args = [a.requires_grad_() for a in args]
-    found, expected = (results("condense", args, b) for b in ("torch", "reference"))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="made for the CPU")
-def test_what_pytorchs_own_ops_are_chosen_for() -> None:
-    """Sizes where they were measured to be faster, types that lose nothing, and no compiled program."""
-    by_torch = registry.OPS["condense"].backends["torch"]
-    given = normal(4, 8, 8), normal(24, 8), normal(24)
-    assert by_torch.chosen(*given) and not by_torch.chosen(given[0][:3], *given[1:])
-    assert not by_torch.chosen(given[0].float(), *given[1:]) and not by_torch.chosen(*(t.half() for t in given))
-    with torch.autocast("cpu"):
-        assert not by_torch.chosen(*given)
-    compiled = torch.compile(lambda *tensors: by_torch.chosen(*tensors), backend="eager", fullgraph=True)
-    assert not compiled(*given)
-    recall_by_torch = registry.OPS["recall"].backends["torch"]
-    for positions, chosen in ((1 << 11, True), (1 << 12, False)):
-        maps, memory = torch.zeros(1, 1, 1, positions), torch.zeros(1, 1 << 11, 1)
-        assert recall_by_torch.chosen(maps, maps, memory, memory) is chosen
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("size", [(2, 1, 1), (1, 1, 1), (2, 4, 5), (1, 1, 3)], ids=str)
-def test_recall_gives_fused_attention_rows_that_it_takes(
-    size: tuple[int, int, int], layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PyTorch's kernels on CUDA ask for rows of stride C in every dimension, where there is one row too."""
-    seen = []
-    attention = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(*given: Tensor, **options: Any) -> Tensor:
-        seen.extend(given)
-        return attention(*given, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    args = [a.to(memory_format=layout) if a.dim() == 4 else a for a in arguments("recall many", size, torch.float32)]
-    key = args[2].mT.contiguous().mT
-    recall(args[0], args[1], key, args[3], backend="sdpa")
-    assert [t.stride()[1:] for t in seen] == [(t.shape[2] * t.shape[3], t.shape[3], 1) for t in seen] and len(seen) == 3
-
-
-def test_what_the_recall_kernel_leaves_to_others() -> None:
-    triton = registry.OPS["recall"].backends["triton"]
-    assert triton.suits is not None
-    for batch, tokens, dtype, wanted in (
-        (16, 20, torch.float32, True),
-        (512, 20, torch.float32, False),
-        (512, 20, torch.bfloat16, True),
-        (16, 65, torch.bfloat16, False),
-    ):
-        maps, memory = torch.zeros(batch, 4, 3, 3, dtype=dtype), torch.zeros(batch, tokens, 4, dtype=dtype)
-        assert triton.suits(maps, maps, memory, memory) is wanted
-    if not TRITON:
-        pytest.skip("no Triton on this device")
-    for c, dtype, most in ((129, torch.float32, 128), (129, torch.bfloat16, 128), (65, torch.float64, 64)):
-        maps = torch.zeros(1, c, 2, 2, dtype=dtype, device=DEVICE)
-        memory = maps.new_zeros(1, 2, c)
-        with pytest.raises(ValueError, match=f"it has {c} channels, the kernel takes {most} of"):
-            recall(maps, maps, memory, memory, backend="triton")
-        assert torch.equal(recall(maps, maps, memory, memory), maps)
-    maps, memory = torch.zeros(1, 4, 2, 2, device=DEVICE), torch.zeros(1, 2, 4, device=DEVICE).requires_grad_()
-    with pytest.raises(ValueError, match="the kernel has no gradient"):
-        recall(maps, maps, memory, memory, backend="triton")
-    # one token is an addition, of any size and with any gradient
-    feature, value = torch.zeros(1, 200, 2, 2, device=DEVICE), torch.ones(1, 1, 200, device=DEVICE, requires_grad=True)
-    assert recall(feature, None, None, value, backend="triton").eq(1).all()

@@ -307,6 +307,15 @@ def test_a_longer_rollout_begins_with_the_shorter_one():
     assert_same(long.frames[:, :-1], short.frames, "frames")
 
 
+def test_samples_of_a_deterministic_model_are_equal():
+    model = make_model(training=False)
+    frames, flow, audio = make_inputs()
+    one = model.predict(frames[:, :K], flow[:, :K], audio)
+    three = model.predict(frames[:, :K], flow[:, :K], audio, samples=3)
+    for several, single in zip(three, one, strict=True):
+        assert several.shape == (3, *single.shape) and all(torch.equal(future, single) for future in several)
+
+
 def test_stage_2_changes_nothing_in_mme():
     model = make_model()
     before = {n: t.clone() for n, t in model.mme.state_dict().items()}

@@ -1,6 +1,6 @@
-// enough of CUDA to run a kernel on the CPU, for tests where there is no GPU: a block's threads are fibres that take
-// turns between barriers, in an order drawn anew for every turn, so that a missing barrier changes the result from seed
-// to seed. Shared memory begins as NaN, and a barrier that not all threads reach is an error.
+// Enough of CUDA to run a kernel on the CPU, for tests where there is no GPU. The threads of a block are fibres that
+// take turns between barriers, in an order that is drawn anew for every turn, so that a missing barrier changes the
+// result from seed to seed. Shared memory begins as NaN, and a barrier that not all threads reach is an error.
 #pragma once
 
 #include <ucontext.h>
@@ -42,7 +42,7 @@ struct Fibre {
   State state = kReady;
 };
 
-// the blocks of a cluster, which run at the same time: mostly one.
+// The blocks of a cluster, which run at the same time. Most kernels have one block.
 struct Blocks {
   std::vector<std::vector<float>> shared;
   std::vector<dim3> index;
@@ -55,7 +55,7 @@ struct Blocks {
 inline Blocks blocks;
 inline unsigned seed = 0;
 
-// gives the processor back, until the scheduler lets all who wait likewise go on.
+// Gives the processor back until the scheduler releases all fibres that wait in the same way.
 inline void wait_at(Fibre::State state) {
   blocks.running->state = state;
   swapcontext(&blocks.running->context, &blocks.scheduler);
@@ -66,7 +66,7 @@ inline void enter() {
   wait_at(Fibre::kDone);
 }
 
-// lets the fibres begin .. end - 1 go on if all of them are in that state; whether they were.
+// Releases the fibres begin .. end - 1 if all of them are in that state; returns whether they were.
 inline bool release(size_t begin, size_t end, Fibre::State state) {
   for (size_t i = begin; i < end; ++i) {
     if (blocks.fibres[i].state != state) return false;
@@ -131,7 +131,7 @@ inline float* in_block(float* place, int rank) {
 using std::max;
 using std::min;
 
-// an sm_90's
+// as on an sm_90
 inline int64_t shared_limit() { return 227 << 10; }
 inline bool has_clusters() { return true; }
 
@@ -147,7 +147,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int64_t shar
   }
 }
 
-// clusters of as many blocks as the pairs they take, for `count` pairs
+// Launches clusters for `count` pairs; a cluster has as many blocks as it takes pairs.
 template <class Shape, class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t count, int64_t shared_bytes, void*,
                      Arguments... arguments) {

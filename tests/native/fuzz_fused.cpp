@@ -1,7 +1,7 @@
-// random inputs through the fused ops, built with AddressSanitizer and UBSan: fuzz_fused COUNT SEED
+// Random inputs through the fused ops, built with AddressSanitizer and UBSan: fuzz_fused COUNT SEED
 //
-// tensors end where their memory ends, so that an access past them is seen. Flows hold NaN, infinite, huge and ordinary
-// values; where image and flow are finite, what comes out has to be.
+// Tensors end where their memory ends, so that an access past them is seen. Flows hold NaN, infinite, huge and ordinary
+// values; where image and flow are finite, the results have to be finite.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -28,7 +28,7 @@ std::vector<T> random_values(int64_t size) {
   return values;
 }
 
-// a flow of a kind; returns whether all of it is finite.
+// Puts unusual values into a flow, except for kind 0; returns whether all values are finite.
 template <class T>
 bool spoil(std::vector<T>& flow, int kind) {
   bool finite = true;
@@ -69,7 +69,7 @@ bool all_finite(const std::vector<T>& values) {
   return true;
 }
 
-// returns what came out wrong, or null.
+// Returns the name of a wrong result, or null.
 template <class T>
 const char* warp() {
   const int batch = pick(1, 3), channels = pick(1, 3), height = pick(1, 40);
@@ -138,7 +138,7 @@ const char* modulate() {
 
 AxisSizes axis(bool once) {
   const int size = pick(1, 20), pixels = pick(1, 6), step = once ? pixels : pick(1, pixels);
-  // where every pixel is taken once the tiles cover the map, else they may leave some out, or take some beyond
+  // where every pixel is taken once the tiles cover the map; otherwise they may leave out pixels, or reach beyond it
   const int tiles = once ? (size + step - 1) / step : pick(1, 5);
   return {size, tiles, pixels, pick(1, 6), step};
 }
@@ -151,12 +151,12 @@ const char* tiles() {
   const int stride = once ? 1 : pick(1, 2);
   const int padding = once ? 0 : pick(0, 3);
   const AxisSizes rows = axis(once), columns = axis(once);
-  const int64_t apart = batch * rows.tiles * columns.tiles * stride * stride * channels;
+  const int64_t product_stride = batch * rows.tiles * columns.tiles * stride * stride * channels;
   const std::vector<T> map = random_values<T>(batch * rows.size * columns.size * channels);
-  std::vector<T> products(rows.products * columns.products * apart), back(map.size());
-  ops<T>().gather_tiles(map.data(), matrix.data(), matrix.data(), products.data(), batch, channels, apart, stride,
+  std::vector<T> products(rows.products * columns.products * product_stride), back(map.size());
+  ops<T>().gather_tiles(map.data(), matrix.data(), matrix.data(), products.data(), batch, channels, product_stride, stride,
                         padding, rows, columns, pick(1, 4));
-  ops<T>().scatter_tiles(products.data(), matrix.data(), matrix.data(), back.data(), batch, channels, apart, stride,
+  ops<T>().scatter_tiles(products.data(), matrix.data(), matrix.data(), back.data(), batch, channels, product_stride, stride,
                          padding, rows, columns, pick(1, 4));
   return all_finite(products) && all_finite(back) ? nullptr : "tiles";
 }
@@ -173,7 +173,7 @@ int main(int argc, char** argv) {
   const long count = argc > 1 ? std::atol(argv[1]) : 1000;
   engine.seed(argc > 2 ? static_cast<unsigned>(std::atol(argv[2])) : 0);
   const std::vector<const char*> sets = avfast::instruction_sets();
-  // `count` warps, and the others on the way
+  // `count` warps, and as many inputs for the other ops
   for (long n = 0; n < 2 * count; ++n) {
     const char* isa = sets[pick(0, static_cast<int>(sets.size()) - 1)];
     setenv("AVFAST_ISA", isa, 1);

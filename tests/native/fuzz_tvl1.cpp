@@ -1,7 +1,7 @@
-// random inputs through the CPU engine of TV-L1, built with AddressSanitizer and UBSan: fuzz_tvl1 COUNT SEED
+// Random inputs through the CPU's engine of TV-L1, built with AddressSanitizer and UBSan: fuzz_tvl1 COUNT SEED
 //
-// images end where their memory ends, so that a read past them is seen. Finite images must give a finite flow; NaN,
-// infinite and huge values, which avfast.tvl1_flow refuses, only have to do no harm.
+// Images end where their memory ends, so that a read past them is seen. Finite images must give a finite flow. NaN,
+// infinite and huge values, which avfast.tvl1_flow refuses, must only do no harm.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -23,7 +23,7 @@ std::mt19937 engine;
 int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(engine); }
 float real(float low, float high) { return std::uniform_real_distribution<float>(low, high)(engine); }
 
-// one image of a kind; returns whether it is what the engine asks for.
+// Fills an image with values of a kind; returns whether the engine has to accept them.
 bool fill(float* image, int64_t size, int kind) {
   const float level = real(0, 255);
   for (int64_t i = 0; i < size; ++i) {

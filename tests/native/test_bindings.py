@@ -1,5 +1,4 @@
-"""`avfast/_C.pyi` and the list of fused ops against the compiled module, and the engine's parameters of TV-L1 against
-the Python class."""
+"""`avfast/_C.pyi` against the compiled module, and the engine's parameters of TV-L1 against the Python class."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ from avfast.kernels import native
 from avfast.opticalflow.tvl1 import TVL1Params
 
 pytestmark = pytest.mark.skipif(native.NOT_BUILT is not None, reason=str(native.NOT_BUILT))
-ROOT = Path(__file__).parents[2]
-STUB = ast.parse((ROOT / "avfast" / "_C.pyi").read_text())
+STUB = ast.parse((Path(__file__).parents[2] / "avfast" / "_C.pyi").read_text())
 ONLY_WITH_CUDA = {"tvl1_cuda_scratch", "tvl1_flow_cuda"}
 
 
@@ -40,17 +38,9 @@ def module_arguments(function: Any) -> list[str]:
     return [part.partition(":")[0] for part in parts]
 
 
-def fused_ops() -> dict[str, list[str]]:
-    """Arguments of the ops that csrc/fused/ops.def lists; in the stub `__getattr__` stands for them."""
-    found = re.findall(r"^AVFAST_OP\((\w+),([^)]*)\)", (ROOT / "csrc" / "fused" / "ops.def").read_text(), re.MULTILINE)
-    return {name: ["*", *(part.split()[-1] for part in parameters.split(",")), "fp64"] for name, parameters in found}
-
-
 def test_stub_lists_what_the_module_has() -> None:
     engine = native.engine()
     functions = {node.name: stub_arguments(node) for node in STUB.body if isinstance(node, ast.FunctionDef)}
-    assert functions.pop("__getattr__") and fused_ops()
-    functions |= fused_ops()
     classes = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
     values = {node.target.id for node in STUB.body if isinstance(node, ast.AnnAssign)}
     found = {name: value for name, value in vars(engine).items() if not name.startswith("__")}

@@ -1,7 +1,7 @@
-// the CUDA engine of TV-L1 on the CPU, for ctypes.
+// The CUDA engine of TV-L1 on the CPU, for ctypes.
 #include "cuda_on_host.h"
-// after what stands in for CUDA
-#include "../../csrc/tvl1/flow_cuda.cu"
+// has to follow the replacement of CUDA
+#include "../../csrc/tvl1/cuda/flow_cuda.cu"
 
 static avfast::tvl1::Params params;
 
@@ -18,7 +18,7 @@ extern "C" void tvl1_on_host(const float* a, const float* b, float* flow, int64_
                              unsigned seed) {
   using namespace avfast::tvl1;
   cuda_on_host::seed = seed;
-  // what is read before it is written shows in the flow
+  // NaN, so that a value that is read before it is written shows in the flow
   const int64_t floats = cuda_scratch(pairs, height, width, params);
   std::vector<float> scratch(static_cast<size_t>(floats), std::numeric_limits<float>::quiet_NaN());
   flow_cuda(a, b, flow, pairs, height, width, params, scratch.data(), nullptr);

@@ -53,7 +53,7 @@ def test_registers_and_stack_of_every_kernel(tmp_path: Path) -> None:
     found: dict[str, dict[str, list[int]]] = {}
     for arch in ("sm_80", "sm_90"):
         run = subprocess.run(
-            [*command, f"-arch={arch}", "csrc/tvl1/flow_cuda.cu", "-o", str(tmp_path / "o.cubin")],
+            [*command, f"-arch={arch}", "csrc/tvl1/cuda/flow_cuda.cu", "-o", str(tmp_path / "o.cubin")],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -32,7 +32,7 @@ from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.prepare import PrepareConfig, prepare, split_sources
 
 FRAMES = 8
-EXAMPLE = Path(__file__).parents[1] / "examples" / "prepare_datatrove.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "prepare_datatrove.py"
 SMALL = PrepareConfig(clip_frames=FRAMES, clips=ClipSettings(size=(16, 16)), flow_preset="fast", workers=2)
 
 

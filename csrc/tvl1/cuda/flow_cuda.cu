@@ -1,15 +1,16 @@
-// two ways to solve pairs on a GPU, measured on an H200 in batches of 2^24 pixels:
+// There are two ways to solve pairs on a GPU, measured on an H200 in batches of 2^24 pixels:
 //
-// - small pairs whole in one launch, their state in registers and shared memory (small.cuh). The limit is
-//   instructions: 83 per pixel and iteration, of which 73 % of the clocks issue one. At 64 x 64 with preset fast, 67.5
-//   full-size iterations, 571 thousand pairs/s, 39 % of that limit: linearisation and medians are the other half.
-// - larger ones in global memory. An iteration moves 64 bytes per pixel there; a tile is kept in registers for
-//   kTileIterations of them, which leaves 64 / 5 / 0.6 = 21 bytes. Two blocks share a multiprocessor, so that one
-//   iterates while the other loads; at 640 x 480 that is 4 % faster than one of twice the size, whose tiles overlap
-//   less, and 5 iterations are 2 to 24 % faster than 4, 7 or 10. 3.4 thousand pairs/s, 18 % of the limit.
+// - Small pairs are solved in one launch, with their state in registers and shared memory (small.cuh). The limit is the
+//   number of instructions: 83 per pixel and iteration, of which one is issued in 73 % of the clocks. At 64 x 64 with
+//   preset fast, which are 67.5 full-size iterations, 571 thousand pairs/s are 39 % of that limit: linearisation and
+//   medians are the other half.
+// - Larger pairs are solved in global memory (large.cuh). An iteration moves 64 bytes per pixel there. A tile is kept
+//   in registers for kTileIterations of them, which leaves 64 / 5 / 0.6 = 21 bytes. Two blocks share a multiprocessor,
+//   so that one iterates while the other loads: at 640 x 480 that is 4 % faster than one block of twice the size, whose
+//   tiles overlap less. 5 iterations are 2 to 24 % faster than 4, 7 or 10. 3.4 thousand pairs/s are 18 % of the limit.
 #include "flow_cuda.h"
 
-// tests/native/cuda_on_host.h stands in for CUDA where there is no GPU
+// tests/native/cuda_on_host.h replaces CUDA where there is no GPU
 #ifndef AVFAST_CUDA_ON_HOST
 #include <cuda_runtime.h>
 #define AVFAST_SHARED(name) extern __shared__ float name[]
@@ -31,7 +32,7 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// bytes of shared memory that a block may have on the current device: 163 KiB on sm_80, 227 on sm_90.
+// The bytes of shared memory that a block may have on the current device: 163 KiB on sm_80, 227 on sm_90.
 int64_t shared_limit() {
   int device = 0, bytes = 0;
   check(cudaGetDevice(&device));
@@ -126,7 +127,7 @@ dim3 pixel_grid(int width, int height, int64_t pairs) {
               static_cast<unsigned>(pairs));
 }
 
-// the fewest windows of kTileThreads strips, each at most as high as it takes.
+// The tiling with the fewest windows of kTileThreads strips.
 Tiling make_tiling(const Level& level, int iterations) {
   const auto windows = [](int size, int window) {
     if (size <= window) return 1;
@@ -153,11 +154,11 @@ void solve_large(const Job& job, const Solver& solver, int64_t pairs, float* scr
   const dim3 block(32, 8);
   const int64_t per_pair = large_floats(job);
   const int64_t area = job.levels[0].area();
-  // flow and duals, each where a pass reads and where it writes
+  // flow and duals, both where a pass reads them and where it writes them
   float* u[2] = {scratch, scratch + kFlowFields * area};
   float* q[2] = {u[1] + kFlowFields * area, u[1] + (kFlowFields + kDualFields) * area};
   float* data = q[1] + kDualFields * area;
-  // images: a's coarser levels, and every level of b with an apron
+  // images: the coarser levels of a, and every level of b with an apron
   std::vector<float*> image_a(job.count), image_b(job.count);
   float* next = scratch + kFields * area;
   for (int i = 0; i < job.count; ++i) {
@@ -166,7 +167,7 @@ void solve_large(const Job& job, const Solver& solver, int64_t pairs, float* scr
     next = image_b[i] + job.levels[i].apron_area();
   }
 
-  // b's plain levels pass through the place of the flow, two of them at a time
+  // the levels of b without an apron are kept in the memory of the flow, two of them at a time
   for (int image = 0; image < 2; ++image) {
     const float* from = image == 0 ? job.a : job.b;
     int64_t from_pair = area;
@@ -225,7 +226,8 @@ void solve_large(const Job& job, const Solver& solver, int64_t pairs, float* scr
   }
 }
 
-// both images smoothed into scratch memory; of the three fields of `count` pixels the last is for the way.
+// Smooths both images into scratch memory, which has three fields of `count` pixels; the last one is for intermediate
+// values.
 void smooth_images(Job& job, const Gauss& gauss, int64_t pairs, float* scratch, void* stream) {
   const Level level = job.levels[0];
   const dim3 grid = pixel_grid(level.width, level.height, pairs);
@@ -266,7 +268,7 @@ int64_t cuda_scratch(int64_t pairs, int height, int width, const Params& params)
 void flow_cuda(const float* a, const float* b, float* flow, int64_t pairs, int height, int width, const Params& params,
                float* scratch, void* stream) {
   if (height == 0 || width == 0) return;
-  // the number of a pair is a blockIdx.z, of 16 bits
+  // blockIdx.z, which has 16 bits, is the number of a pair
   constexpr int64_t kMost = 65535;
   for (int64_t done = 0; done < pairs; done += kMost) {
     Job job = make_job(height, width, params);

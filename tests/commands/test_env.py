@@ -14,7 +14,7 @@ import torch
 from avfast import env
 from avfast.machine.environment import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -30,11 +30,23 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def report_without(*names: str, arguments: list[str]) -> str:
     """What the command prints in a process where these modules cannot be imported."""
     # in its own process: modules loaded without them must not stay behind
-    hide = "; ".join(f"sys.modules[{name!r}] = None" for name in names)
-    code = f"import sys; {hide}; from avfast import env; env.main({arguments})"
+    hide = "".join(f"sys.modules[{name!r}] = None; " for name in names)
+    code = f"import sys; {hide}from avfast import env; env.main({arguments})"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
+
+
+def test_every_op_is_listed_with_what_runs(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("avfast._C")
+    # in its own process: here the modules of the ops are loaded already
+    monkeypatch.delenv("AVFAST_BACKEND", raising=False)
+    shown = report_without(arguments=[])
+    assert "\n  conv2d (cpu): cpp, " in shown and "\n  patch_conv (cpu): torch, " in shown
+    monkeypatch.setenv("AVFAST_BACKEND", "reference")
+    shown = report_without(arguments=[])
+    assert "\n  conv2d (cpu): reference, " in shown and "\n  patch_conv (cpu): reference, " in shown
+    assert "\n  AVFAST_BACKEND: reference\n" in shown
 
 
 def test_without_the_packages():

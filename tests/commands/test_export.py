@@ -1,4 +1,4 @@
-"""Exported graphs against PyTorch: folding, the warp, parity of whole rollouts, what files say, what is refused."""
+"""`avfast export`: parity of whole rollouts, what the files say, what is refused."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from avfast import export as export_module
 from avfast.data.mmnist import MMNISTConfig
-from avfast.deploy.folding import fold_batch_norms
-from avfast.deploy.graphs import make_graphs
-from avfast.deploy.operators import border_warp
 from avfast.errors import InputError
-from avfast.files.settings import to_dict
-from avfast.kernels import reference
 from avfast.models.avmodel import AVModel
-from avfast.models.networks import BatchNorm
 from avfast.training.config import TrainConfig
 
 onnx = pytest.importorskip("onnx")
@@ -46,49 +39,6 @@ def largest_difference(folder: Path, model: AVModel, batch: int, size: int) -> f
     # a rollout that ends in one colour would hide every difference
     assert expected[:, -1].std() > 0.01
     return float(np.abs(found - expected).max())
-
-
-@pytest.mark.parametrize("scale", [0.5, 5.0, 1e9])
-def test_border_warp_equals_the_definition(scale: float):
-    image, flow = torch.rand(2, 3, 16, 32), scale * torch.randn(2, 2, 16, 32)
-    for moved in (flow, flow.round()):
-        assert torch.equal(border_warp(image, moved), reference.backward_warp(image, moved))
-    flow[0, 0, 3, 3] = float("nan")
-    assert torch.equal(border_warp(image, flow).isnan(), reference.backward_warp(image, flow).isnan())
-
-
-def test_folded_model_predicts_the_same(random_model: MakeModel):
-    model = random_model()
-    folded = fold_batch_norms(model)
-    assert not [m for m in folded.modules() if isinstance(m, BatchNorm)]
-    arrays = [torch.from_numpy(x) for x in rollout_inputs(2, 48, 1, total=8)]
-    for ours, theirs in zip(folded.predict(*arrays), model.predict(*arrays), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
-    # and folding matters: without the statistics the frames would be others
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.running_mean.zero_()
-    assert (model.predict(*arrays).frames - folded.predict(*arrays).frames).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("motion", ["v", "v+recall", "mme"])
-@pytest.mark.parametrize("refinement", ["none", "unet", "unet+context", "car"])
-# half precision of one variant has a test of its own
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["fp32", "fp16"]
-)
-def test_unrolled_graph_equals_the_model(random_model: MakeModel, motion: str, refinement: str, dtype: torch.dtype):
-    model = random_model(motion=motion, refinement=refinement, image_channels=3)
-    graphs = {graph.name: graph for graph in make_graphs(model, dtype, unroll=(5, 3))}
-    assert ("audio" in graphs) == (motion != "v")
-    assert ("context" in graphs) == (refinement in ("unet+context", "car"))
-    arrays = [torch.from_numpy(x) for x in rollout_inputs(1, 32, 3, total=8)]
-    with torch.no_grad():
-        found = graphs["rollout"](*arrays)
-    limit = TOLERANCE["fp32" if dtype == torch.float32 else "fp16"]
-    for ours, theirs in zip(found, model.predict(*arrays), strict=True):
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -161,13 +111,7 @@ def test_a_mismatch_fails_and_leaves_nothing(random_model: MakeModel, tmp_path: 
         export_model(random_model(), tmp_path / "model")
 
 
-def write_run(folder: Path, model: AVModel, link: str) -> None:
-    run = TrainConfig()
-    model.save_pretrained(folder / "checkpoints" / link)
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(run)))
-
-
-def test_bad_requests_are_one_clear_line(random_model: MakeModel, tmp_path: Path):
+def test_bad_requests_are_one_clear_line(random_model: MakeModel, make_run: Callable[..., Path], tmp_path: Path):
     out = str(tmp_path / "out")
     with pytest.raises(InputError, match="RUN is missing"):
         export(ExportConfig(out=out))
@@ -175,7 +119,7 @@ def test_bad_requests_are_one_clear_line(random_model: MakeModel, tmp_path: Path
         export(ExportConfig(run=str(tmp_path), out=out))
     with pytest.raises(InputError, match="unroll is 0"):
         export(ExportConfig(run=str(tmp_path), out=out, unroll=0))
-    write_run(tmp_path / "run", random_model(refinement="none"), "best-mme")
+    make_run(tmp_path / "run", TrainConfig(), model=random_model(refinement="none"), links=("best-mme",))
     with pytest.raises(InputError, match="is of stage mme only, its run has the stages mme, car: train them"):
         export(ExportConfig(run=str(tmp_path / "run"), out=out))
     assert not Path(out).exists()

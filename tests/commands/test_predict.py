@@ -15,25 +15,25 @@ import av
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from avfast.data.clips import ClipSettings, read_clip
 from avfast.data.prepared import ClipsConfig
 from avfast.errors import InputError
-from avfast.files.settings import to_dict
 from avfast.media.spectrogram import SpectrogramConfig, spectrogram
 from avfast.media.video import read_video
 from avfast.models.avmodel import AVModel, ModelConfig, Rollout
 from avfast.opticalflow.tvl1 import tvl1_flow
-from avfast.predict import PredictConfig, main, predict
+from avfast.predict import PredictConfig, predict
 from avfast.prepare import PrepareConfig
 from avfast.training.config import TrainConfig
-from avfast.training.runs import load_run_config, resolve_checkpoint
+from avfast.training.runs import resolve_checkpoint
 from avfast.ui import plots
 
 K, P, FPS, RATE = 3, 5, 10, 4400
+
+
 FILES = {
     "curves.png",
     "film.gif",
@@ -60,28 +60,23 @@ def tone(seconds: float, pitch: float, rate: int = 44_100) -> np.ndarray:
     return (9000 * np.sin(2 * np.pi * pitch * t) * (t % 0.25 < 0.1) * (0.4 + t / seconds)).astype(np.int16)
 
 
-def make_run(folder: Path, model: ModelConfig, **changes: int) -> Path:
-    """A run folder with an untrained model."""
+def config(model: ModelConfig, **changes: int) -> TrainConfig:
+    """The settings of a run of that model."""
     lengths = {"context_frames": K, "pred_frames": P, "eval_frames": P} | changes
-    config = TrainConfig(model=model, flow_preset="fast", **lengths)
-    torch.manual_seed(0)
-    AVModel(model).save_pretrained(folder / "checkpoints" / "best")
-    shutil.copytree(folder / "checkpoints" / "best", folder / "checkpoints" / "last")
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    return folder
+    return TrainConfig(model=model, flow_preset="fast", **lengths)
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Path]) -> Path:
     """Both stages."""
-    return make_run(tmp_path_factory.mktemp("runs") / "mmnist-full", ModelConfig(unet_width=4))
+    return make_run(tmp_path_factory.mktemp("runs") / "mmnist-full", config(ModelConfig(unet_width=4)))
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickest model that hears."""
+def run(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Path]) -> Path:
+    """The quickest model that takes sound."""
     model = ModelConfig(refinement="none", convlstm_layers=1)
-    return make_run(tmp_path_factory.mktemp("runs") / "mmnist-quick", model)
+    return make_run(tmp_path_factory.mktemp("runs") / "mmnist-quick", config(model), links=("best", "last"))
 
 
 @pytest.fixture(scope="module")
@@ -318,19 +313,19 @@ def test_shuffled_sound_is_that_of_another_video(run: Path, films: Path, tmp_pat
         assert lag(heard_in(Path(about["folder"]) / "film.mp4")[0], tone(2, pitch)) == 0
 
 
-def test_colour_models(films: Path, tmp_path: Path) -> None:
+def test_colour_models(films: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
     model = ModelConfig(image_channels=3, refinement="none", convlstm_layers=1)
-    run = make_run(tmp_path / "run", model, context_frames=1, eval_frames=2)
+    run = make_run(tmp_path / "run", config(model, context_frames=1, eval_frames=2))
     predict(settings(run, films / "other.mkv", out=str(tmp_path / "out")))
     assert np.load(tmp_path / "out" / "other" / "frames.npy").shape == (2, 3, 48, 48)
     assert np.load(tmp_path / "out" / "other" / "true_frames.npy").shape == (3, 3, 48, 48)
 
 
-def test_a_run_on_prepared_clips_says_how_videos_are_read(films: Path, tmp_path: Path, given: list) -> None:
+def test_a_run_on_prepared_clips_says_how_videos_are_read(
+    films: Path, make_run: Callable[..., Path], tmp_path: Path, given: list
+) -> None:
     model = ModelConfig(image_channels=3, refinement="none", convlstm_layers=1, audio_shape=(33, 12))
-    run = make_run(tmp_path / "run", model)
-    config = replace(load_run_config(run / "checkpoints" / "best"), data=ClipsConfig("anywhere"))
-    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    run = make_run(tmp_path / "run", replace(config(model), data=ClipsConfig("anywhere")))
     with pytest.raises(InputError, match="data.json cannot be read, which tells what the run was trained on"):
         predict(settings(run, films / "other.mkv", out=str(tmp_path / "out")))
     clips = ClipSettings(fps=12, size=(32, 16), sample_rate=8800, n_fft=64, hop=64, spectrogram_scale=9.0)
@@ -346,101 +341,6 @@ def test_a_run_on_prepared_clips_says_how_videos_are_read(films: Path, tmp_path:
     assert np.array_equal(np.load(tmp_path / "out" / "other" / "true_frames.npy"), want.frames)
     np.testing.assert_allclose(frames[0].numpy(), want.frames[:K] / 255, atol=1e-6)
     assert torch.equal(audio[0], spectrogram(torch.from_numpy(want.waveform), clips.spectrogram))
-
-
-@pytest.fixture
-def bad(films: Path, make_film, tmp_path: Path) -> Path:
-    """A folder of files that cannot be predicted, and one that can."""
-    folder = tmp_path / "bad"
-    folder.mkdir()
-    shutil.copy(films / "a b ü.mkv", folder / "good.mkv")
-    images = np.stack([picture(i) for i in range(60)])
-    make_film(folder / "mute.mkv", images, None)
-    make_film(folder / "two.mkv", images[:6], tone(2, 500), rate=44_100)
-    make_film(folder / "soundends.mkv", images, tone(0.3, 500), rate=44_100)
-    (folder / "empty.mp4").touch()
-    (folder / "text.mp4").write_text("no film")
-    whole = make_film(tmp_path / "whole.mkv", images, tone(2, 500), rate=44_100).read_bytes()
-    (folder / "cut.mkv").write_bytes(whole[: len(whole) // 10])
-    return folder
-
-
-REASONS = {
-    "mute.mkv": "no sound track in it",
-    "two.mkv": "2 frames at 10 a second, expected the 3 given ones at least",
-    "soundends.mkv": "its sound ends at 0.30 s",
-    "empty.mp4": "Invalid data found",
-    "text.mp4": "Invalid data found",
-}
-
-
-def test_bad_files_are_listed_and_the_rest_is_done(
-    run: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    (bad / "cut.mkv").unlink()
-    with pytest.raises(SystemExit) as stop:
-        main([str(bad), str(tmp_path / "nowhere.mp4"), "--checkpoint", str(run), "--out", str(out)])
-    assert stop.value.code == 3
-    shown = capsys.readouterr().out
-    failed = json.loads((out / "failed.json").read_text())
-    assert {Path(f["input"]).name for f in failed} == {*REASONS, "nowhere.mp4"}
-    for failure in failed:
-        name = Path(failure["input"]).name
-        assert failure["reason"].startswith(REASONS.get(name, "No such file")) and "\n" not in failure["reason"]
-        assert f"failed: {failure['input']}: {failure['reason']}\n" in shown
-    assert f"{bad / 'good.mkv'}: {P} frames predicted, SSIM 0." in shown and str(out / "good") in shown
-    assert sorted(p.name for p in out.iterdir()) == ["failed.json", "good"]
-    # nothing is written over
-    assert main([str(bad / "good.mkv"), "--checkpoint", str(run), "--out", str(out)]) is None
-    assert sorted(p.name for p in out.iterdir()) == ["good", "good-2"]
-
-
-@pytest.mark.parametrize("name", [*REASONS, "cut.mkv"])
-def test_a_bad_file_alone_is_one_line(name: str, run: Path, bad: Path, tmp_path: Path) -> None:
-    reason = REASONS.get(name, r"truncated|Invalid data|\d frames at 10 a second")
-    with pytest.raises(InputError, match=f"^nothing could be done: .*{name}: ({reason})") as error:
-        predict(settings(run, bad / name, out=str(tmp_path / "out")))
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"inputs": ()}, "VIDEO is missing"),
-        ({"checkpoint": None}, "expected either --checkpoint PATH"),
-        ({"checkpoint": "nowhere"}, "nowhere is neither a checkpoint"),
-        ({"checkpoint": "a/best"}, "a/best is neither a checkpoint"),
-        ({"horizon": 0}, "horizon is 0, expected at least 1"),
-        ({"horizon": 100}, "its sound ends at 2.00 s, 10.20 s and a frame are wanted: it covers 21 of 103 frames"),
-        ({"sound": "nowhere.wav"}, "nowhere.wav: No such file"),
-        ({"sound": "x.wav", "audio": "silent"}, "--sound x.wav would not be heard: audio is silent"),
-        ({"audio": "shuffled"}, "audio is shuffled, which wants two videos or more, and there are 1"),
-        ({"audio": "shifted", "shift": 8}, "shift is 8, which leaves the sound of 8 frames as it is"),
-        ({"device": "tpu"}, "device is 'tpu'"),
-    ],
-)
-def test_settings_that_do_not_work(changes: dict, message: str, run: Path, films: Path, tmp_path: Path) -> None:
-    given = {"inputs": (str(films / "a b ü.mkv"),), "checkpoint": str(run), "out": str(tmp_path / "out")}
-    with pytest.raises(InputError, match=message) as error:
-        predict(PredictConfig(**given | changes))
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
-
-def test_an_out_that_cannot_be_written(run: Path, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="out is .*file, which is not a folder"):
-        predict(settings(run, films / "other.mkv", out=str(tmp_path / "file")))
-    with pytest.raises(OSError, match="file"):
-        predict(settings(run, films / "other.mkv", out=str(tmp_path / "file" / "out")))
-
-    def full(path: Path, *_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(plots, "save_strip", full)
-    with pytest.raises(OSError, match="No space left"):
-        predict(settings(run, films / "other.mkv", out=str(tmp_path / "out")))
-    assert not list((tmp_path / "out").iterdir())
 
 
 def test_ways_to_name_a_checkpoint(run: Path, films: Path, tmp_path: Path) -> None:
@@ -480,9 +380,3 @@ def test_an_export_gives_the_same_film(run: Path, films: Path, tmp_path: Path) -
     films_ = [[f.image for f in read_video(Path(done["folder"]) / "film.mp4")] for done in (ours, theirs)]
     assert len(films_[0]) == len(films_[1]) == K + P
     assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(*films_, strict=True)) < 0.5
-
-
-def test_a_model_is_asked_for_once() -> None:
-    for config in (PredictConfig(("a.mp4",)), PredictConfig(("a.mp4",), checkpoint="a", onnx="b")):
-        with pytest.raises(InputError, match="expected either --checkpoint PATH .* or --onnx FOLDER"):
-            predict(config)

@@ -6,8 +6,8 @@
 namespace avfast::tvl1 {
 namespace {
 
-// threads of the block that iterates on a tile of a large pair, and the iterations it makes before its outer pixels
-// have to be read again.
+// The threads of the block that iterates on a tile of a large pair, and the iterations that it does before the outer
+// pixels of the tile have to be read again.
 constexpr int kTileThreads = 256;
 constexpr int kTileIterations = 5;
 constexpr int kMaxRadius = 30;
@@ -19,14 +19,14 @@ struct Gauss {
 
 // ---- pairs in global memory ----
 
-// the scratch memory of one pair begins with fields of the finest level's area: flow and duals before a pass and after
+// The scratch memory of one pair begins with fields of the finest level's size: flow and duals before a pass and after
 // it, and the data term.
 constexpr int kFlowFields = 2;
 constexpr int kDualFields = 4;
 constexpr int kFields = 2 * (kFlowFields + kDualFields) + 4;
 
-// how a level is cut into tiles: windows that overlap by kTileIterations pixels on either side of a seam. A level that
-// fits one window has no seams, and all its iterations are one pass.
+// How a level is cut into tiles: windows that overlap by kTileIterations pixels on either side of a seam. A level that
+// fits one window has no seams, and all its iterations are done in one pass.
 struct Tiling {
   int width, height;  // of a window
   int across, down;   // how many
@@ -42,7 +42,7 @@ int64_t large_floats(const Job& job) {
   return floats;
 }
 
-// pixel of this thread in a grid of 32 x 8 blocks; the pair is blockIdx.z.
+// The pixel of this thread in a grid of 32 x 8 blocks; blockIdx.z is the pair.
 struct Pixel {
   int x, y;
   bool inside;
@@ -52,7 +52,7 @@ struct Pixel {
   }
 };
 
-// one axis of the Gaussian, along the rows or down the columns; the border is repeated.
+// Applies a Gaussian along one axis, the rows or the columns; the border is repeated.
 __global__ void smooth_kernel(const float* from, float* to, Level level, bool along, const Gauss gauss) {
   const Pixel p(level.width, level.height);
   if (!p.inside) return;
@@ -84,8 +84,8 @@ __global__ void apron_kernel(const float* from, int64_t from_pair, float* to, in
       from[blockIdx.z * from_pair + apron_source(level, p.x, p.y)];
 }
 
-// the first guess of a level's flow, from `coarse` (of width 0: zero), and duals of zero. Fields lie an `area` of the
-// finest level apart.
+// Sets the first guess of a level's flow, from `coarse` or, where that has width 0, to zero, and the duals to zero.
+// From one field to the next there are `area` floats, the area of the finest level.
 __global__ void set_up_kernel(const float* coarse_u, Level coarse, float* u, float* q, int64_t area, int64_t per_pair,
                               Level level) {
   const Pixel p(level.width, level.height);
@@ -116,8 +116,8 @@ __global__ void linearise_kernel(const float* a, int64_t a_pair, const float* b,
   d[i + 3 * area] = term.inv_grad;
 }
 
-// up to `count` iterations on the window that this block reads, of which it writes what no error from a seam has
-// reached.
+// Does up to `count` iterations on the window that this block reads. The block writes those pixels that no error from a
+// seam has reached.
 template <class Solver>
 __global__ void __launch_bounds__(kTileThreads, 2)
     tile_kernel(const float* u, const float* q, float* to_u, float* to_q, const float* d, int64_t area,
@@ -174,7 +174,7 @@ __global__ void median_kernel(const float* in, int64_t in_pair, int64_t in_field
   }
 }
 
-// both components of the flow to the output.
+// Copies both components of the flow to the output.
 __global__ void copy_flow_kernel(const float* in, int64_t in_pair, int64_t in_field, float* out, int64_t out_pair,
                                  int64_t out_field, Level level) {
   const Pixel p(level.width, level.height);

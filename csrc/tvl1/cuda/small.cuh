@@ -1,14 +1,15 @@
-// small pairs, solved whole in one launch, from the pyramid to the output: one by a thread block where its pixels fit
-// one, about 64 x 64, and three by a cluster of three blocks up to about 96 x 96, where the GPU has clusters. There
-// each block solves all levels but the finest of one pair. The finest are solved pair after pair by all three, which
-// share its rows and write their outermost ones into each other's shared memory.
+// Small pairs, solved in one launch from the pyramid to the output. A thread block solves one pair whose pixels fit it,
+// which is up to about 64 x 64. Where the GPU has clusters, a cluster of three blocks solves three pairs of up to about
+// 96 x 96: each block solves all levels but the finest of one pair, then the three blocks together solve the finest
+// level of one pair after the other. They share the rows of that level, and write the outermost of their rows into each
+// other's shared memory.
 #pragma once
 
 #include "tile.cuh"
 
 namespace avfast::tvl1 {
 
-// enough for the finest scale_step, 0.95, on images of 10,000 pixels.
+// This is enough for the largest scale_step, 0.95, and images of 10,000 pixels.
 constexpr int kMaxLevels = 128;
 
 struct Level {
@@ -18,7 +19,7 @@ struct Level {
   __host__ __device__ int64_t apron_area() const { return static_cast<int64_t>(height + 2 * kApron) * apron_width(); }
 };
 
-// which pixel of a level is repeated at (x, y) of its image with an apron.
+// The pixel of a level that its image with an apron has at (x, y).
 __device__ __forceinline__ int64_t apron_source(const Level& level, int x, int y) {
   const int from_x = ::min(::max(x - kApron, 0), level.width - 1);
   const int from_y = ::min(::max(y - kApron, 0), level.height - 1);
@@ -45,16 +46,16 @@ struct Cluster {
 template <class Shape>
 using ExchangeOf = Exchange<Shape::kThreads>;
 
-// how many rows the strips of a level have: few where there are threads enough.
+// The rows of a level's strips: few where there are enough threads.
 template <class Shape>
 __host__ __device__ int strip_rows(const Level& level) {
   if (level.area() <= Shape::kThreads) return 1;
   return level.width * ((level.height + 1) / 2) <= Shape::kThreads ? 2 : kStripRows;
 }
 
-// shared memory of a block, in floats: the exchange, one level of b with its apron, then the images a and b of level 1,
-// of level 2, ... Places are worked out where they are needed: a register kept for one would be missing in the
-// iterations.
+// The place of a level's images in the shared memory of a block, in floats. There lie the exchange, one level of b with
+// its apron, then the images a and b of level 1, of level 2, and so on. Places are computed where they are needed: a
+// register that keeps one would be missing in the iterations.
 template <class Shape>
 __host__ __device__ int64_t small_image(const Job& job, int level) {
   int64_t place = ExchangeOf<Shape>::kFloats + job.levels[0].apron_area();
@@ -62,7 +63,8 @@ __host__ __device__ int64_t small_image(const Job& job, int level) {
   return place;
 }
 
-// image a or b of a level; the finest, of any pair, is in global memory, the others are those of the block's own pair.
+// Image a or b of a level. The finest level, of any pair, is in global memory; the others are those of the block's own
+// pair.
 template <class Shape>
 __device__ const float* small_level(const Job& job, const float* shared, int level, bool b, int64_t pair) {
   const int64_t area = job.levels[level].area();
@@ -85,7 +87,7 @@ __device__ __forceinline__ void make_pyramid(const Job& job, float* shared) {
   }
 }
 
-// image b of a level with its apron, for linearise_small.
+// Makes image b of a level with its apron, for linearise_small.
 template <class Shape>
 __device__ __forceinline__ void make_apron(const Job& job, int index, float* shared, int64_t pair) {
   const Level& level = job.levels[index];
@@ -96,7 +98,7 @@ __device__ __forceinline__ void make_apron(const Job& job, int index, float* sha
   __syncthreads();
 }
 
-// the flow of the next coarser level at a pixel of this one, its values grown with the image.
+// The flow of the next coarser level at a pixel of this one; its values grow with the image.
 __device__ __forceinline__ Flow2<float> enlarge(const float* u1, const float* u2, Strides strides, const Level& coarse,
                                                 const Level& level, int x, int y) {
   const float ratio_x = static_cast<float>(coarse.width) / static_cast<float>(level.width);
@@ -106,7 +108,7 @@ __device__ __forceinline__ Flow2<float> enlarge(const float* u1, const float* u2
   return {1.0f / ratio_x * resample(u1, strides, tx, ty), 1.0f / ratio_y * resample(u2, strides, tx, ty)};
 }
 
-// the first guess of a level whose rows this block has from `top` on, from the flow of the coarser one.
+// Sets the first guess of a level, of which this block has the rows from `top` on, from the flow of the coarser level.
 template <int kRows>
 __device__ __forceinline__ void enlarge_small(const Job& job, int index, int top, const float* u1, const float* u2,
                                               Strides from, Strip<kRows>& s) {
@@ -140,7 +142,8 @@ __device__ __forceinline__ void linearise_small(const Job& job, int index, int t
   }
 }
 
-// the 5 x 5 median of a field of the exchange, to another. A call of its own, as the one it makes: see median().
+// The 5 x 5 median of a field of the exchange, written to another field. It is not inlined, nor is median(), which says
+// why.
 template <int kThreads>
 __device__ __noinline__ void median5_small(const float* field, float* to, int column, int width, int height) {
   for (int i = static_cast<int>(threadIdx.x); i < height * width; i += kThreads) {
@@ -150,7 +153,7 @@ __device__ __noinline__ void median5_small(const float* field, float* to, int co
   }
 }
 
-// the 3 x 3 medians of the flow in the exchange at a strip's pixels, to the place of its duals.
+// Writes the 3 x 3 medians of the flow in the exchange, at a strip's pixels, to the fields of the duals.
 template <class Exchange, int kRows>
 __device__ __forceinline__ void median3_small(const Exchange& e, const Strip<kRows>& s) {
   for (int c = 0; c < 2 && s.rows() > 0; ++c) {
@@ -160,7 +163,7 @@ __device__ __forceinline__ void median3_small(const Exchange& e, const Strip<kRo
   }
 }
 
-// takes the filtered flow from the place of the duals, which are in registers: those need not hold what is filtered.
+// Reads the filtered flow from the fields of the duals. The duals themselves are in registers.
 template <class Exchange, int kRows>
 __device__ __forceinline__ void take_filtered(const Exchange& e, Strip<kRows>& s) {
 #pragma unroll
@@ -169,7 +172,7 @@ __device__ __forceinline__ void take_filtered(const Exchange& e, Strip<kRows>& s
   }
 }
 
-// one level: the flow comes from the coarser level's in the exchange (drive1, drive2), and goes back there.
+// Solves one level. The exchange (drive1, drive2) holds the coarser level's flow before, and this level's flow after.
 template <class Shape, class Solver, int kRows>
 __device__ __forceinline__ void solve_whole_level(const Job& job, const Solver& solver, int index) {
   AVFAST_SHARED(shared);
@@ -206,7 +209,7 @@ __device__ __forceinline__ void solve_whole_level(const Job& job, const Solver& 
   __syncthreads();
 }
 
-// levels `count` - 1 .. `last` of the block's own pair.
+// Solves the levels `count` - 1 .. `last` of the block's own pair.
 template <class Shape, class Solver>
 __device__ __forceinline__ void solve_whole_levels(const Job& job, const Solver& solver, int last) {
   AVFAST_SHARED(shared);
@@ -223,7 +226,7 @@ __device__ __forceinline__ void solve_whole_levels(const Job& job, const Solver&
   }
 }
 
-// the flow of the level solved last, from the exchange to two planes.
+// Copies the flow of the level that was solved last from the exchange to two planes.
 template <class Shape>
 __device__ __forceinline__ void copy_flow(const Level& level, const float* shared, float* to) {
   const int area = static_cast<int>(level.area());
@@ -245,16 +248,18 @@ __global__ void __launch_bounds__(OneBlock::kThreads, 1)
 
 // ---- a cluster's share of the finest level ----
 
-// rows of a level that a block of a cluster has, but the last, which has the rest: whole strips.
+// The rows of a level that each block of a cluster has, in whole strips; the last block has the rest.
 __host__ __device__ inline int share_rows(int height) {
   constexpr int kUnit = Cluster::kBlocks * kStripRows;
   return (height + kUnit - 1) / kUnit * kStripRows;
 }
 
-// floats from column to column of a share: its rows, and one above and one below for the neighbours'. Odd.
+// The floats from one column of a share to the next: its rows, one row above and one below for the neighbours', and one
+// more where that makes it odd.
 __host__ __device__ inline int share_column(int height) { return share_rows(height) + 3; }
 
-// the outermost strips of a share write what the block beside it reads at its own edge, each null where there is none.
+// What the outermost strips of a share write, and the neighbouring block reads at its own edge. A pointer is null where
+// there is no neighbour.
 struct Linked {
   static constexpr int kField = ExchangeOf<Cluster>::kFieldFloats;
   float* above_drive;  // the row below its last one
@@ -279,8 +284,8 @@ struct Linked {
   }
 };
 
-// the block's rows of the finest level of a pair, whose coarser levels block `owner` of the cluster has solved: its
-// flow lies at `coarse` there.
+// Solves the block's rows of the finest level of a pair. Block `owner` of the cluster has solved the coarser levels of
+// that pair; their flow lies at `coarse` there.
 template <class Solver>
 __device__ __forceinline__ void solve_share(const Job& job, const Solver& solver, int64_t pair, float* coarse,
                                             int owner) {
@@ -333,7 +338,7 @@ __device__ __forceinline__ void solve_share(const Job& job, const Solver& solver
       to[level.area() + first + static_cast<int64_t>(r) * level.width] = s.u[r].u2;
     }
   }
-  // no block may go on, or end, while another still writes to it
+  // no block may continue, or end, while another one still writes to it
   link.sync();
 }
 
@@ -342,7 +347,7 @@ __global__ void __launch_bounds__(Cluster::kThreads, 1)
     cluster_kernel(const __grid_constant__ Job job, const Solver solver) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   AVFAST_SHARED(shared);
-  // where the images of level 1 were
+  // the memory of the images of level 1 is free by then
   float* coarse = shared + small_image<Cluster>(job, 1);
   if (blockIdx.x < job.pairs) {
     make_pyramid<Cluster>(job, shared);

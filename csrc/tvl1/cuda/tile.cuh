@@ -1,20 +1,21 @@
-// what one thread block does with a tile of pixels, in registers and shared memory: shared by the kernel that solves a
-// small pair whole and by the one that iterates on a large pair tile by tile.
+// What one thread block does with a tile of pixels in registers and shared memory. Two kernels use it: the one that
+// solves a small pair, and the one that iterates on a large pair tile by tile.
 //
-// a thread owns a strip: `kRows` pixels of one column, all their fields in registers. Its neighbours' values come
-// through shared memory (`Exchange`): per pixel and iteration 4 stores and 4 loads along the row and 2 loads of its
-// own, per strip 2 stores and 4 loads down the column, where a kernel with all state in shared memory would make 26.
+// A thread owns a strip: `kRows` pixels of one column, with all their fields in registers. It reads its neighbours'
+// values from shared memory (`Exchange`). Per pixel and iteration that takes 4 stores and 4 loads along the row and 2
+// loads of its own values, and per strip 2 stores and 4 loads down the column. A kernel with all state in shared memory
+// would make 26 accesses per pixel.
 #pragma once
 
 #include <cstdint>
 
-#include "resample.h"
+#include "../resample.h"
 
 namespace avfast::tvl1 {
 
-// exactly rounded by one correction of the hardware's 1-ulp estimate, checked for every float from 1e-30 to 1e30 on an
-// H200: nvcc's own do the same and branch for what lies outside, which does not occur. Below 1e-30 a root counts for
-// nothing: it is added to 1, or compared with it.
+// Exactly rounded, by one correction of the hardware's 1-ulp estimate; checked on an H200 for every float from 1e-30 to
+// 1e30. nvcc's own functions do the same, and branch for values outside that range, which do not occur. A root below
+// 1e-30 has no effect: it is added to 1, or compared with it.
 #ifdef __CUDACC__
 __device__ __forceinline__ float sqrt(float x) {
   x = fmaxf(x, 1e-30f);
@@ -28,11 +29,11 @@ __device__ __forceinline__ float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return __fmaf_rn(__fmaf_rn(-x, y, 1.0f), y, y);
 }
-// waits for all threads of a cluster; what they have written to each other's shared memory is then seen.
+// Waits for all threads of a cluster. What they have written to each other's shared memory is visible after it.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
-// the same place in the shared memory of another block of the cluster.
+// The same place in the shared memory of another block of the cluster.
 __device__ __forceinline__ float* in_block(float* place, int rank) {
   float* there;
   asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
@@ -48,23 +49,23 @@ __device__ __forceinline__ float where_above(float above, float limit, float a) 
 
 }  // namespace avfast::tvl1
 
-#include "pixel.h"
+#include "../pixel.h"
 
 namespace avfast::tvl1 {
 
-// the longest strip: 64 of a thread's 128 registers hold its fields.
+// The longest strip. 64 of a thread's 128 registers hold its fields.
 constexpr int kStripRows = 8;
-// columns and rows around an image that bicubic sampling and its derivatives may read.
+// The columns and rows around an image that bicubic sampling and its derivatives may read.
 constexpr int kApron = 3;
 
-// a tile's shared memory: six fields, column by column, and the lowest row of every strip, kept at the number of the
-// thread that has the strip below.
+// The shared memory of a tile: six fields, column by column, and the lowest row of every strip, stored at the number of
+// the thread that has the strip below.
 //
-// the fields lie a constant apart and a strip's pixels follow each other, so that three addresses serve a whole strip
-// and its neighbours; columns of an odd length keep the threads of a warp in different banks.
+// The fields lie a constant distance apart and the pixels of a strip follow each other, so that three addresses are
+// enough for a strip and its neighbours. Columns of an odd length keep the threads of a warp in different banks.
 template <int kThreads>
 struct Exchange {
-  // kThreads strips, and one more float per column, of which there are at most as many.
+  // kThreads strips, and one more float per column; there are at most kThreads columns
   static constexpr int kFieldFloats = kThreads * (kStripRows + 1);
   static constexpr int kFloats = 6 * kFieldFloats + 4 * kThreads;
 
@@ -83,10 +84,11 @@ struct Exchange {
         q22(memory + 6 * kFieldFloats + 2 * kThreads) {}
 };
 
-// floats from one column of a tile in strips of `rows` to the next.
+// The floats from one column of a tile to the next, in strips of `rows` rows.
 __host__ __device__ inline int exchange_column(int height, int rows) { return (height + rows - 1) / rows * rows | 1; }
 
-// a thread's pixels. The last strip of a column may reach below the tile: what it computes there reaches nobody.
+// The pixels of one thread. The last strip of a column may reach below the tile; the values that it computes there are
+// not used.
 template <int kRows>
 struct Strip {
   static constexpr int kLeft = 1, kRight = 2, kAbove = 4, kBelow = 8;
@@ -97,7 +99,7 @@ struct Strip {
   Dual4<float> q[kRows];
   float ix[kRows], iy[kRows];
 
-  // of a tile whose fields have their first row at `first`; whether other blocks have what lies above and below it.
+  // `first`: the first row of the tile in its fields. above, below: whether other blocks have pixels there.
   __device__ Strip(int thread, int width, int height, int columns_apart, int first = 0, bool above = false,
                    bool below = false)
       : column(columns_apart) {
@@ -114,10 +116,10 @@ struct Strip {
     }
   }
 
-  // how many of the strip's pixels lie in the tile: 0 for a thread without work.
+  // The number of the strip's pixels that lie in the tile: 0 for a thread without work.
   __device__ int rows() const { return place >> 4 & 15; }
 
-  // the data term of a pixel; no barrier is needed.
+  // Sets the data term of a pixel; no barrier is needed.
   template <class Exchange>
   __device__ void set_data(const Exchange& e, int r, const DataTerm<float>& d) {
     ix[r] = d.ix;
@@ -126,7 +128,7 @@ struct Strip {
     e.inv_grad[own + r] = d.inv_grad;
   }
 
-  // gives the duals to the neighbours; a barrier has to follow.
+  // Writes the duals for the neighbours; a barrier has to follow.
   template <class Exchange>
   __device__ void publish_dual(const Exchange& e) const {
     if (rows() == 0) return;
@@ -141,7 +143,7 @@ struct Strip {
     }
   }
 
-  // puts the flow where all see it; a barrier has to follow.
+  // Writes the flow to shared memory; a barrier has to follow.
   template <class Exchange>
   __device__ void publish_flow(const Exchange& e) const {
     if (rows() == 0) return;
@@ -153,16 +155,17 @@ struct Strip {
   }
 };
 
-// what a tile that a block has alone does at its upper and lower edge, and how its threads wait for each other.
+// What is done at the upper and lower edge of a tile that belongs to a single block, and how its threads wait for each
+// other.
 struct Alone {
   __device__ void sync() const { __syncthreads(); }
   __device__ void up(Flow2<float>) const {}
   __device__ void down(const Dual4<float>&) const {}
 };
 
-// `count` iterations on a tile. Beyond its edges the duals count as 0 and the flow as constant: right where the tile
-// ends with the image, else an error that moves one pixel inwards per iteration. All threads of the block come here;
-// the duals have been published.
+// Does `count` iterations on a tile. Beyond its edges the duals are 0 and the flow is constant. That is right where the
+// tile ends with the image; elsewhere it makes an error that moves inwards by one pixel per iteration. All threads of
+// the block call this, after the duals have been published.
 template <class Solver, class Exchange, int kRows, class Link = Alone>
 __device__ __forceinline__ void iterate(Strip<kRows>& s, const Solver& solver, const Exchange& e, int count,
                                         const Link& link = {}) {
@@ -192,7 +195,7 @@ __device__ __forceinline__ void iterate(Strip<kRows>& s, const Solver& solver, c
     }
     link.sync();
     if (s.rows() > 0) {
-      // read back what is not the flow itself: it would be 16 registers more
+      // the extrapolated flow is read back: keeping it would take 16 more registers
       const auto drive = [&](int r) -> Flow2<float> {
         if (Solver::kExtrapolates) return {e.drive1[s.own + r], e.drive2[s.own + r]};
         return s.u[r];
@@ -221,13 +224,14 @@ __device__ __forceinline__ void iterate(Strip<kRows>& s, const Solver& solver, c
   }
 }
 
-// the data term of one pixel: the image and its central differences, which are `texels` of the CPU engine, at (x, y) +
-// u. `image` points at pixel (0, 0) of an image whose border is repeated kApron times, `stride` floats from row to row.
+// The data term of one pixel, from the image and its central differences (the texels of the CPU's engine) at (x, y) +
+// u. `image` points to pixel (0, 0) of an image whose border is repeated kApron times, with `stride` floats from row to
+// row.
 __device__ inline DataTerm<float> sample_and_linearise(const float* image, int stride, int width, int height, int x,
                                                        int y, Flow2<float> u, float target) {
   const float px = static_cast<float>(x) + u.u1;
   const float py = static_cast<float>(y) + u.u2;
-  // a NaN becomes 0 here: nothing outside the image is read
+  // a NaN becomes 0 here, so that nothing outside the image is read
   const float cx = clamp(px, 0.0f, static_cast<float>(width - 1));
   const float cy = clamp(py, 0.0f, static_cast<float>(height - 1));
   const int x0 = static_cast<int>(cx);
@@ -240,7 +244,7 @@ __device__ inline DataTerm<float> sample_and_linearise(const float* image, int s
   for (int i = 0; i < 4; ++i, ++from) {
     // outside the image a difference is that of the border
     const float* by_x = from + (::min(::max(x0 - 1 + i, 0), width - 1) - (x0 - 1 + i));
-    // twice the differences: the half is exact wherever it is taken, and taken once
+    // twice the differences: taking the half is exact, and is done once at the end
     float here[6], dx[4], dy[4];
 #pragma unroll
     for (int j = 0; j < 6; ++j) here[j] = from[j * static_cast<int64_t>(stride)];
@@ -263,12 +267,12 @@ __device__ inline DataTerm<float> sample_and_linearise(const float* image, int s
   return linearise(value[0], 0.5f * value[1], 0.5f * value[2], target, u.u1, u.u2, inside);
 }
 
-// floats from column to column and from row to row of an image.
+// The floats from column to column and from row to row of an image.
 struct Strides {
   int64_t x, y;
 };
 
-// a linear map at one pixel, as the CPU engine has it: down the columns first. Taps of weight 0 are not looked at.
+// A linear map at one pixel, in the order of the CPU's engine: down the columns first. Taps of weight 0 are not read.
 __device__ __forceinline__ float resample(const float* image, Strides s, const Tap& tx, const Tap& ty) {
   float sum = 0.0f;
 #pragma unroll
@@ -284,9 +288,9 @@ __device__ __forceinline__ float resample(const float* image, Strides s, const T
   return sum;
 }
 
-// median over kSide x kSide pixels around (x, y), the border repeated, by forgetful selection: of n/2 + 2 of n values
-// the smallest and the largest cannot be the median; both are dropped and the next is taken in, until three are left. A
-// call of its own: inline it costs the small kernel a few spilled registers.
+// The median over kSide x kSide pixels around (x, y), the border repeated, by forgetful selection: of n/2 + 2 of n
+// values the smallest and the largest cannot be the median; both are dropped and the next value is taken, until three
+// are left. It is not inlined: inlined, it makes the small kernel spill a few registers.
 template <int kSide>
 __device__ __noinline__ float median(const float* field, Strides strides, int width, int height, int x, int y) {
   constexpr int kCount = kSide * kSide;
@@ -318,7 +322,7 @@ __device__ __noinline__ float median(const float* field, Strides strides, int wi
   return held[kCount / 2];
 }
 
-// the same number, of which the compiler knows nothing: what is worked out from it is not moved out of a loop.
+// Returns x, in a way that hides its origin from the compiler: what is computed from it is not moved out of a loop.
 __device__ __forceinline__ int opaque(int x) {
 #ifdef __CUDACC__
   asm volatile("" : "+r"(x));
@@ -336,17 +340,17 @@ __device__ __forceinline__ Sorted3 sort3(float a, float b, float c) {
   return {fminf(low, c), fminf(rest, high), fmaxf(rest, high)};
 }
 
-// of three sorted rows the median is the middle one of the largest low, the middle mid and the smallest high.
+// The median of three sorted rows is the middle one of the largest low, the middle mid and the smallest high.
 __device__ __forceinline__ float median_of_rows(const Sorted3& a, const Sorted3& b, const Sorted3& c) {
   const float low = fmaxf(fmaxf(a.low, b.low), c.low);
   const float high = fminf(fminf(a.high, b.high), c.high);
   return sort3(low, sort3(a.mid, b.mid, c.mid).mid, high).mid;
 }
 
-// the 3 x 3 median at a strip's pixels, `field` and `to` at the first of them, the border repeated: a row is sorted
-// once for the three medians it takes part in. The neighbouring columns lie `left` and `right` floats away, the rows
-// around the strip end at `first` and `last`. A call of its own: inline it costs the small kernel a few spilled
-// registers.
+// The 3 x 3 medians at the pixels of a strip; `field` and `to` point to the first of them, and the border is repeated.
+// A row is sorted once for the three medians that it is part of. The neighbouring columns lie `left` and `right` floats
+// away, and the rows around the strip end at `first` and `last`. It is not inlined: inlined, it makes the small kernel
+// spill a few registers.
 template <int kRows>
 __device__ __noinline__ void median3_of_strip(const float* field, float* to, int left, int right, int first, int last) {
   Sorted3 rows[3];

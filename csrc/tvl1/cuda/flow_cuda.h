@@ -1,13 +1,14 @@
-// TV-L1 on a CUDA device, scheme avfast with a fixed number of iterations. Runtime types are hidden from the binding.
+// TV-L1 on a CUDA device, for scheme avfast with a fixed number of iterations. No CUDA type appears here, so that the
+// binding compiles without CUDA's headers.
 #pragma once
 
 #include <cstdint>
 
-#include "params.h"
+#include "../params.h"
 
 namespace avfast::tvl1 {
 
-// Floats of scratch memory that `flow_cuda` needs for so many pairs; 0 where a pair fits one thread block.
+// Returns the floats of scratch memory that `flow_cuda` needs for so many pairs; 0 where a pair fits one thread block.
 int64_t cuda_scratch(int64_t pairs, int height, int width, const Params& params);
 
 // As `flow`, on the current device: all pointers are device memory, work is queued on `stream` (a cudaStream_t) and

@@ -1,0 +1,35 @@
+"""BatchNorm folded into the convolutions: the model predicts the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from avfast.deploy.folding import fold_batch_norms
+from avfast.models.avmodel import AVModel
+from avfast.models.networks import BatchNorm
+
+MakeModel = Callable[..., AVModel]
+
+
+def rollout_inputs(batch: int, size: int, channels: int, total: int = 35) -> list[np.ndarray]:
+    generator = np.random.default_rng(1)
+    frames = generator.random((batch, 5, channels, size, size), np.float32)
+    flow = generator.normal(0, 2, (batch, 5, 2, size, size)).astype(np.float32)
+    return [frames, flow, generator.random((batch, total, 1, 23, 21), np.float32)]
+
+
+def test_folded_model_predicts_the_same(random_model: MakeModel):
+    model = random_model()
+    folded = fold_batch_norms(model)
+    assert not [m for m in folded.modules() if isinstance(m, BatchNorm)]
+    arrays = [torch.from_numpy(x) for x in rollout_inputs(2, 48, 1, total=8)]
+    for ours, theirs in zip(folded.predict(*arrays), model.predict(*arrays), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    # and folding matters: without the statistics the frames would be others
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.running_mean.zero_()
+    assert (model.predict(*arrays).frames - folded.predict(*arrays).frames).abs().max() > 1e-3
