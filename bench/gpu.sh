@@ -23,7 +23,7 @@ else
 fi
 "$PYTHON" setup.py -q build_ext --inplace
 "$PYTHON" -m pytest -q tests/kernels/test_contract.py tests/kernels/test_warp.py tests/kernels/test_convlstm.py \
-  tests/kernels/test_attention.py tests/kernels/test_torch_ops.py tests/kernels/test_triton_utils.py \
+  tests/kernels/test_attention.py tests/kernels/test_triton_utils.py \
   tests/opticalflow/test_tvl1_cuda.py
 if [ -n "${DRY:-}" ]; then
   exec "$PYTHON" -m pytest -q bench --benchmark-disable -k "bench_gates or bench_recall"
