@@ -1,8 +1,8 @@
 """Layers to use in any model: the fused ops as modules, and what carries weights over from other people's layers.
 
-Shape legend: B batch, T time, C D channels, H W image, M memory tokens. Each is built on one function of
-`avfast.kernels`, whose docstring has the formula. `from_reference` takes the layers that such code usually has and
-copies their weights; `to_reference` gives them back.
+Shape legend: B batch, T time, C D channels, H W image, M memory tokens. They are built on the
+functions of `avfast.kernels`, whose docstrings have the formulas. `from_reference` takes the layers that such code
+usually has and copies their weights; `to_reference` gives them back.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Predictor:
     metadata: dict[str, Any]
     """What the export says of itself: config, precision, hash of the weights, spectrogram, flow."""
     graphs: Mapping[str, Run]
-    """The graphs by name; `metadata["inputs"]` and the like say what each takes."""
+    """The graphs by name; `inputs` says what each takes."""
     device: str
     """Where it runs: "cpu" or "cuda"."""
     note: str | None

@@ -1,4 +1,4 @@
-"""Fused ops of avfast: one file per op, the plain PyTorch definition of each in `reference`."""
+"""Fused ops of avfast: one file per op; the definitions of the paper's equations are in `reference`."""
 
 if __name__ == "kernels":
     # from the checkout's root `import kernels` would load a second copy under a name that belongs to another

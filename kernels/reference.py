@@ -1,8 +1,8 @@
-"""Every op defined in plain PyTorch: what the fused kernels must equal, and what runs where none is available.
+"""The paper's equations in plain PyTorch: what the fused kernels must equal, and what runs where none is available.
 
 Shape legend: B batch, T time, C channels, H W image, M memory tokens. Flow is in pixels, x then y. Nothing here checks
-its arguments (the public functions of the op files do) and nothing imports Triton. TV-L1 is long enough for a file of
-its own: `tvl1.py`.
+its arguments (the public functions of the op files do) and nothing imports Triton. The definitions of the convolutions
+are in their op files, that of TV-L1 is in `tvl1_reference.py`.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def empty_as(like: Tensor, shaped: Tensor, dtype: torch.dtype | None = None) -> 
 
 
 def explain() -> list[tuple[str, str, str, dict[str, str]]]:
-    """For every op and kind of device: (op, device, backend that runs, {every other backend: why it does not})."""
+    """For every op and kind of device: (op, device, backend that runs, {each of its others: why it does not})."""
     rows = []
     for op in OPS.values():
         forced = os.environ.get("AVFAST_BACKEND")
@@ -135,11 +135,9 @@ def explain() -> list[tuple[str, str, str, dict[str, str]]]:
         for device in ("cpu", "cuda"):
             reasons: dict[str, str] = {}
             chosen = ""
-            for name in NAMES:
-                backend = op.backends.get(name)
-                if backend is None:
-                    reasons[name] = "none for this op"
-                elif forced and name != forced:
+            # in the order in which a call looks at them
+            for name, backend in op.backends.items():
+                if forced and name != forced:
                     reasons[name] = f"AVFAST_BACKEND={forced}"
                 elif (reason := backend.unavailable(device)) is not None:
                     reasons[name] = reason

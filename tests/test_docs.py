@@ -46,7 +46,8 @@ TINY = {
     "train": "--unet-width 2 --convlstm-layers 1 --context-frames 2 --pred-frames 2 --eval-frames 4 --batch-size 2 "
     "--car-batch-size 2 --mme-steps 2 --car-steps 2 --bn-recalibrate 1 --device cpu"
 }
-TINY_MNIST = "--clip-frames 6 --train-clips 4 --val-clips 2 --test-clips 2"
+# flags of the generated data set alone
+FEW_CLIPS = "--clip-frames 6 --train-clips 4 --val-clips 2 --test-clips 2"
 # a predicted frame of a film takes 0.1 s, most of it for the pictures
 SMALLER = {"--horizon 60": "--horizon 4", "horizon=60": "horizon=4"}
 # what a page finds ready, and the command that makes it: a page that runs the command makes it itself
@@ -110,7 +111,7 @@ def run_shell(text: str) -> None:
         if "--help" not in words and "--print-config" not in words:
             tiny = shlex.split(TINY.get(command or "", ""))
             if command == "train" and "--data" not in words:
-                tiny += shlex.split(TINY_MNIST)
+                tiny += shlex.split(FEW_CLIPS)
             for i, word in enumerate(tiny):
                 if word.startswith("--") and word not in words:
                     words += tiny[i : i + 2]

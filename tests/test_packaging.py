@@ -89,7 +89,7 @@ def test_sdist_holds_every_source_once(sdist: Path):
     assert set(names.values()) == {1}
     assert not [n for n in names if n.startswith("avfast/kernels")]
     python = {p.removeprefix("avfast/") if p.startswith("avfast/kernels/") else p for p in sources()}
-    native = {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir() if p.suffix in (".h", ".cpp", ".cu")}
+    native = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     wanted = python | native | {"pyproject.toml", "setup.py", "README.md", "LICENSE", "avfast/py.typed"}
     assert wanted <= set(names), wanted - set(names)
 

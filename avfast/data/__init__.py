@@ -1,1 +1,1 @@
-"""Data sets: digit images (`digits`), Multimodal MovingMNIST (`mmnist`) and the memory-mapped clip store (`store`)."""
+"""Data sets (`registry`; each is a file with its settings), the clip store that they fill, and its batches."""

@@ -59,8 +59,8 @@ def tvl1_flow(
     default (on the CPU, also for images on a GPU); "chambolle-pock" for textureless scenes such as moving digits.
     threads: CPU threads, over pairs or over the rows of a large one, default torch.get_num_threads(); neither they nor
     the instruction set (AVFAST_ISA=avx512|avx2|baseline asks for one) change a bit of the result.
-    backend: "cpp" (the compiled engine, on the CPU) or "reference" (PyTorch, on a's device); default: AVFAST_BACKEND if
-    set, else cpp where it was built.
+    backend: "cpp" (the compiled engine, on the CPU or in CUDA) or "reference" (PyTorch, on a's device); default:
+    AVFAST_BACKEND if set, else cpp where it was built.
 
     Raises ValueError for a wrong shape or dtype, for float values that are not finite or far out of [0, 1], and for
     input that requires a gradient, for an unknown backend, and for backend "cpp" where it was not built; InputError

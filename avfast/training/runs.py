@@ -178,8 +178,8 @@ def find_run(config: TrainConfig) -> Run | None:
             raise InputError(f"resume is {config.resume}, which has no checkpoint to resume from")
         return Run(folder)
     base = _base_folder(config)
-    numbered = [p for p in base.parent.glob(f"{base.name}-*") if p.name[len(base.name) + 1 :].isdigit()]
-    runs = [p for p in (base, *numbered) if (p / "checkpoints" / "last").exists()]
+    earlier = [p for p in base.parent.glob(f"{base.name}-*") if p.name[len(base.name) + 1 :].isdigit()]
+    runs = [p for p in (base, *earlier) if (p / "checkpoints" / "last").exists()]
     return Run(max(runs, key=lambda p: (p / "checkpoints" / "last").stat().st_mtime_ns)) if runs else None
 
 

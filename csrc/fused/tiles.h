@@ -104,7 +104,8 @@ void for_tiles(const Tiling& tiling, T* map, T* products, int64_t begin, int64_t
 // ---- the ops ----
 
 void gather_tiles(const T* map, const T* rows, const T* columns, T* products, int64_t batch, int64_t channels,
-                  int64_t product_stride, int stride, int padding, AxisSizes row_sizes, AxisSizes column_sizes, int threads) {
+                  int64_t product_stride, int stride, int padding, AxisSizes row_sizes, AxisSizes column_sizes,
+                  int threads) {
   const Tiling tiling{row_sizes, column_sizes, channels, stride, padding, product_stride};
   share(batch * row_sizes.tiles, batch * tiling.image_values(), threads, [&](int64_t begin, int64_t end) {
     T zeros[kChannels] = {};
@@ -139,7 +140,8 @@ struct Transposed {
 };
 
 void scatter_tiles(const T* products, const T* rows, const T* columns, T* map, int64_t batch, int64_t channels,
-                   int64_t product_stride, int stride, int padding, AxisSizes row_sizes, AxisSizes column_sizes, int threads) {
+                   int64_t product_stride, int stride, int padding, AxisSizes row_sizes, AxisSizes column_sizes,
+                   int threads) {
   const Tiling tiling{row_sizes, column_sizes, channels, stride, padding, product_stride};
   const int64_t image = tiling.image_values();
   const bool overlap = row_sizes.pixels > row_sizes.step || column_sizes.pixels > column_sizes.step;

@@ -363,7 +363,7 @@ def test_exported_as_one_node_that_decomposes_into_the_definition(name: str, mon
             torch.testing.assert_close(found.module()(*args), expected, rtol=1e-5, atol=1e-5)
 
 
-def samples() -> list[tuple[Any, tuple[Any, ...]]]:
+def torch_op_calls() -> list[tuple[Any, tuple[Any, ...]]]:
     """Calls of the registered torch ops, without the backend where they take one."""
     image, flow = normal(2, 3, 5, 6).float(), normal(2, 2, 5, 6, seed=1).float()
     gates, cell = normal(2, 12, 5, 6).float(), normal(2, 3, 5, 6, seed=1).float()
@@ -393,11 +393,11 @@ def samples() -> list[tuple[Any, tuple[Any, ...]]]:
     return [(op, tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)) for op, args in calls]
 
 
-@pytest.mark.parametrize("index", range(len(samples())), ids=[str(op) for op, _ in samples()])
+@pytest.mark.parametrize("index", range(len(torch_op_calls())), ids=[str(op) for op, _ in torch_op_calls()])
 def test_opcheck(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own checks: schema, fake and compiled use. Gradients are the autograd.Functions', tested above."""
     monkeypatch.undo()  # NaN-filled fakes are no fakes
-    op, args = samples()[index]
+    op, args = torch_op_calls()[index]
     args = tuple([t.to(DEVICE) for t in a] if isinstance(a, list) else a for a in args)
     for backend in ("triton", "cpp"):
         module = registry.OPS["backward_warp"].backends[backend]

@@ -13,13 +13,15 @@ import subprocess
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("attention", "convlstm", "loss", "modulate", "warp")
+import avfast.kernels
+
 ARCHS = (80, 90, 100)
 # which of a matrix's strides (matrix, row, column) is 1: that of the column, where nothing else is said
 POSITIONS = {f"{name}_strides": 1 for name in ("feature", "query", "out", "grad", "grad_query")}
@@ -28,7 +30,8 @@ TILE = {"COLUMNS": 128, "ROWS": 2, "IMAGES": 2, "OFFSET": triton.language.int32,
 FAR = {**TILE, "IMAGES": 0, "OFFSET": triton.language.int64}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # constexpr arguments beside those that follow from the type, options, and strides of 1, as the launchers choose them;
-# several variants where they choose the code
+# several variants where they choose the code. A kernel that is not listed is compiled as ELEMENTWISE.
+ELEMENTWISE: dict[str, dict[str, Any]] = {"": {"BLOCK": 1024, "OFFSET": triton.language.int32}}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "_recall_fwd_kernel": {"": {"BLOCK": 16, **POSITIONS}},
     "_gates_fwd_kernel": {
@@ -66,7 +69,7 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 
 def kernels() -> dict[str, Any]:
     """Every kernel of the op files, by name."""
-    modules = (import_module(f"avfast.kernels.{name}") for name in MODULES)
+    modules = (import_module(f"avfast.kernels.{module.name}") for module in iter_modules(avfast.kernels.__path__))
     return {name: k for module in modules for name, k in vars(module).items() if name.endswith("_kernel")}
 
 
@@ -118,18 +121,18 @@ def compile_kernel(
 
 def main() -> None:
     found = kernels()
-    if found.keys() != VARIANTS.keys():
-        raise SystemExit(f"VARIANTS and the op files differ: {sorted(found.keys() ^ VARIANTS.keys())}")
+    if unknown := VARIANTS.keys() - found.keys():
+        raise SystemExit(f"VARIANTS names kernels that the op files do not have: {sorted(unknown)}")
     result: dict[str, dict[str, list[int]]] = {}
-    for name, variants in sorted(VARIANTS.items()):
-        for variant, constants in variants.items():
+    for name, kernel in sorted(found.items()):
+        for variant, constants in VARIANTS.get(name, ELEMENTWISE).items():
             for type_name, (element, compute) in TYPES.items():
                 label = " ".join(filter(None, (name, variant, type_name)))
                 result[label] = {
-                    f"sm_{arch}": compile_kernel(found[name], constants, element, compute, arch) for arch in ARCHS
+                    f"sm_{arch}": compile_kernel(kernel, constants, element, compute, arch) for arch in ARCHS
                 }
             # an image or a memory of one element
-            compile_kernel(found[name], constants, "fp32", "float32", 90, ones=True)
+            compile_kernel(kernel, constants, "fp32", "float32", 90, ones=True)
     # a line per kernel
     print("{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in result.items()) + "\n}")
 

@@ -154,10 +154,10 @@ const char* tiles() {
   const int64_t product_stride = batch * rows.tiles * columns.tiles * stride * stride * channels;
   const std::vector<T> map = random_values<T>(batch * rows.size * columns.size * channels);
   std::vector<T> products(rows.products * columns.products * product_stride), back(map.size());
-  ops<T>().gather_tiles(map.data(), matrix.data(), matrix.data(), products.data(), batch, channels, product_stride, stride,
-                        padding, rows, columns, pick(1, 4));
-  ops<T>().scatter_tiles(products.data(), matrix.data(), matrix.data(), back.data(), batch, channels, product_stride, stride,
-                         padding, rows, columns, pick(1, 4));
+  ops<T>().gather_tiles(map.data(), matrix.data(), matrix.data(), products.data(), batch, channels, product_stride,
+                        stride, padding, rows, columns, pick(1, 4));
+  ops<T>().scatter_tiles(products.data(), matrix.data(), matrix.data(), back.data(), batch, channels, product_stride,
+                         stride, padding, rows, columns, pick(1, 4));
   return all_finite(products) && all_finite(back) ? nullptr : "tiles";
 }
 
