@@ -24,7 +24,7 @@ from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.files.result_folder import ResultFolder
 from avfast.flow import FlowConfig, extract_flow
-from avfast.opticalflow import flow_pipeline as extraction
+from avfast.opticalflow import flow_pipeline
 from avfast.opticalflow.flow_files import bytes_to_flow
 from avfast.opticalflow.tvl1 import tvl1_flow
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_done(
 ) -> None:
     reasons = broken(tmp_path)
     film(tmp_path / "good.mkv")
-    monkeypatch.setattr(extraction, "_BATCH_BYTES", 8 * 16 * 16)
+    monkeypatch.setattr(flow_pipeline, "_BATCH_BYTES", 8 * 16 * 16)
     inputs = [str(tmp_path / name) for name in [*reasons, "good.mkv"]]
     with pytest.raises(SystemExit) as stop:
         program.main([*inputs, "--out", str(tmp_path / "o"), "--format", "npy", "hsv-mp4"])
@@ -210,8 +210,8 @@ def test_results_beside_the_inputs_are_no_inputs(tmp_path: Path) -> None:
 STUCK = """
 import sys, time
 from avfast import flow
-from avfast.opticalflow import flow_pipeline as extraction
-calls, solve = 0, extraction.tvl1_flow
+from avfast.opticalflow import flow_pipeline
+calls, solve = 0, flow_pipeline.tvl1_flow
 def stuck(*arguments, **settings):
     global calls
     calls += 1
@@ -219,8 +219,8 @@ def stuck(*arguments, **settings):
         print("stuck", flush=True)
         time.sleep(60)
     return solve(*arguments, **settings)
-extraction.tvl1_flow = stuck
-extraction._BATCH_BYTES = 0
+flow_pipeline.tvl1_flow = stuck
+flow_pipeline._BATCH_BYTES = 0
 flow.main(sys.argv[2:])
 """
 
@@ -296,7 +296,7 @@ def test_what_ends_the_run_leaves_nothing_behind(
     for i in range(4):
         film(tmp_path / "in" / f"{i}.mkv", 2, 16, 16)
     threads = threading.active_count()
-    monkeypatch.setattr(extraction, stage, fail)
+    monkeypatch.setattr(flow_pipeline, stage, fail)
     with pytest.raises(type(error)) as raised:
         extract(tmp_path / "in", out=tmp_path / "o", workers=2)
     assert raised.value is error

@@ -17,7 +17,7 @@ from PIL import Image
 
 from avfast.flow import FlowConfig, extract_flow
 from avfast.media.video import read_video
-from avfast.opticalflow import flow_pipeline as extraction
+from avfast.opticalflow import flow_pipeline
 from avfast.opticalflow.flow_files import read_flo
 from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.ui.plots import flow_to_rgb
@@ -90,7 +90,7 @@ def test_batches_change_nothing(stride: int, tmp_path: Path, monkeypatch: pytest
     film(tmp_path / "a.mkv", 9)
     extract(tmp_path / "a.mkv", out=tmp_path / "one", stride=stride, format=("npy", "hsv-mp4"))
     for pairs in (1, 2, 9 - stride):
-        monkeypatch.setattr(extraction, "_BATCH_BYTES", pairs * 8 * H * W)
+        monkeypatch.setattr(flow_pipeline, "_BATCH_BYTES", pairs * 8 * H * W)
         out = tmp_path / str(pairs)
         extract(tmp_path / "a.mkv", out=out, stride=stride, format=("npy", "hsv-mp4"), threads=1)
         assert tree(out) == tree(tmp_path / "one")
@@ -173,8 +173,8 @@ def test_memory_does_not_grow_with_the_film(tmp_path: Path, monkeypatch: pytest.
         # tracemalloc sees numpy's memory, not PyTorch's
         return torch.from_numpy(np.ones((len(a), 2, 64, 64), np.float32))
 
-    monkeypatch.setattr(extraction, "tvl1_flow", made)
-    monkeypatch.setattr(extraction, "_BATCH_BYTES", 8 * 8 * 64 * 64)
+    monkeypatch.setattr(flow_pipeline, "tvl1_flow", made)
+    monkeypatch.setattr(flow_pipeline, "_BATCH_BYTES", 8 * 8 * 64 * 64)
     path = film(tmp_path / "a.mkv", 121, 64, 64)
     tracemalloc.start()
     extract(path, out=tmp_path / "o", threads=1)
