@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -113,8 +114,13 @@ struct IdleCrews {
 };
 std::atomic<IdleCrews*> idle_crews{new IdleCrews};
 
-// A forked child has none of its parent's threads, and perhaps a lock that nobody will open: it begins anew.
-const int registered = pthread_atfork(nullptr, nullptr, [] { idle_crews = new IdleCrews; });
+// A forked child has none of its parent's threads, OpenMP's or ours, and perhaps a lock that nobody will open: it
+// begins anew, with threads of its own.
+std::atomic<bool> forked{false};
+const int registered = pthread_atfork(nullptr, nullptr, [] {
+  idle_crews = new IdleCrews;
+  forked = true;
+});
 
 Crew* take_crew() {
   IdleCrews& idle = *idle_crews.load();
@@ -131,10 +137,49 @@ void give_back(Crew* crew) {
   idle.crews.push_back(crew);
 }
 
+// The OpenMP runtime that this process has loaded, if any: PyTorch brings GNU's. The entry points are those of the
+// compilers' ABI.
+struct OpenMP {
+  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+  int (*max_threads)();
+  int (*in_parallel)();
+  int (*rank)();
+
+  OpenMP() {
+    find("GOMP_parallel", &parallel);
+    find("omp_get_max_threads", &max_threads);
+    find("omp_in_parallel", &in_parallel);
+    find("omp_get_thread_num", &rank);
+  }
+
+  // Returns whether this thread can have `threads` of the runtime's threads.
+  bool has(int threads) const {
+    return parallel != nullptr && max_threads != nullptr && in_parallel != nullptr && rank != nullptr &&
+           max_threads() >= threads && !in_parallel();
+  }
+
+ private:
+  template <class Function>
+  static void find(const char* name, Function* function) {
+    *function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+  }
+};
+
+bool run_on_openmp(int threads, Job& job) {
+  static const OpenMP openmp;
+  // work in parts only: OpenMP does not promise as many threads as threads that wait for each other need
+  if (!job.in_parts || forked || !openmp.has(threads)) return false;
+  // with as many threads as PyTorch's ops take: another number would end some of them and start others
+  openmp.parallel([](void* data) { static_cast<Job*>(data)->run(openmp.rank()); }, &job, 0, 0);
+  return true;
+}
+
 void run(int threads, Job&& job) {
-  Crew* crew = take_crew();
-  crew->run(threads, job);
-  give_back(crew);
+  if (!run_on_openmp(threads, job)) {
+    Crew* crew = take_crew();
+    crew->run(threads, job);
+    give_back(crew);
+  }
   if (job.error) std::rethrow_exception(job.error);
 }
 

@@ -1,19 +1,13 @@
 // The threads that the library works on.
 //
-// The library has one pool of its own and does not use PyTorch's OpenMP threads: those are not there without PyTorch,
-// do not survive a fork, and all wait for the slowest of them by spinning.
+// Work in parts runs on PyTorch's OpenMP threads where the process has them, else on a pool of the library's own. After
+// an op of PyTorch its threads wait by spinning and keep their cores for milliseconds, so that a second pool gains
+// little beside them. A training step of the motion stage (48x48, 2 threads, Xeon with AVX-512, OpenMP's default
+// policy, 7 paired rounds, December 2026) takes with the pool alone, against the borrowed threads, 1.09 times as long
+// at batch 16 and 1.06 at batch 2.
 //
-// Time per call against a version that used PyTorch's threads where there were any, medians with 2 threads on 2 cores
-// (Xeon with AVX-512), in a process with PyTorch and OpenMP's default policy, November 2026:
-//
-//                        alone   right after a PyTorch op   beside one busy process   beside two or more
-//   gates 16x128x3x3     0.83    1.9                        1.9                       0.006
-//   gates 16x128x12x12   0.87    1.1
-//   TV-L1, 2 of 64x64    1.2     1.4                        1.9                       0.12
-//
-// The price: after an op of PyTorch, OpenMP's threads keep their cores for some milliseconds, and a second thread of
-// this pool gains little. A training step of the motion stage (batch 16, 48x48) takes 1.15 times as long; with
-// OMP_WAIT_POLICY=passive 0.95 times.
+// Threads that wait for each other (run_threads: TV-L1) are always the pool's: OpenMP does not promise as many as asked
+// for. So are those of a forked child, where GNU's runtime hangs.
 #pragma once
 
 #include <cstdint>
