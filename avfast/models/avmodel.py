@@ -47,7 +47,7 @@ class PaperTraining(TrainingSettings):
     """How the two stages of the paper's model are trained."""
 
     name: ClassVar[str] = ModelConfig.name
-    fixed: ClassVar[tuple[str, ...]] = ("car_batch_size",)
+    fixed: ClassVar[tuple[str, ...]] = ("car_batch_size", "teacher_forcing")
 
     mme: str | None = None
     """Run or checkpoint whose MME the appearance stage uses (with --stage car, and only there)."""
@@ -63,6 +63,8 @@ class PaperTraining(TrainingSettings):
     """Adam's learning rate in the appearance stage (the paper's)."""
     smooth_weight: float = 0.01
     """Lambda of Eq. 8."""
+    teacher_forcing: float = 0.0
+    """Share of the motion stage's steps, the first ones, in which every step reads the true frames and flow."""
     flow_cache_gb: float = 2.0
     """Memory for MME's flows in the appearance stage, which never change there; 0: computed anew at every step."""
 
@@ -71,6 +73,8 @@ class PaperTraining(TrainingSettings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name.replace('_', '-')} is {value}, expected at least 1")
+        if not 0 <= self.teacher_forcing <= 1:
+            raise InputError(f"teacher-forcing is {self.teacher_forcing}, expected a share between 0 and 1")
         if (stage == "car") != (self.mme is not None):
             raise InputError("--mme PATH names the motion model of --stage car, and only of that stage")
 
@@ -164,7 +168,12 @@ class MotionStage(Stage):
     def __init__(self, model: AVModel, training: PaperTraining, context_frames: int) -> None:
         self.model, self.trained = model.motion_only(), model.mme
         self.steps, self.lr, self.smooth_weight = training.mme_steps, training.mme_lr, training.smooth_weight
+        self.forced_share = training.teacher_forcing
         self.context_frames = context_frames
+
+    def forced_loss(self, batch: Batch) -> Tensor:
+        motion = self.trained(batch.frames[:, :-1], batch.flow[:, :-1], batch.audio, every_step=True)
+        return self._flow_loss(motion.flow, batch.flow[:, 1:], batch.frames[:, 1:])
 
     def loss(self, batch: Batch, keys: WindowKeys, horizon: int) -> Tensor:
         k, end = self.context_frames, self.context_frames + horizon

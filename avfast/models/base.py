@@ -86,10 +86,16 @@ class Stage(ABC):
     """Adam's learning rate."""
     batch_size: int | None = None
     """Clips per step and process; None: the run's."""
+    forced_share: float = 0.0
+    """Share of the steps, the first ones, that learn by `forced_loss`."""
 
     @abstractmethod
     def loss(self, batch: Batch, keys: WindowKeys, horizon: int) -> Tensor:
         """The loss of a batch of T frames, of which `horizon` are predicted: a scalar."""
+
+    def forced_loss(self, batch: Batch) -> Tensor:
+        """The loss with teacher forcing: every step of the batch reads true frames and flow. A scalar."""
+        raise NotImplementedError(f"stage {self.name} has no teacher forcing")
 
     @abstractmethod
     def validation_loss(self, rollout: Rollout, batch: Batch) -> Tensor:

@@ -50,15 +50,25 @@ class VisualMotion(nn.Module):
         self.lstm = ConvLSTM(FEATURES, [FEATURES] * layers)
         self.decoder = MotionDecoder()
 
-    def forward(self, frames: Tensor, flow: Tensor, audio: Tensor) -> Motion:
-        """frames (B,K,C,H,W) in [0,1], flow (B,K,2,H,W) with flow[:,0] = 0, audio (B,T,1,F,S), T > K >= 1."""
+    def forward(self, frames: Tensor, flow: Tensor, audio: Tensor, *, every_step: bool = False) -> Motion:
+        """frames (B,K,C,H,W) in [0,1], flow (B,K,2,H,W) with flow[:,0] = 0, audio (B,T,1,F,S), T > K >= 1.
+
+        every_step: predict from every given frame, F_2..F_{K+1}, and no further. With the true frames of all steps,
+        K = T-1, this is teacher forcing.
+        """
         given, total = frames.shape[1], audio.shape[1]
         vectors, memory = self.encode_sound(audio)
         states: list[State] | None = None
         with shared_weights():
             features = self.encoder(flow, frames)
+            hiddens = []
             for t in range(1, given + 1):
                 hidden, states = self.advance(features[:, t - 1], states, *self.step_memory(memory, t))
+                hiddens.append(hidden)
+            if every_step:
+                predicted = self.decoder(torch.stack(hiddens, dim=1).flatten(0, 1), given).unflatten(0, (-1, given))
+                moved = backward_warp(frames.flatten(0, 1), predicted.flatten(0, 1)).view_as(frames)
+                return Motion(predicted, moved, vectors)
             image, motion = self.move(frames[:, -1], hidden)
             images, flows = [image], [motion]
             for t in range(given + 1, total):

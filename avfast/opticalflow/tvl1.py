@@ -30,6 +30,7 @@ PRESETS = {
         scheme="opencv", scale_step=0.8, scales=5, outer_iterations=10, iterations=30, epsilon=0.01, median=5
     ),
     "chambolle-pock": TVL1Params(solver="chambolle-pock", tau=0.35, warps=10, presmooth=0.8),
+    "training": TVL1Params(solver="chambolle-pock", tau=0.35, scale_step=0.8, warps=5, presmooth=0.8),
 }
 
 

@@ -140,8 +140,9 @@ class Trainer:
                     group["lr"] = stage.lr * _schedule(config, index, steps)
                 key = self.order[index]
                 batch = next(batches)
+                forced, horizon = index < stage.forced_share * steps, _horizon(stage, config, index, steps)
                 with accelerator.autocast():
-                    loss = stage.loss(batch, key, _horizon(config, index, steps))
+                    loss = stage.forced_loss(batch) if forced else stage.loss(batch, key, horizon)
                 optimizer.zero_grad(set_to_none=True)
                 accelerator.backward(loss)
                 norm = accelerator.clip_grad_norm_(parameters, config.clip_grad or math.inf)
@@ -161,10 +162,12 @@ class Trainer:
                     if accelerator.is_main_process:
                         lr = optimizer.param_groups[0]["lr"]
                         record = {"stage": stage.name, "step": step, "loss": value, "lr": lr, "clips_per_s": rate}
-                        self.run.log(record | {"horizon": _horizon(config, index, steps)})
+                        self.run.log(record | {"horizon": horizon})
                     if index == start and accelerator.device.type == "cpu":
                         # a step's work grows with its frames
-                        frames = [config.context_frames + _horizon(config, i, steps) for i in range(start, steps)]
+                        frames = [
+                            config.context_frames + _horizon(stage, config, i, steps) for i in range(start, steps)
+                        ]
                         total = (time.perf_counter() - began) * sum(frames) / frames[0]
                         progress.note(f"about {_time(total)} for the {steps - start} steps of stage {stage.name}")
                 if evaluate:
@@ -317,12 +320,13 @@ def _schedule(config: TrainConfig, index: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (index - warmup) / max(1, steps - warmup)))
 
 
-def _horizon(config: TrainConfig, index: int, steps: int) -> int:
-    """Frames predicted at optimiser step `index` (from 0) of a stage."""
-    growing = config.curriculum * steps
-    if index >= growing:
+def _horizon(stage: Stage, config: TrainConfig, index: int, steps: int) -> int:
+    """Frames predicted at optimiser step `index` (from 0) of a stage; all of them with teacher forcing."""
+    forced = stage.forced_share * steps
+    growing = config.curriculum * (steps - forced)
+    if index < forced or index - forced >= growing:
         return config.pred_frames
-    return 1 + int((config.pred_frames - 1) * index / growing)
+    return 1 + int((config.pred_frames - 1) * (index - forced) / growing)
 
 
 def _time(seconds: float) -> str:

@@ -115,21 +115,36 @@ class Literal:
         return torch.einsum("bcij,bpqi,bpqj->bcpq", image, hat_y, hat_x)
 
     def mme(self, frames, flow, audio):
-        c = self.config
-        vectors = None if c.motion == "v" else self.audio_encoder(audio)
-        image, motion = list(frames.unbind(1)), list(flow.unbind(1))
-        h, w = frames.shape[-2] // 16, frames.shape[-1] // 16
-        state = [(torch.zeros(B, 128, h, w, dtype=frames.dtype),) * 2 for _ in range(c.convlstm_layers)]
+        vectors, image, motion, state = self.begin(frames, flow, audio)
         for t in range(1, T):
-            x = self.encoder(motion[t - 1], image[t - 1])
-            if c.motion != "v":
-                memory = torch.stack([vectors[:, n] for n in range(t + 1)], 1)
-                x = self.recall(x, self.condense(memory) if c.motion == "mme" else memory)
-            hidden, state = self.convlstm(x, state)
+            hidden, state = self.read(image[t - 1], motion[t - 1], vectors, state, t)
             if t >= K:
                 motion.append(self.decoder(hidden))
                 image.append(self.warp(image[t - 1], motion[t]))
         return torch.stack(motion[K:], 1), torch.stack(image[K:], 1), vectors
+
+    def teacher_forced(self, frames, flow, audio):
+        """F_2..F_T, each predicted from true frames and flow alone."""
+        vectors, image, motion, state = self.begin(frames, flow, audio)
+        predicted = []
+        for t in range(1, T):
+            hidden, state = self.read(image[t - 1], motion[t - 1], vectors, state, t)
+            predicted.append(self.decoder(hidden))
+        return torch.stack(predicted, 1)
+
+    def begin(self, frames, flow, audio):
+        vectors = None if self.config.motion == "v" else self.audio_encoder(audio)
+        h, w = frames.shape[-2] // 16, frames.shape[-1] // 16
+        state = [(torch.zeros(B, 128, h, w, dtype=frames.dtype),) * 2 for _ in range(self.config.convlstm_layers)]
+        return vectors, list(frames.unbind(1)), list(flow.unbind(1)), state
+
+    def read(self, image, motion, vectors, state, t):
+        """Step t up to its top hidden state."""
+        x = self.encoder(motion, image)
+        if vectors is not None:
+            memory = torch.stack([vectors[:, n] for n in range(t + 1)], 1)
+            x = self.recall(x, self.condense(memory) if self.config.motion == "mme" else memory)
+        return self.convlstm(x, state)
 
     def double_conv(self, name, x):
         for i in range(2):
@@ -274,6 +289,25 @@ def test_equals_the_literal_equations(motion, refinement, channels, training, fi
                 assert module.calls == 0 and not module.sums.any()
     else:
         assert not batch_norms(model)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_teacher_forcing_equals_the_literal_equations(motion, training):
+    model = make_model(motion, "none", training=training)
+    frames, flow, audio = make_inputs()
+    weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        weights[name].requires_grad_(p.requires_grad)
+
+    found = model.mme(frames[:, :-1], flow[:, :-1], audio, every_step=True)
+    expected = Literal(model.settings, weights, training).teacher_forced(frames, flow, audio)
+    assert_same(found.flow, expected, "flow")
+    assert_same(found.frames[:, -1], Literal.warp(frames[:, -2], expected[:, -1]), "warped frames")
+    for predicted in (found.flow, expected):
+        flow_loss(predicted, flow[:, 1:], frames[:, 1:]).backward()
+    for name, p in model.named_parameters():
+        assert_same(p.grad, weights[name].grad, f"gradient of {name}")
 
 
 def test_every_variant_runs_at_other_sizes_and_lengths():

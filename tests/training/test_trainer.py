@@ -121,6 +121,30 @@ def test_resume_is_bit_for_bit(config, monkeypatch, stage, crash):
     assert (whole / "results.csv").read_text() == (resumed / "results.csv").read_text()
 
 
+@pytest.mark.parametrize("method,crash", [("forced_loss", 3), ("loss", 2)], ids=["within", "behind the switch"])
+def test_resume_with_teacher_forcing_is_bit_for_bit(config, monkeypatch, method, crash):
+    config = replace(config, stage="mme", curriculum=1.0, training=replace(config.training, teacher_forcing=0.6))
+    whole = train(config)
+    assert [r["horizon"] for r in records(whole) if "lr" in r] == [2, 2, 2, 1, 1]
+
+    original, calls = getattr(MotionStage, method), []
+
+    def crashing(self, *args):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == crash:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(MotionStage, method, crashing)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, name="cut"))
+    monkeypatch.undo()
+    resumed = train(replace(config, name="cut", resume="auto"))
+    a, b = (read_model(f / "checkpoints" / "last")[1] for f in (whole, resumed))
+    assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+    assert without_times(whole) == without_times(resumed)
+
+
 def test_stage_car_on_another_runs_mme(config):
     first = train(replace(config, stage="mme", max_steps=2))
 
