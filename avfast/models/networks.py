@@ -246,7 +246,7 @@ class UNet(nn.Module):
     """Refinement U-Net: warped frame (B,C,H,W) -> residual (B,C,H,W).
 
     Five levels of width w, 2w, 4w, 8w, 16w; each of the four decoder levels takes concat(upsampled, skip, z^i) where
-    there are contexts, z^i adapted to a motion vector (B,M) where there are modulations. The last 1x1 convolution
+    there are contexts, z^i adapted to a motion vector (B,M) where there is an `affine`. The last 1x1 convolution
     starts at zero, so training starts from the warped frame.
     """
 
@@ -266,7 +266,7 @@ class UNet(nn.Module):
         self,
         frame: Tensor,
         contexts: list[Tensor] | None = None,
-        modulations: nn.ModuleList | None = None,
+        affine: nn.ModuleList | None = None,
         motion: Tensor | None = None,
     ) -> Tensor:
         skips = []
@@ -276,8 +276,8 @@ class UNet(nn.Module):
             skips.append(x)
         for i in reversed(range(4)):
             parts = [self.up[i](x), skips[i]]
-            if contexts is not None and modulations is not None:
-                joined = modulations[i](contexts[i], motion, before=parts)
+            if contexts is not None and affine is not None:
+                joined = affine[i](contexts[i], motion, before=parts)
             else:
                 joined = torch.cat(parts if contexts is None else [*parts, contexts[i]], dim=1)
             x = self.decode[i](joined)
