@@ -11,14 +11,13 @@ import math
 import zlib
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from avfast.data.base import Split
 from avfast.errors import InputError
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 DIGIT_SIDE = 28
 
 
@@ -98,79 +97,25 @@ def _find_and_read(folder: Path, name: str) -> np.ndarray:
     raise InputError(f"digits={folder}: no file {name} or {name}.gz there")
 
 
-# control points (x, y down, in a box of about 0.75 x 1) and the strokes through them; an index shared by two strokes
-# is a corner, a stroke that ends where it starts is a closed curve
-_SHAPES: tuple[tuple[int, tuple[tuple[float, float], ...], tuple[tuple[int, ...], ...]], ...] = (
-    (
-        0,
-        ((0.42, 0.0), (0.14, 0.15), (0.0, 0.5), (0.12, 0.86), (0.38, 1.0), (0.64, 0.84), (0.75, 0.48), (0.66, 0.14)),
-        ((0, 1, 2, 3, 4, 5, 6, 7, 0),),
-    ),
-    (1, ((0.2, 0.0), (0.19, 0.34), (0.2, 0.68), (0.19, 1.0)), ((0, 1, 2, 3),)),
-    (1, ((0.02, 0.22), (0.24, 0.0), (0.23, 0.5), (0.22, 1.0)), ((0, 1), (1, 2, 3))),
-    (
-        2,
-        ((0.04, 0.22), (0.3, 0.0), (0.62, 0.14), (0.58, 0.44), (0.3, 0.74), (0.0, 0.98), (0.36, 0.96), (0.76, 0.97)),
-        ((0, 1, 2, 3, 4, 5), (5, 6, 7)),
-    ),
-    (
-        2,
-        ((0.06, 0.16), (0.36, 0.0), (0.62, 0.2), (0.46, 0.6), (0.16, 0.95), (0.0, 0.84), (0.2, 0.73), (0.48, 0.93))
-        + ((0.8, 0.9),),
-        ((0, 1, 2, 3, 4, 5, 6, 7, 8),),
-    ),
-    (
-        3,
-        ((0.04, 0.12), (0.34, 0.0), (0.62, 0.16), (0.52, 0.38), (0.26, 0.48), (0.58, 0.56), (0.7, 0.76), (0.4, 1.0))
-        + ((0.0, 0.9),),
-        ((0, 1, 2, 3, 4), (4, 5, 6, 7, 8)),
-    ),
-    (
-        4,
-        ((0.12, 0.02), (0.06, 0.28), (0.04, 0.54), (0.36, 0.54), (0.68, 0.48), (0.64, 0.0), (0.61, 0.5), (0.56, 1.0)),
-        ((0, 1, 2), (2, 3, 4), (5, 6, 7)),
-    ),
-    (
-        4,
-        ((0.56, 0.0), (0.28, 0.34), (0.0, 0.66), (0.4, 0.65), (0.78, 0.63), (0.54, 0.5), (0.5, 1.0)),
-        ((0, 1, 2), (2, 3, 4), (0, 5, 6)),
-    ),
-    (
-        5,
-        ((0.74, 0.0), (0.44, 0.03), (0.18, 0.05), (0.14, 0.26), (0.12, 0.44), (0.42, 0.4), (0.64, 0.62), (0.46, 0.94))
-        + ((0.18, 1.0), (0.0, 0.9)),
-        ((0, 1, 2), (2, 3, 4), (4, 5, 6, 7, 8, 9)),
-    ),
-    (
-        6,
-        ((0.52, 0.0), (0.24, 0.22), (0.04, 0.58), (0.08, 0.88), (0.34, 1.0), (0.6, 0.84), (0.56, 0.6), (0.32, 0.55))
-        + ((0.08, 0.8),),
-        ((0, 1, 2, 3, 4, 5, 6, 7, 8),),
-    ),
-    (7, ((0.0, 0.07), (0.34, 0.05), (0.7, 0.02), (0.5, 0.38), (0.34, 0.7), (0.24, 1.0)), ((0, 1, 2), (2, 3, 4, 5))),
-    (
-        7,
-        ((0.0, 0.1), (0.34, 0.04), (0.7, 0.02), (0.5, 0.38), (0.34, 0.7), (0.26, 1.0), (0.16, 0.52), (0.64, 0.47)),
-        ((0, 1, 2), (2, 3, 4, 5), (6, 7)),
-    ),
-    (
-        8,
-        ((0.62, 0.12), (0.36, 0.0), (0.1, 0.16), (0.3, 0.44), (0.56, 0.68), (0.5, 0.94), (0.22, 1.0), (0.06, 0.8))
-        + ((0.3, 0.48), (0.58, 0.26)),
-        ((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0),),
-    ),
-    (
-        9,
-        ((0.6, 0.12), (0.34, 0.0), (0.08, 0.16), (0.08, 0.4), (0.34, 0.46), (0.56, 0.3), (0.6, 0.56), (0.54, 1.0)),
-        ((0, 1, 2, 3, 4, 5, 0), (0, 6, 7)),
-    ),
-    (
-        9,
-        ((0.6, 0.14), (0.36, 0.0), (0.08, 0.14), (0.06, 0.38), (0.34, 0.46), (0.56, 0.28), (0.6, 0.62), (0.42, 0.94))
-        + ((0.12, 0.98),),
-        ((0, 1, 2, 3, 4, 5, 0), (0, 6, 7, 8)),
-    ),
-)
+# one shape a line: its class | control points x,y in hundredths, y down, in a box of about 75 x 100 | the strokes
+# through them. An index that two strokes share is a corner; a stroke that ends where it starts is a closed curve
+_SHAPES = """
+0 | 42,0 14,15 0,50 12,86 38,100 64,84 75,48 66,14 | 012345670
+1 | 20,0 19,34 20,68 19,100 | 0123
+1 | 2,22 24,0 23,50 22,100 | 01 123
+2 | 4,22 30,0 62,14 58,44 30,74 0,98 36,96 76,97 | 012345 567
+2 | 6,16 36,0 62,20 46,60 16,95 0,84 20,73 48,93 80,90 | 012345678
+3 | 4,12 34,0 62,16 52,38 26,48 58,56 70,76 40,100 0,90 | 01234 45678
+4 | 12,2 6,28 4,54 36,54 68,48 64,0 61,50 56,100 | 012 234 567
+4 | 56,0 28,34 0,66 40,65 78,63 54,50 50,100 | 012 234 056
+5 | 74,0 44,3 18,5 14,26 12,44 42,40 64,62 46,94 18,100 0,90 | 012 234 456789
+6 | 52,0 24,22 4,58 8,88 34,100 60,84 56,60 32,55 8,80 | 012345678
+7 | 0,7 34,5 70,2 50,38 34,70 24,100 | 012 2345
+7 | 0,10 34,4 70,2 50,38 34,70 26,100 16,52 64,47 | 012 2345 67
+8 | 62,12 36,0 10,16 30,44 56,68 50,94 22,100 6,80 30,48 58,26 | 01234567890
+9 | 60,12 34,0 8,16 8,40 34,46 56,30 60,56 54,100 | 0123450 067
+9 | 60,14 36,0 8,14 6,38 34,46 56,28 60,62 42,94 12,98 | 0123450 0678
+"""
 _SPAN_SEGMENTS = 3
 _STYLE_WORDS, _POINT_WORDS = 8, 12
 
@@ -186,7 +131,9 @@ class _Pens(NamedTuple):
 
 @cache
 def _pens() -> _Pens:
-    def end(stroke: tuple[int, ...], span: int, t: float) -> tuple[list[int], list[float]]:
+    labels, controls, segments = [], [], []
+
+    def end(stroke: list[int], span: int, t: float) -> tuple[list[int], list[float]]:
         closed = stroke[0] == stroke[-1]
         last = len(stroke) - 1
         before = stroke[last - 1] if closed and span == 0 else stroke[max(span - 1, 0)]
@@ -200,21 +147,20 @@ def _pens() -> _Pens:
         ]
         return [before, stroke[span], stroke[span + 1], after], weights
 
-    segments = []
-    for _, _, strokes in _SHAPES:
-        spans = [(stroke, span) for stroke in strokes for span in range(len(stroke) - 1)]
-        steps = [(k / _SPAN_SEGMENTS, (k + 1) / _SPAN_SEGMENTS) for k in range(_SPAN_SEGMENTS)]
+    steps = [(k / _SPAN_SEGMENTS, (k + 1) / _SPAN_SEGMENTS) for k in range(_SPAN_SEGMENTS)]
+    for line in _SHAPES.strip().splitlines():
+        label, points, strokes = line.split(" | ")
+        spans = [(list(map(int, stroke)), span) for stroke in strokes.split() for span in range(len(stroke) - 1)]
         segments.append([[end(stroke, span, t) for t in step] for stroke, span in spans for step in steps])
+        places = [[int(xy) / 100 for xy in point.split(",")] for point in points.split()]
+        controls.append(places + [[0.0, 0.0]] * (_POINT_WORDS - len(places)))
+        labels.append(int(label))
     longest = max(map(len, segments))
     # a shape with fewer segments dwells on its last point, which adds neither ink nor length
     segments = [shape + [[shape[-1][1]] * 2] * (longest - len(shape)) for shape in segments]
-    controls = np.zeros((len(_SHAPES), _POINT_WORDS, 2), np.float32)
-    for shape, (_, points, _) in enumerate(_SHAPES):
-        controls[shape, : len(points)] = points
-    of_class = [[i for i, (label, _, _) in enumerate(_SHAPES) if label == digit] for digit in range(10)]
     return _Pens(
-        np.array([(shapes[0], shapes[-1]) for shapes in of_class]),
-        controls,
+        np.array([(labels.index(digit), len(labels) - 1 - labels[::-1].index(digit)) for digit in range(10)]),
+        np.array(controls, np.float32),
         np.array([[[point[0] for point in ends] for ends in shape] for shape in segments]),
         np.array([[[point[1] for point in ends] for ends in shape] for shape in segments], np.float32),
     )

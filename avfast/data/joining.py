@@ -20,7 +20,7 @@ import numpy as np
 
 from avfast import __version__
 from avfast.data import sound2sight
-from avfast.data.digits import SPLITS, Split
+from avfast.data.base import SPLITS, Split
 from avfast.data.preparation import (
     CLIPS_AT_A_TIME,
     SOURCES,

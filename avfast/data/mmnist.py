@@ -28,15 +28,14 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from avfast.data.base import DataSettings
+from avfast.data.base import SPLITS, DataSettings, Split
 from avfast.data.clips import ClipSettings
-from avfast.data.digits import DIGIT_SIDE, SPLITS, Split, draw_digits, load_digits, philox_words, uniform
+from avfast.data.digits import DIGIT_SIDE, draw_digits, load_digits, philox_words, uniform
 from avfast.data.mmnist_rendering import (
     BLOCK_SIDE,
     FRAME_SIDE,
@@ -111,7 +110,7 @@ class MMNISTConfig(DataSettings):
         if batch_size > self.train_clips:
             raise InputError(f"batch-size is {batch_size}, more than the {self.train_clips} training clips")
 
-    def load(self, split: Split, *, cache: str | Path, flow_preset: str, quiet: bool = False) -> ClipStore:
+    def load(self, split: Split, *, cache: str, flow_preset: str, quiet: bool = False) -> ClipStore:
         """One split with spectrograms and backward TV-L1 flow, from the cache or built into it.
 
         The folder is `<cache>/mmnist-<split>-<hash>`, the hash of exactly those parameters that change this split's
@@ -125,7 +124,7 @@ class MMNISTConfig(DataSettings):
         with Progress(f"data set, {split}", quiet=quiet) as progress:
             return write_store(folder, len(source), _built_chunks(source, flow_preset, progress), parameters)
 
-    def built(self, split: Split, *, cache: str | Path, flow_preset: str) -> ClipStore | None:
+    def built(self, split: Split, *, cache: str, flow_preset: str) -> ClipStore | None:
         folder, _ = generated_folder(cache, MovingMNIST(self, split).parameters(), flow_preset)
         return ClipStore.open(folder) if folder.exists() else None
 

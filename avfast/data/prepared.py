@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from avfast.data.base import DataSettings
+from avfast.data.base import SPLITS, DataSettings, Split
 from avfast.data.clips import ClipSettings
-from avfast.data.digits import SPLITS, Split
 from avfast.data.store import DATASET_FORMAT, ClipStore, read_index
 from avfast.errors import InputError
 
