@@ -21,14 +21,7 @@ import numpy as np
 from avfast import __version__
 from avfast.data import sound2sight
 from avfast.data.base import SPLITS, Split
-from avfast.data.preparation import (
-    CLIPS_AT_A_TIME,
-    SOURCES,
-    PreparationSettings,
-    identify,
-    source_folder,
-    write_json,
-)
+from avfast.data.preparation import CLIPS_AT_A_TIME, SOURCES, PreparationSettings, identify, source_folder, write_json
 from avfast.data.prepared import DATASET_VERSION, INDEX, SETTINGS, file_digest, read_dataset_index
 from avfast.data.store import DATASET_FORMAT, ClipStore, write_store
 from avfast.errors import InputError

@@ -19,12 +19,7 @@ from avfast.machine.commit import commit
 # these decide which variant of the native code can run (x86-64-v3 and v4)
 _INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 # all of these install a module cv2: the one installed last overwrites the files of the others
-_OPENCV = (
-    "opencv-contrib-python-headless",
-    "opencv-contrib-python",
-    "opencv-python-headless",
-    "opencv-python",
-)
+_OPENCV = ("opencv-contrib-python-headless", "opencv-contrib-python", "opencv-python-headless", "opencv-python")
 
 
 def environment() -> dict[str, Any]:
