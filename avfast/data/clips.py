@@ -14,9 +14,10 @@ slower one the sound between two windows goes unheard (at 24 frames a second and
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avfast.errors import InputError
-from avfast.media.images import Pixels
+from avfast.media.images import Frame, Pixels
 from avfast.media.sound import Samples, SoundTrack
 from avfast.media.spectrogram import SpectrogramConfig
 from avfast.media.video import probe_video, read_video
@@ -77,6 +78,10 @@ class ClipSettings:
         except ValueError as error:
             raise InputError(str(error)) from None
 
+    def read_video(self, path: str | Path, fps: float | None = None, start: float = 0.0) -> Iterator[Frame]:
+        """The frames of a film at this size, see `avfast.media.video.read_video`."""
+        return read_video(path, fps=fps, start=start, size=self.size, fit=self.fit, grey=self.channels == 1)
+
 
 class VideoClip(NamedTuple):
     """T frames of a film with their sound."""
@@ -117,18 +122,11 @@ def iter_clips(
         raise ValueError(f"frames is {frames} and start {start}: expected at least 1 frame and 0 seconds")
     fps = film_rate(path, settings)
     with SoundTrack(path, settings.sample_rate) as track:
-        film = read_video(path, fps=fps, start=start, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
-        images: list[Pixels] = []
-        times: list[float] = []
-        for frame in film:
-            assert frame.time is not None
-            images.append(frame.image)
-            times.append(frame.time)
-            if len(images) == frames:
-                waveform, covered = _windows(track, settings, times)
-                if covered == frames:
-                    yield VideoClip(planes(images), waveform, fps, np.array(times))
-                images, times = [], []
+        film = settings.read_video(path, fps, start)
+        while len(images := list(islice(film, frames))) == frames:
+            clip = _with_sound(images, fps, track, settings)
+            if len(clip.frames) == frames:
+                yield clip
 
 
 def film_rate(path: str | Path, settings: ClipSettings) -> float:
@@ -144,21 +142,22 @@ def read_film(path: str | Path, settings: ClipSettings, *, max_frames: int | Non
     """
     settings.check()
     fps = film_rate(path, settings)
-    film = read_video(path, fps=fps, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
-    images: list[Pixels] = []
-    times: list[float] = []
-    for frame in film:
-        if len(images) == max_frames:
-            raise InputError(f"{path}: longer than {max_frames} frames at {fps:g} per second, the limit")
-        assert frame.time is not None
-        images.append(frame.image)
-        times.append(frame.time)
+    images = list(islice(settings.read_video(path, fps), None if max_frames is None else max_frames + 1))
+    if max_frames is not None and len(images) > max_frames:
+        raise InputError(f"{path}: longer than {max_frames} frames at {fps:g} per second, the limit")
     with SoundTrack(path, settings.sample_rate) as track:
-        waveform, covered = _windows(track, settings, times)
-    if not covered:
+        clip = _with_sound(images, fps, track, settings)
+    if not len(clip.frames):
         raise InputError(f"{path}: its sound covers none of its {len(images)} frames")
+    return clip
+
+
+def _with_sound(images: list[Frame], fps: float, track: SoundTrack, settings: ClipSettings) -> VideoClip:
+    """Frames at a rate with their sound, as far as the track covers them."""
+    times = np.array([image.time for image in images], np.float64)
+    waveform, covered = _windows(track, settings, times)
     waveform = waveform[: covered * settings.samples_per_frame]
-    return VideoClip(planes(images[:covered]), waveform, fps, np.array(times[:covered]))
+    return VideoClip(planes(images)[:covered], waveform, fps, times[:covered])
 
 
 def sound_windows(path: str | Path, settings: ClipSettings, times: NDArray[np.float64]) -> Samples:
@@ -168,7 +167,7 @@ def sound_windows(path: str | Path, settings: ClipSettings, times: NDArray[np.fl
     Raises InputError as `read_sound` does, and where the track ends before the last window.
     """
     with SoundTrack(path, settings.sample_rate) as track:
-        waveform, covered = _windows(track, settings, list(times))
+        waveform, covered = _windows(track, settings, times)
         if covered < len(times):
             end = track.end / settings.sample_rate
             raise InputError(
@@ -178,16 +177,16 @@ def sound_windows(path: str | Path, settings: ClipSettings, times: NDArray[np.fl
     return waveform
 
 
-def _windows(track: SoundTrack, settings: ClipSettings, times: list[float]) -> tuple[Samples, int]:
+def _windows(track: SoundTrack, settings: ClipSettings, times: NDArray[np.float64]) -> tuple[Samples, int]:
     """The windows that begin at these times, and how many of them the track covers, or ends a little before."""
     count, rate = settings.samples_per_frame, settings.sample_rate
-    firsts = [round(time * rate) for time in times]
+    firsts = [round(time * rate) for time in times.tolist()]
     windows = np.concatenate([track.window(first, count) for first in firsts])
     end = track.end + _SOUND_SLACK * rate
     return windows, sum(first + count <= end for first in firsts)
 
 
-def planes(images: list[Pixels]) -> Pixels:
-    """Frames (T,C,H,W) of T images (H,W,3) or (H,W)."""
-    frames = np.stack(images)
+def planes(images: Sequence[Frame]) -> Pixels:
+    """The pixels (T,C,H,W) of T frames."""
+    frames = np.stack([frame.image for frame in images])
     return frames[:, None] if frames.ndim == 3 else np.ascontiguousarray(frames.transpose(0, 3, 1, 2))

@@ -21,7 +21,6 @@ import numpy as np
 from avfast.data.clips import ClipSettings, planes
 from avfast.errors import InputError
 from avfast.media.images import Pixels
-from avfast.media.video import read_video
 
 _PICKLES = {"gif": "stft_wav_pickle", "mp4": "stft_pickle"}
 
@@ -62,8 +61,7 @@ def read_film(video: Path, settings: ClipSettings) -> Film:
     # the negation catches NaN too
     if not (low >= 0 and high <= 1):
         raise InputError(f"{path}: holds values from {low:g} to {high:g}, expected magnitudes in [0, 1]")
-    read = read_video(video, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
-    frames = planes([frame.image for frame in read])
+    frames = planes(list(settings.read_video(video)))
     if abs(len(frames) - len(audio)) > 1:
         raise InputError(f"{video}: {len(frames)} frames, but {len(audio)} spectrograms in {path}")
     if video.parent.name == "gif":

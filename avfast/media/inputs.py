@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,9 +186,7 @@ def _unique_names(items: list[Item]) -> list[Item]:
     for change in (suffixed, hashed):
         names = [item.name for item in items]
         above = {str(parent) for name in names for parent in Path(name).parents}
-        counts: dict[str, int] = {}
-        for name in names:
-            counts[name] = counts.get(name, 0) + 1
+        counts = Counter(names)
         items = [change(item) if counts[item.name] > 1 or item.name in above else item for item in items]
     return items
 

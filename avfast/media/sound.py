@@ -50,14 +50,14 @@ def read_sound(path: str | Path, rate: int, *, start: float | None = None, secon
         first = track.start if start is None else round(start * rate)
         if seconds is None:
             track.finish()
-            return Sound(track.window(first, max(0, track.end - first)), rate, first / rate)
-        return Sound(track.window(first, round(seconds * rate)), rate, first / rate)
+        count = max(0, track.end - first) if seconds is None else round(seconds * rate)
+        return Sound(track.window(first, count), rate, first / rate)
 
 
 class SoundTrack:
     """Reads a track once from its start to its end, window after window, and holds no more than one window needs.
 
-    Raises InputError, here and while it is read, as `read_sound` does. Close it, or use it in a `with` block.
+    Raises InputError, here and while it is read, as `read_sound` does. A `with` block closes the file.
     """
 
     def __init__(self, path: str | Path, rate: int) -> None:
@@ -67,21 +67,16 @@ class SoundTrack:
         self._blocks = _read_blocks(path, rate)
         self._buffer: deque[tuple[int, Samples]] = deque()
         self._last_window = -math.inf
-        first, samples = next(self._blocks)
-        self._buffer.append((first, samples))
-        self.start = first
-        """Number of the track's first sample."""
-        self.end = first + len(samples)
+        self.end = 0
         """Number after the last sample read so far; the track's end once a window has gone past it."""
+        self._read_block()
+        self.start = self._buffer[0][0]
+        """Number of the track's first sample."""
 
     def __enter__(self) -> SoundTrack:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
         self._blocks.close()
 
     def window(self, first: int, count: int) -> Samples:
@@ -90,9 +85,7 @@ class SoundTrack:
         Windows may overlap, but none may begin before the one before it (ValueError).
         """
         if first < self._last_window:
-            raise ValueError(
-                f"first is {first}, after a window that began at {self._last_window}: expected none earlier"
-            )
+            raise ValueError(f"first is {first}, the window before began at {self._last_window}: expected none earlier")
         self._last_window = first
         while self.end < first + count and self._read_block():
             self._drop_before(first)
