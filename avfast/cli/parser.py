@@ -68,8 +68,10 @@ def parse(
     names = {flag: known[flag][1] for flag in choosing if flag in known}
 
     if default is None:
-        start = _preset(presets, names.get("preset")) if presets else kind()
-        default = _with_chosen(start, names, choices)
+        preset = names.get("preset", next(iter(presets), ""))
+        if presets:
+            check_name(preset, presets, "preset")
+        default = _with_chosen(presets[preset] if presets else kind(), names, choices)
         for path in known.get("config", []):
             default = load_config(path, default, {k: v for fields in choices.values() for k, v in fields.items()})
     # again, because a file may have chosen otherwise: flags win
@@ -78,34 +80,20 @@ def parse(
         _print_help(default, prog, names.get("preset"), presets, choices)
 
     parser = _Parser(prog, [first])
-    settings = list(_all_settings(default))
-    for name, hint in settings:
+    for name, hint in _all_settings(default):
         actions += _add_arguments(parser, name, hint)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
         flags = [flag for action in actions for flag in action.option_strings]
         raise InputError(f"unknown argument {word!r}{did_you_mean(word, flags)}")
-    given = vars(namespace)
-    values = {}
-    for name, hint in settings:
-        if name in given:
-            flag, words = given[name]
-            values[name] = convert(hint, words, flag or name)
-    config = _with_values(default, values)
-    if "print_config" in given:
+    config = _with_words(default, vars(namespace))
+    if "print_config" in namespace:
         import yaml
 
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
-
-
-def _preset(presets: Mapping[str, Config], name: str | None) -> Config:
-    """The preset of that name, without a name the first one."""
-    name = next(iter(presets)) if name is None else name
-    check_name(name, presets, "preset")
-    return presets[name]
 
 
 def _with_chosen(config: Any, names: Mapping[str, str], choices: FlagChoices) -> Any:
@@ -161,15 +149,16 @@ def _all_settings(config: Any) -> Iterator[tuple[str, Any]]:
             yield name, hint
 
 
-def _with_values(config: Any, values: Mapping[str, Any]) -> Any:
-    """The config with values by field name, in nested settings too."""
+def _with_words(config: Any, given: Mapping[str, tuple[str | None, Any]]) -> Any:
+    """The config with what stands on the command line, (flag, its words) by field name, in nested settings too."""
     changes = {}
-    for field in fields(config):
-        current = getattr(config, field.name)
+    for name, hint in setting_types(config).items():
+        current = getattr(config, name)
         if is_dataclass(current):
-            changes[field.name] = _with_values(current, values)
-        elif field.name in values:
-            changes[field.name] = values[field.name]
+            changes[name] = _with_words(current, given)
+        elif name in given:
+            flag, words = given[name]
+            changes[name] = convert(hint, words, flag or name)
     return replace(config, **changes)
 
 

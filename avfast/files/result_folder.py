@@ -6,7 +6,7 @@ writer ends, however it ends. So a hidden folder whose lock is free was left by 
 Publishing is one rename. Where a folder has the final name already, the two exchange their names in one step (Linux's
 renameat2 with RENAME_EXCHANGE): at every moment the final name leads to the old or to the new result, each whole. A
 file system that cannot exchange names, such as NFS, needs two renames. A run that is killed between them leaves the old
-result in a hidden folder, and `sweep` gives it its name back.
+result within a hidden folder, and `sweep` gives it its name back.
 
 Some file systems of clusters have no flock, or let it count within one machine only (NFS). There the runs of several
 machines do not see each other's locks, so they must not share a folder of `ResultFolder`s. Those of `hidden_folder` may
@@ -30,7 +30,7 @@ from pathlib import Path
 from avfast.files.atomic import numbered
 
 _PREFIX = ".avfast-"
-_REPLACED = "-replaced-"
+_REPLACED = "replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -94,7 +94,12 @@ def hidden_folder(final: str | Path) -> Iterator[Path]:
 
     Call `sweep([final])` before, once, to remove what killed runs have left.
     """
-    folder, lock = _new_hidden_folder(Path(final), f"-{{}}@{socket.gethostname()}")
+    lock = None
+    # another run may sweep the folder away before it is locked
+    while lock is None:
+        folder = _hidden_path(Path(final), f"-{uuid.uuid4().hex[:8]}@{socket.gethostname()}")
+        folder.mkdir(parents=True)
+        lock = lock_folder(folder)
     try:
         yield folder
     finally:
@@ -171,17 +176,6 @@ def _hidden_path(final: Path, ending: str = "") -> Path:
     return final.with_name(f"{_PREFIX}{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]}{ending}")
 
 
-def _new_hidden_folder(final: Path, ending: str) -> tuple[Path, int]:
-    """A new hidden folder and the descriptor that locks it; `{}` in the ending becomes something random."""
-    while True:
-        folder = _hidden_path(final, ending.format(uuid.uuid4().hex[:8]))
-        folder.mkdir(parents=True)
-        # another run may have swept it away before it was locked
-        lock = lock_folder(folder)
-        if lock is not None:
-            return folder, lock
-
-
 def _replace(hidden: Path, final: Path) -> None:
     """Give a hidden folder the final name, and remove the folder that had it."""
     if not os.path.lexists(final):
@@ -193,21 +187,14 @@ def _replace(hidden: Path, final: Path) -> None:
         if _exchange(hidden, final):
             _remove(hidden)
         else:
-            _replace_in_two_steps(hidden, final)
+            # when the block ends, however it ends, `_remove` puts the old folder back where the name is free
+            with hidden_folder(final) as aside:
+                (aside / _REPLACED).mkdir()
+                os.rename(final, aside / _REPLACED / final.name)
+                os.rename(hidden, final)
     finally:
         if lock is not None:
             os.close(lock)
-
-
-def _replace_in_two_steps(hidden: Path, final: Path) -> None:
-    # within the new folder the old one keeps its name, by which it can be put back
-    aside, lock = _new_hidden_folder(final, _REPLACED + "{}")
-    try:
-        os.rename(final, aside / final.name)
-        os.rename(hidden, final)
-    finally:
-        _remove(aside)
-        os.close(lock)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -225,13 +212,12 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a hidden folder, or a link with that name. A result that `_replace_in_two_steps` has moved into it goes
-    back first, unless its name is taken again."""
+    """Remove a hidden folder, or a link with that name. A result that `_replace` has moved into it goes back first,
+    unless its name is taken again."""
     if folder.is_symlink():
         folder.unlink()
         return
-    if _REPLACED in folder.name:
-        for old in folder.iterdir():
-            if not os.path.lexists(folder.with_name(old.name)):
-                os.rename(old, folder.with_name(old.name))
+    for old in folder.glob(f"{_REPLACED}/*"):
+        if not os.path.lexists(folder.with_name(old.name)):
+            os.rename(old, folder.with_name(old.name))
     shutil.rmtree(folder, ignore_errors=True)

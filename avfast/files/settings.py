@@ -51,23 +51,16 @@ def from_dict(default: Config, values: Mapping[str, Any], where: str, choices: C
         current = getattr(default, key)
         if not is_dataclass(current):
             changes[key] = convert(hints[key], value, f"{where}: {key}")
-        elif isinstance(value, Mapping):
-            changes[key] = _from_table(current, value, where, key, (choices or {}).get(key))
-        else:
+            continue
+        if not isinstance(value, Mapping):
             raise InputError(f"{where}: {key} is {value!r}, expected a table")
+        own_name = _class_name(current)
+        classes = (choices or {}).get(key) or (own_name and {own_name: type(current)})
+        if classes and "name" in value:
+            current = choose(current, value["name"], classes, f"{where}: {key}: name")
+            value = {k: v for k, v in value.items() if k != "name"}
+        changes[key] = from_dict(current, value, where)
     return replace(default, **changes)  # type: ignore[type-var]
-
-
-def _from_table(
-    current: Any, table: Mapping[str, Any], where: str, key: str, classes: Mapping[str, type] | None
-) -> Any:
-    own_name = _class_name(current)
-    if classes is None and own_name is not None:
-        classes = {own_name: type(current)}
-    if classes is not None and "name" in table:
-        current = choose(current, table["name"], classes, f"{where}: {key}: name")
-        table = {k: v for k, v in table.items() if k != "name"}
-    return from_dict(current, table, where)
 
 
 def choose(current: Any, name: Any, classes: Mapping[str, type], where: str) -> Any:
@@ -151,9 +144,9 @@ def load_config(path: str | Path, default: Config, choices: Choices | None = Non
     return from_dict(default, values if upgrade is None else upgrade(values), f"config file {path}", choices)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """ " (did you mean 'X'?)" with the known word that is most like this one; empty if none is."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
