@@ -156,13 +156,10 @@ def _remove_leftovers(out: Path) -> None:
     """Remove what a finished data set does not need: the folders of the videos, and what killed runs have left."""
     shutil.rmtree(out / SOURCES, ignore_errors=True)
     sweep([out / INDEX])
-    # temporary files, and unfinished stores as earlier versions named them; what else is hidden is somebody else's
-    for name in (*SPLITS, Path(SETTINGS).stem, Path(INDEX).stem, Path(CONTACT_SHEET).stem):
-        for path in out.glob(f".{name}.*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    # temporary files; what else is hidden is somebody else's
+    for name in (SETTINGS, INDEX, CONTACT_SHEET):
+        for path in out.glob(f".{Path(name).stem}.*.tmp.*"):
+            path.unlink(missing_ok=True)
 
 
 def _save_contact_sheet(out: Path, index: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from avfast.data.mmnist_rendering import (
 )
 from avfast.data.store import ClipStore, generated_folder, write_store
 from avfast.errors import InputError
+from avfast.files.settings import setting_types
 from avfast.media.spectrogram import SpectrogramConfig, spectrogram
 from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.ui.progress import Progress
@@ -189,14 +190,10 @@ class MovingMNIST:
     def __init__(self, config: MMNISTConfig, split: Split) -> None:
         if split not in SPLITS:
             raise InputError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-        for name, choices in (
-            ("canvas", (48, 64)),
-            ("num_digits", (1, 2)),
-            ("bounce", ("mirror", "random")),
-            ("tone", ("wrapped", "clean")),
-        ):
-            if getattr(config, name) not in choices:
-                raise InputError(f"{name}={getattr(config, name)!r}: expected {choices[0]} or {choices[1]}")
+        for name, kind in setting_types(config).items():
+            if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
+                expected = " or ".join(map(str, get_args(kind)))
+                raise InputError(f"{name}={getattr(config, name)!r}: expected {expected}")
         if config.block and config.canvas != 64:
             raise InputError(f"block=True with canvas={config.canvas}: the block of side 32 wants canvas=64")
         if config.clip_frames < 2:
@@ -217,9 +214,7 @@ class MovingMNIST:
         names = ("canvas", "num_digits", "bounce", "tone", "block", "clip_frames", "data_seed")
         digits = "drawn"
         if self._digits is not None:
-            content = hashlib.sha256(self._digits.images.tobytes())
-            content.update(self._digits.labels.tobytes())
-            digits = content.hexdigest()
+            digits = hashlib.sha256(b"".join(array.tobytes() for array in self._digits)).hexdigest()
         return {
             "dataset": "mmnist",
             "generator_version": GENERATOR_VERSION,

@@ -92,21 +92,18 @@ class _SoundTrack:
 
     def write_until(self, time: float) -> None:
         """Write the samples before a time, in seconds."""
-        self._write(math.ceil(time * self._rate))
-
-    def finish(self) -> None:
-        """Write the rest of the samples and what the encoder still holds."""
-        self._write(len(self._waveform))
-        self._encode(self._resampler.resample(None))
-        self._container.mux(self._stream.encode())
-
-    def _write(self, end: int) -> None:
-        end = min(end, len(self._waveform))
+        end = math.ceil(min(time * self._rate, len(self._waveform)))
         if end > self._written:
             part = av.AudioFrame.from_ndarray(self._waveform[None, self._written : end], format="s16", layout="mono")
             part.rate, part.pts, part.time_base = self._rate, self._written, Fraction(1, self._rate)
             self._encode(self._resampler.resample(part))
             self._written = end
+
+    def finish(self) -> None:
+        """Write the rest of the samples and what the encoder still holds."""
+        self.write_until(math.inf)
+        self._encode(self._resampler.resample(None))
+        self._container.mux(self._stream.encode())
 
     def _encode(self, frames: Iterable[Any]) -> None:
         for frame in frames:
