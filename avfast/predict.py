@@ -33,13 +33,12 @@ import tyro
 from avfast import __version__, runtime
 from avfast.cli.command import print_failures
 from avfast.cli.parser import parse
-from avfast.data.clips import film_rate, planes, sound_windows
-from avfast.data.input_spec import InputSpec
+from avfast.data.clips import InputSpec, film_rate, planes, sound_windows
 from avfast.data.store import Batch
 from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder, publish, sweep
-from avfast.machine.commit import commit
 from avfast.machine.device import choose_device
+from avfast.machine.environment import commit
 from avfast.media.inputs import Item, find_items, write_failures
 from avfast.media.prefetch import prefetch
 from avfast.media.sound import Samples, SoundTrack, read_sound

@@ -14,12 +14,12 @@ slower one the sound between two windows goes unheard (at 24 frames a second and
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,26 @@ class ClipSettings:
     def read_video(self, path: str | Path, fps: float | None = None, start: float = 0.0) -> Iterator[Frame]:
         """The frames of a film at this size, see `avfast.media.video.read_video`."""
         return read_video(path, fps=fps, start=start, size=self.size, fit=self.fit, grey=self.channels == 1)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How a trained model is fed: how films are read for it, and how many frames it is given."""
+
+    context_frames: int
+    """K, the given frames."""
+    eval_frames: int
+    """Frames predicted where nobody asks for another number."""
+    flow_preset: str
+    """TV-L1 preset of the given frames' flow."""
+    clips: ClipSettings
+    """Rate, size, channels and spectrogram."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> InputSpec:
+        """Back from `dataclasses.asdict`, through JSON or not."""
+        clips = dict(values["clips"])
+        return cls(**{**values, "clips": ClipSettings(**{**clips, "size": tuple(clips["size"])})})
 
 
 class VideoClip(NamedTuple):
@@ -170,10 +190,8 @@ def sound_windows(path: str | Path, settings: ClipSettings, times: NDArray[np.fl
         waveform, covered = _windows(track, settings, times)
         if covered < len(times):
             end = track.end / settings.sample_rate
-            raise InputError(
-                f"{path}: its sound ends at {end:.2f} s, {times[-1]:.2f} s and a frame are wanted: it covers {covered} "
-                f"of {len(times)} frames"
-            )
+            wanted = f"{times[-1]:.2f} s and a frame are wanted: it covers {covered} of {len(times)} frames"
+            raise InputError(f"{path}: its sound ends at {end:.2f} s, {wanted}")
     return waveform
 
 

@@ -54,14 +54,10 @@ def read_idx(path: str | Path) -> np.ndarray:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such idx file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as an idx file ({error})") from None
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or not 1 <= data[3] <= 3:
-        raise InputError(
-            f"{path}: magic number 0x{data[:4].hex()}, expected 0x000008 and 01, 02 or 03 dimensions (idx)"
-        )
+        raise InputError(f"{path}: magic number 0x{data[:4].hex()}, expected 0x000008 and 01, 02 or 03 (idx)")
     offset = 4 + 4 * data[3]
     shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, offset, 4))
     if len(data) != offset + math.prod(shape):
@@ -79,10 +75,8 @@ def load_digits(folder: str | Path, split: Split) -> Digits:
     name = "t10k" if split == "test" else "train"
     images, labels = (_find_and_read(Path(folder), f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     if images.shape[1:] != (DIGIT_SIDE, DIGIT_SIDE) or labels.shape != images.shape[:1] or len(images) < 12:
-        raise InputError(
-            f"{folder}: {name} images of shape {images.shape} with labels of shape {labels.shape}, "
-            "expected (N, 28, 28) and (N,), N at least 12"
-        )
+        found = f"images of shape {images.shape} with labels of shape {labels.shape}"
+        raise InputError(f"{folder}: {name} {found}, expected (N, 28, 28) and (N,), N at least 12")
     if labels.max() > 9:
         raise InputError(f"{folder}: {name} labels reach {labels.max()}, expected classes 0..9")
     held_out = len(images) // 12

@@ -145,9 +145,7 @@ def _is_written(folder: Path, parameters: dict[str, Any]) -> bool:
 def _read_clips(folders: list[Path]) -> Iterator[dict[str, np.ndarray]]:
     """The clips of videos one after another, some at a time."""
     for folder in folders:
-        arrays: dict[str, np.ndarray] = {
-            path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))
-        }
+        arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
         for first in range(0, len(arrays["frames"]), CLIPS_AT_A_TIME):
             yield {name: array[first : first + CLIPS_AT_A_TIME] for name, array in arrays.items()}
 

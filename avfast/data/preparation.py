@@ -89,10 +89,8 @@ def begin_dataset(out: Path, settings: PreparationSettings) -> None:
             raise InputError(f"{path}: version {version}, expected {DATASET_VERSION}: choose another --out")
         for name in [*old, *parameters]:
             if old.get(name) != parameters.get(name):
-                raise InputError(
-                    f"{out} holds a data set prepared with {name.replace('_', '-')} {old.get(name)}, now "
-                    f"{parameters.get(name)}: choose another --out"
-                )
+                change = f"{name.replace('_', '-')} {old.get(name)}, now {parameters.get(name)}"
+                raise InputError(f"{out} holds a data set prepared with {change}: choose another --out")
         return
     if any(not name.startswith(f".{path.stem}.") for name in names):
         raise InputError(f"{out} is there and was not made by avfast prepare: choose another --out")
@@ -181,7 +179,7 @@ class PreparationRun(ItemRun):
         if item.images is not None:
             raise InputError("a folder of images has no sound track")
         fps = film_rate(item.path, settings.clips) if settings.layout == "videos" else probe_video(item.path).fps
-        (count, *_) = write_arrays(folder, self._chunks(item.path, device, threads)).get("frames", [0])
+        count, _ = write_arrays(folder, self._chunks(item.path, device, threads))
         if not count:
             at = f" ({settings.clip_frames / fps:.2f} s at {fps:.5g} frames per second)" if fps else ""
             raise InputError(f"too short: its video or its sound ends before {settings.clip_frames} frames{at}")

@@ -82,9 +82,7 @@ def load_array(path: str | Path) -> np.ndarray:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except _Refused as error:
-        raise InputError(
-            f"{path}: refused, this pickle asks for {error}, expected one numpy array of numbers"
-        ) from None
+        raise InputError(f"{path}: refused, it asks for {error}, expected one numpy array of numbers") from None
     except Exception as error:
         # a damaged pickle can fail in every way
         raise InputError(f"{path}: not a pickle, or a damaged one ({type(error).__name__}: {error})") from None

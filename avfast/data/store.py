@@ -33,6 +33,7 @@ _KINDS = {FORMAT: "clip store", DATASET_FORMAT: "data set"}
 _ARRAYS = {"frames": ("|u1", 5), "audio": ("<f4", 5), "flow": ("<f2", 5), "waveform": ("<i2", 2)}
 
 Indices = Sequence[int] | np.ndarray
+Device = torch.device | str
 
 
 class Batch(NamedTuple):
@@ -77,9 +78,7 @@ class ClipStore:
         index = read_index(folder, FORMAT, FORMAT_VERSION)
         listed, arrays = index.get("arrays", {}), {}
         if "frames" not in listed or not {"audio", "waveform"} & listed.keys() or not listed.keys() <= _ARRAYS.keys():
-            raise InputError(
-                f"{folder}: {_INDEX} lists the arrays {sorted(listed)}, expected frames, and audio or waveform"
-            )
+            raise InputError(f"{folder}: {_INDEX} lists {sorted(listed)}, expected frames, and audio or waveform")
         for name, expected in listed.items():
             path = folder / f"{name}.npy"
             try:
@@ -110,7 +109,7 @@ class ClipStore:
         return SpectrogramConfig(**self.parameters["spectrogram"])
 
     def cached(
-        self, where: Literal["none", "ram", "device"], device: torch.device | str = "cpu", *, waveform: bool = False
+        self, where: Literal["none", "ram", "device"], device: Device = "cpu", *, waveform: bool = False
     ) -> ClipStore:
         """The same store with what `gather` reads mapped from the disk, copied into memory, or put on the device."""
         if where == "none":
@@ -136,11 +135,8 @@ class ClipStore:
             raise ValueError(f"clips, starts, length: {len(clips)} clips, {len(starts)} starts, length={length}")
         for clip, start in zip(clips, starts, strict=True):
             if not (0 <= clip < len(self) and 0 <= start <= self.clip_frames - length):
-                raise ValueError(
-                    f"clip {clip}, start {start}, length={length}: expected a window inside the {len(self)} clips of "
-                    f"{self.clip_frames} frames"
-                )
-
+                inside = f"inside the {len(self)} clips of {self.clip_frames} frames"
+                raise ValueError(f"clip {clip}, start {start}, length={length}: expected a window {inside}")
         if waveform and self.waveform is None:
             raise ValueError(f"waveform: {self.folder} does not hold it")
         windows = {}
@@ -150,7 +146,7 @@ class ClipStore:
             windows[name] = torch.stack(parts) if isinstance(array, Tensor) else torch.from_numpy(np.stack(parts))
         return windows
 
-    def convert(self, windows: dict[str, Tensor], device: torch.device | str = "cpu") -> Batch:
+    def convert(self, windows: dict[str, Tensor], device: Device = "cpu") -> Batch:
         """Gathered windows as a batch: the stored types travel to the device and are converted there. flow[:, 0] is 0:
         a window's first frame has no predecessor."""
         parts = {name: part.to(device, non_blocking=part.is_pinned()) for name, part in windows.items()}
@@ -168,7 +164,7 @@ class ClipStore:
         clips: Indices,
         starts: Indices,
         length: int,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         *,
         waveform: bool = False,
     ) -> Batch:
@@ -241,11 +237,10 @@ def write_store(
     try:
         sweep([folder])
         with hidden_folder(folder) as unfinished:
-            written = write_arrays(unfinished, chunks)
-            (found, *_) = written.get("frames", [0])
+            found, shapes = write_arrays(unfinished, chunks)
             if found != clips:
                 raise ValueError(f"chunks hold {found} clips: expected {clips}")
-            arrays = {name: {"dtype": _ARRAYS[name][0], "shape": shape} for name, shape in written.items()}
+            arrays = {name: {"dtype": _ARRAYS[name][0], "shape": [clips, *shape]} for name, shape in shapes.items()}
             index = {"format": FORMAT, "version": FORMAT_VERSION, "arrays": arrays, "parameters": parameters}
             (unfinished / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
             try:
@@ -259,29 +254,27 @@ def write_store(
     return ClipStore.open(folder)
 
 
-def write_arrays(folder: Path, chunks: Iterable[dict[str, np.ndarray]]) -> dict[str, list[int]]:
-    """Write chunks of clips, one after another, as the `.npy` files of a clip store; the shape of each.
+def write_arrays(folder: Path, chunks: Iterable[dict[str, np.ndarray]]) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Write chunks of clips, one after another, as the `.npy` files of a clip store; the number of clips, and the shape
+    of one clip in each file.
 
     Raises ValueError for chunks that do not fit each other or a clip store, OSError when a file cannot be written.
     """
-    shapes: dict[str, list[int]] = {}
+    clips, shapes = 0, {}
     append: dict[str, Callable[[np.ndarray], None]] = {}
     with ExitStack() as stack:
         for chunk in chunks:
-            count = len(chunk["frames"])
             for name, array in chunk.items():
                 dtype, ndim = _ARRAYS[name]
                 if name not in shapes:
-                    shapes[name] = [0, *array.shape[1:]]
+                    shapes[name] = array.shape[1:]
                     append[name] = stack.enter_context(npy_appender(folder / f"{name}.npy"))
-                shape = [count, *shapes[name][1:]]
-                if array.dtype != dtype or array.ndim != ndim or list(array.shape) != shape:
-                    raise ValueError(
-                        f"chunk[{name!r}] is {array.dtype} {array.shape}: expected {np.dtype(dtype)} {shape} of {ndim} "
-                        "dimensions"
-                    )
+                shape = (len(chunk["frames"]), *shapes[name])
+                if array.dtype != dtype or array.ndim != ndim or array.shape != shape:
+                    expected = f"{np.dtype(dtype)} {shape} of {ndim} dimensions"
+                    raise ValueError(f"chunk[{name!r}] is {array.dtype} {array.shape}: expected {expected}")
                 append[name](np.ascontiguousarray(array, dtype))
-                shapes[name][0] += count
             if chunk.keys() != shapes.keys():
                 raise ValueError(f"a chunk holds {sorted(chunk)}: expected {sorted(shapes)} as in the first one")
-    return shapes
+            clips += len(chunk["frames"])
+    return clips, shapes

@@ -10,12 +10,12 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from avfast import __version__
-from avfast.machine.commit import commit
 
 # these decide which variant of the native code can run (x86-64-v3 and v4)
 _INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
@@ -47,6 +47,19 @@ def environment() -> dict[str, Any]:
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("AVFAST_")},
         "warnings": [f"{' and '.join(opencv)} are installed {_OVERWRITTEN}"] if len(opencv) > 1 else [],
     }
+
+
+def commit() -> str | None:
+    """The checkout's commit: 12 digits, with `-dirty` where tracked files differ from it. None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    # an installed package may lie inside the checkout of another project
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _installed(distribution: str) -> str | None:

@@ -63,7 +63,6 @@ class SoundTrack:
     def __init__(self, path: str | Path, rate: int) -> None:
         if rate < 1:
             raise ValueError(f"rate is {rate}, expected at least 1 sample per second")
-        self.rate = rate
         self._blocks = _read_blocks(path, rate)
         self._buffer: deque[tuple[int, Samples]] = deque()
         self._last_window = -math.inf

@@ -37,10 +37,8 @@ class SpectrogramConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
         if self.n_fft // 2 >= self.samples_per_frame:
-            raise ValueError(
-                f"n_fft={self.n_fft}: reflecting n_fft // 2 samples wants more than the {self.samples_per_frame} of "
-                "samples_per_frame"
-            )
+            samples = f"the {self.samples_per_frame} of samples_per_frame"
+            raise ValueError(f"n_fft={self.n_fft}: reflecting n_fft // 2 samples wants more than {samples}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,10 +49,8 @@ class SpectrogramConfig:
         """Raise ValueError unless a waveform of this shape holds whole frames, one at least."""
         samples = self.samples_per_frame
         if not shape or shape[-1] == 0 or shape[-1] % samples:
-            raise ValueError(
-                f"waveform has shape {shape}: expected (..., T * {samples}), a positive multiple of "
-                f"samples_per_frame={samples}"
-            )
+            multiple = f"(..., T * {samples}), a positive multiple of samples_per_frame={samples}"
+            raise ValueError(f"waveform has shape {shape}: expected {multiple}")
 
 
 def spectrogram(waveform: Tensor, config: SpectrogramConfig) -> Tensor:
