@@ -104,16 +104,13 @@ class InputSpec:
 
 
 class VideoClip(NamedTuple):
-    """T frames of a film with their sound."""
+    """T frames of a film with their sound: frames (T,C,H,W) uint8; waveform (T * samples_per_frame,) int16, the frames'
+    windows one after another; fps, their rate, see `film_rate`; times (T,), seconds on the file's clock."""
 
     frames: Pixels
-    """(T,C,H,W) uint8."""
     waveform: Samples
-    """(T * samples_per_frame,) int16: the frames' windows one after another."""
     fps: float
-    """Rate of the frames: the settings', or the film's own where it is lower."""
     times: NDArray[np.float64]
-    """(T,) seconds on the file's clock."""
 
 
 def read_clip(path: str | Path, settings: ClipSettings, *, start: float = 0.0, frames: int) -> VideoClip:
@@ -150,7 +147,8 @@ def iter_clips(
 
 
 def film_rate(path: str | Path, settings: ClipSettings) -> float:
-    """Frames per second at which a film's clips are read. Raises InputError where it cannot be opened as a video."""
+    """Frames per second at which a film's clips are read: the settings', or the film's own where it is lower. Raises
+    InputError where it cannot be opened as a video."""
     own = probe_video(path).fps
     return settings.fps if own is None else min(settings.fps, own)
 

@@ -211,8 +211,7 @@ def _files(item: Item, layout: str) -> list[Path]:
 def _video_chunks(settings: PreparationSettings, path: Path) -> Generator[dict[str, np.ndarray], None, None]:
     with closing(iter_clips(path, settings.clips, frames=settings.clip_frames)) as clips:
         while some := list(islice(clips, CLIPS_AT_A_TIME)):
-            names = ("frames", "waveform")
-            yield {name: np.stack([getattr(clip, name) for clip in some]) for name in names}
+            yield {name: np.stack([getattr(clip, name) for clip in some]) for name in ("frames", "waveform")}
 
 
 def _sound2sight_chunks(settings: PreparationSettings, path: Path) -> Generator[dict[str, np.ndarray], None, None]:

@@ -26,12 +26,10 @@ _PICKLES = {"gif": "stft_wav_pickle", "mp4": "stft_pickle"}
 
 
 class Film(NamedTuple):
-    """A whole film of such a set."""
+    """A whole film of such a set: frames (T,C,H,W) uint8, audio (T,1,F,S) float32 in [0,1]."""
 
     frames: Pixels
-    """(T,C,H,W) uint8."""
     audio: np.ndarray
-    """(T,1,F,S) float32 in [0,1]."""
 
 
 def pickle_of(video: Path) -> Path:

@@ -67,17 +67,15 @@ def new_folder(path: str | Path) -> Path:
 
     Raises OSError when it cannot be made.
     """
-    path = Path(path)
-    names = numbered(path)
-    while True:
-        folder = next(names)
+    for folder in numbered(Path(path)):
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             # a parent that is a file exists too, but no number helps there
-            if not path.parent.is_dir():
+            if not folder.parent.is_dir():
                 raise
+    raise AssertionError("the numbers have no end")
 
 
 def numbered(path: Path) -> Iterator[Path]:

@@ -117,12 +117,11 @@ def publish(unfinished: Path, path: str | Path) -> Path:
             continue
         try:
             os.rename(unfinished, final)
+            return final
         except OSError as error:
             # another process has taken the name in the meantime
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        else:
-            return final
     raise AssertionError("the numbers have no end")
 
 
@@ -139,10 +138,7 @@ def sweep(finals: Iterable[Path]) -> None:
     for parent in {final.parent for final in finals}:
         for folder in parent.glob(f"{_PREFIX}*"):
             machine = folder.name.partition("@")[2]
-            if machine and machine != socket.gethostname():
-                continue
-            lock = lock_folder(folder)
-            if lock is not None:
+            if machine in ("", socket.gethostname()) and (lock := lock_folder(folder)) is not None:
                 _remove(folder)
                 os.close(lock)
 
@@ -156,14 +152,12 @@ def lock_folder(folder: Path) -> int | None:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         return None
+    held = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    except BlockingIOError:
-        held = False
-    except OSError:
-        # the file system has no locks
-        held = True
+    except OSError as error:
+        # any other error: the file system has no locks
+        held = not isinstance(error, BlockingIOError)
     # who held it before may have renamed or removed it in the meantime
     if held and folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
         return descriptor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -103,6 +104,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return image
 
 
+@dataclass
 class FrameResizer:
     """Makes the images of one film into frames of one size, in grey if asked for.
 
@@ -110,24 +112,24 @@ class FrameResizer:
     first one and no `size` is given.
     """
 
-    def __init__(
-        self, short_side: int | None, size: tuple[int, int] | None, fit: FitMode = "stretch", grey: bool = False
-    ) -> None:
-        self._short_side, self._size, self._fit, self._grey = short_side, size, fit, grey
-        self._first: tuple[int, int] | None = None
+    short_side: int | None
+    size: tuple[int, int] | None
+    fit: FitMode = "stretch"
+    grey: bool = False
+    first: tuple[int, int] | None = None
 
     def __call__(self, image: Pixels, name: str) -> Pixels:
         h, w = image.shape[:2]
-        first_h, first_w = self._first = self._first or (h, w)
-        if (h, w) != self._first and self._size is None:
+        first_h, first_w = self.first = self.first or (h, w)
+        if (h, w) != self.first and self.size is None:
             raise InputError(f"{name} is {w}x{h} pixels, the first one {first_w}x{first_h}: give a size for all")
-        if self._grey:
+        if self.grey:
             # before resizing, which then has a third of the work
             image = _to_grey(image)
-        height, width = target_size(h, w, self._short_side, self._size)
-        if self._fit == "letterbox":
+        height, width = target_size(h, w, self.short_side, self.size)
+        if self.fit == "letterbox":
             return _letterbox(image, height, width)
-        if self._fit == "crop":
+        if self.fit == "crop":
             image = _crop(image, height, width)
         return resize(image, height, width)
 

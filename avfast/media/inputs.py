@@ -57,18 +57,14 @@ class Item:
         Raises OSError for a file that is not there.
         """
         files = self.files()
-        digest, size, newest = hashlib.sha256(), 0, 0
-        for file in files:
-            status = file.stat()
-            digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-            size += status.st_size
-            newest = max(newest, status.st_mtime_ns)
+        found = [file.stat() for file in files]
+        text = "".join(f"{f.name}\0{s.st_size}\0{s.st_mtime_ns}\n" for f, s in zip(files, found, strict=True))
         return {
             "path": str(self.path.absolute()),
             "files": len(files),
-            "bytes": size,
-            "mtime_ns": newest,
-            "digest": digest.hexdigest()[:16],
+            "bytes": sum(status.st_size for status in found),
+            "mtime_ns": max((status.st_mtime_ns for status in found), default=0),
+            "digest": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16],
         }
 
     def reason(self, error: Exception) -> str:

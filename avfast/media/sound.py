@@ -29,14 +29,12 @@ _JITTER = 0.02
 
 
 class Sound(NamedTuple):
-    """A piece of a mono track."""
+    """A piece of a mono track: samples (N,) int16, `rate` of them a second; the first at the time `start` on the file's
+    clock, in seconds."""
 
     samples: Samples
-    """(N,) int16."""
     rate: int
-    """Samples per second."""
     start: float
-    """Time of the first sample on the file's clock, in seconds."""
 
 
 def read_sound(path: str | Path, rate: int, *, start: float | None = None, seconds: float | None = None) -> Sound:

@@ -27,12 +27,11 @@ _REORDER = 4
 
 
 class VideoInfo(NamedTuple):
-    """What a file states about itself; None is what it does not state."""
+    """What a file states about itself, or None: its mean frame rate, and the duration of the video, or of the whole
+    file if only that is stated."""
 
     fps: float | None
-    """Mean frame rate."""
     seconds: float | None
-    """Duration of the video, or of the whole file if only that is stated."""
 
 
 class _TimedFrame(NamedTuple):

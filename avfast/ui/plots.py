@@ -169,15 +169,12 @@ def flow_film_frames(true_flow: ArrayLike, predicted_flow: ArrayLike, *, context
 
 
 class ContactRow(NamedTuple):
-    """One clip of a contact sheet."""
+    """One clip of a contact sheet: frames (T,C,H,W) and audio (T,1,F,S) in [0,1], flow (T,2,H,W) in pixels."""
 
     label: str
     frames: ArrayLike
-    """(T,C,H,W) in [0,1]."""
     audio: ArrayLike
-    """(T,1,F,S) in [0,1], magnitudes."""
     flow: ArrayLike
-    """(T,2,H,W) in pixels."""
 
 
 def save_contact_sheet(path: str | Path, rows: Sequence[ContactRow], columns: int = 8) -> None:
