@@ -167,6 +167,7 @@ def draw_digits(seed: int, stream: int, first: int, count: int) -> Digits:
     MNIST the ink fits a box of 20 pixels and its centre of mass is the image's centre. The class is uniform. Every
     index of every (seed, stream) is another drawing.
     """
+    # all is float32: a plain number takes the type of the array
     pens = _pens()
     words = philox_words(seed, stream, first, count, _STYLE_WORDS + _POINT_WORDS)
     style = uniform(words[:, :_STYLE_WORDS]).astype(np.float32)
@@ -175,16 +176,13 @@ def draw_digits(seed: int, stream: int, first: int, count: int) -> Digits:
     # the two halves of a word move the point's x and y
     halves = np.stack([words[:, _STYLE_WORDS:] >> np.uint64(32), words[:, _STYLE_WORDS:] & np.uint64(0xFFFFFFFF)], -1)
     jitter = (halves * 2.0**-31 - 1.0).astype(np.float32)
-    controls = pens.controls[shape] + np.float32(0.055) * jitter
+    controls = pens.controls[shape] + 0.055 * jitter
 
     slant, rise, aspect, width, extent = (style[:, 2 + k, None] for k in range(5))
-    x = controls[..., 0] * (np.float32(0.75) + np.float32(0.45) * aspect)
+    x = controls[..., 0] * (0.75 + 0.45 * aspect)
     y = controls[..., 1]
     # shear to the right more often than to the left, as handwriting leans
-    x, y = (
-        x + (np.float32(0.55) * slant - np.float32(0.15)) * (1 - y),
-        y + np.float32(0.24) * (rise - np.float32(0.5)) * x,
-    )
+    x, y = x + (0.55 * slant - 0.15) * (1 - y), y + 0.24 * (rise - 0.5) * x
     controls = np.stack([x, y], -1)
 
     item = np.arange(count)[:, None, None]
@@ -193,19 +191,19 @@ def draw_digits(seed: int, stream: int, first: int, count: int) -> Digits:
     corner = [basis[..., k, None] * controls[item, points[..., k]] for k in range(4)]
     ends = ((corner[0] + corner[1]) + corner[2]) + corner[3]
 
-    radius = np.float32(0.75) + np.float32(1.05) * width[:, 0]
+    radius = 0.75 + 1.05 * width[:, 0]
     low, high = ends.min((1, 2)), ends.max((1, 2))
-    ink_box = np.float32(20.0) - np.float32(1.5) * extent[:, 0]
+    ink_box = 20.0 - 1.5 * extent[:, 0]
     scale = (ink_box - 2 * radius) / (high - low).max(1)
     ends = ends * scale[:, None, None, None]
     delta = ends[:, :, 1] - ends[:, :, 0]
     squared = delta[..., 0] * delta[..., 0] + delta[..., 1] * delta[..., 1]
     length = np.sqrt(squared)
-    middle = (ends[:, :, 0] + ends[:, :, 1]) * np.float32(0.5) * length[..., None]
+    middle = (ends[:, :, 0] + ends[:, :, 1]) * 0.5 * length[..., None]
     # accumulate is sequential by definition, where sum may add in any order
     mass = np.add.accumulate(length, 1)[:, -1, None]
     centre = np.add.accumulate(middle, 1)[:, -1] / mass
-    start = ends[:, :, 0] - centre[:, None] + np.float32((DIGIT_SIDE - 1) / 2)
+    start = ends[:, :, 0] - centre[:, None] + (DIGIT_SIDE - 1) / 2
 
     pixel = np.arange(DIGIT_SIDE, dtype=np.float32)
     nearest = np.full((count, DIGIT_SIDE, DIGIT_SIDE), np.inf, np.float32)
@@ -213,11 +211,11 @@ def draw_digits(seed: int, stream: int, first: int, count: int) -> Digits:
         dx, dy = delta[:, k, 0, None], delta[:, k, 1, None]
         px, py = pixel - start[:, k, 0, None], pixel - start[:, k, 1, None]
         # a segment shorter than a thousandth of a pixel is a point
-        inverse = 1 / np.maximum(squared[:, k, None], np.float32(1e-6))
+        inverse = 1 / np.maximum(squared[:, k, None], 1e-6)
         along = np.clip((py * dy * inverse)[:, :, None] + (px * dx * inverse)[:, None, :], 0, 1)
         off_x = px[:, None, :] - along * dx[..., None]
         off_y = py[:, :, None] - along * dy[..., None]
         np.minimum(nearest, off_x * off_x + off_y * off_y, out=nearest)
     # the edge falls over 1.2 px: scanned ink is softer than one pixel of anti-aliasing
-    ink = np.clip((radius[:, None, None] + np.float32(0.6) - np.sqrt(nearest)) / np.float32(1.2), 0, 1)
-    return Digits((ink * 255 + np.float32(0.5)).astype(np.uint8), labels)
+    ink = np.clip((radius[:, None, None] + 0.6 - np.sqrt(nearest)) / 1.2, 0, 1)
+    return Digits((ink * 255 + 0.5).astype(np.uint8), labels)

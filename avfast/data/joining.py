@@ -65,15 +65,11 @@ def join_clips(
     try:
         usable = [item for item in items if not sources[item.name]["reason"]]
         if not usable:
-            first = items[0]
-            raise InputError(f"nothing could be done: {first.path}: {sources[first.name]['reason']}")
+            raise InputError(f"nothing could be done: {items[0].path}: {sources[items[0].name]['reason']}")
         if not (out / INDEX).exists():
             index = _write_stores(out, usable, sources, settings)
-            index["quarantine"] = [
-                {key: source[key] for key in ("name", "file", "bytes", "reason")}
-                for source in sources.values()
-                if source["reason"]
-            ]
+            unusable = [source for source in sources.values() if source["reason"]]
+            index["quarantine"] = [{key: bad[key] for key in ("name", "file", "bytes", "reason")} for bad in unusable]
             _save_contact_sheet(out, index)
             write_json(out / INDEX, index)
         _remove_leftovers(out)

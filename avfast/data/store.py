@@ -37,16 +37,14 @@ Device = torch.device | str
 
 
 class Batch(NamedTuple):
-    """B windows of T frames on one device."""
+    """B windows of T frames on one device: frames (B, T, C, H, W) and audio (B, T, 1, F, S), float32 in [0, 1]; flow
+    (B, T, 2, H, W) float32, backward, in pixels, flow[:, 0] = 0; waveform (B, T * samples_per_frame) int16, where
+    it was asked for."""
 
     frames: Tensor
-    """(B, T, C, H, W) float32 in [0, 1]."""
     audio: Tensor
-    """(B, T, 1, F, S) float32 in [0, 1]."""
     flow: Tensor
-    """(B, T, 2, H, W) float32, backward, in pixels; flow[:, 0] = 0."""
     waveform: Tensor | None = None
-    """(B, T * samples_per_frame) int16, where it was asked for."""
 
     def first_frames(self, count: int) -> Batch:
         """The first `count` frames of every window."""

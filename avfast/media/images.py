@@ -22,15 +22,16 @@ FitMode = Literal["stretch", "crop", "letterbox"]
 
 
 class Frame(NamedTuple):
-    """One frame of a film or of an image folder."""
+    """One frame of a film or of an image folder.
+
+    image: (H,W,3) RGB, or (H,W) if grey was asked for. number: place in the file, from 0; frames chosen at another rate
+    repeat numbers or leave some out. time: the frame's timestamp in seconds, or for frames chosen at a rate the time
+    that the frame stands for; None where the file has neither timestamps nor a frame rate, or is an image.
+    """
 
     image: Pixels
-    """(H,W,3) RGB, or (H,W) if grey was asked for."""
     number: int
-    """Place in the file, from 0. Frames chosen at another rate repeat numbers or leave some out."""
     time: float | None
-    """Seconds: the frame's timestamp, or for frames chosen at a rate the time that the frame stands for. None: the file
-    has neither timestamps nor a frame rate, or is an image."""
 
 
 def read_images(
