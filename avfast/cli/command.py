@@ -19,11 +19,8 @@ EXIT_SOME_FAILED = 3
 
 
 def run_command(command: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Call `command(argv)` (None: the process's own arguments) and turn its errors into an exit status.
-
-    Returns 0, or raises SystemExit with a status of the module's docstring. A command's module ends with
-    `if __name__ == "__main__": run_command(main)`.
-    """
+    """Call `command(argv)` (None: the process's own arguments) and return 0, or raise SystemExit with a status of the
+    module's docstring."""
     try:
         command(argv)
         # a closed pipe is noticed only when the buffer is written

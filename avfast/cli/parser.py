@@ -120,10 +120,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Store (flag, its words), without words (flag, const); refuse a flag that is given a second time.
-
-    The flag of a positional argument is None.
-    """
+    """Store (flag, its words), without words (flag, const); refuse a flag that is given a second time. The flag of a
+    positional argument is None."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(default=argparse.SUPPRESS, **options)
@@ -180,10 +178,8 @@ def _add_arguments(parser: _Parser, name: str, hint: Any) -> list[argparse.Actio
 def _print_help(
     config: Any, prog: str, preset: str | None, presets: Mapping[str, Any], choices: FlagChoices
 ) -> NoReturn:
-    """Print every flag with its present value, and end.
-
-    tyro draws the page of a class, so the flags that are no fields become fields of a class made for the page.
-    """
+    """Print every flag with its present value, and end. tyro draws the page of a class, so the flags that are no fields
+    become fields of a class made for the page."""
     extra: list[tuple[str, Any, Any]] = []
 
     def add(flag: str, kind: Any, value: Any, text: str, metavar: str | None = None) -> None:

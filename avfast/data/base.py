@@ -44,10 +44,8 @@ class DataSettings(ABC):
 
     @abstractmethod
     def load(self, split: Split, *, cache: str, flow_preset: str, quiet: bool = False) -> ClipStore:
-        """One split, opened, or made and kept in the folder `cache`; progress is shown unless `quiet`.
-
-        Raises InputError, one line, where it cannot be had.
-        """
+        """One split, opened, or made and kept in the folder `cache`; progress is shown unless `quiet`. Raises
+        InputError, one line, where it cannot be had."""
 
     def built(self, split: Split, *, cache: str, flow_preset: str) -> ClipStore | None:
         """The same where nothing has to be made for it, else None."""

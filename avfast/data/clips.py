@@ -114,10 +114,8 @@ class VideoClip(NamedTuple):
 
 
 def read_clip(path: str | Path, settings: ClipSettings, *, start: float = 0.0, frames: int) -> VideoClip:
-    """The clip of `frames` frames that starts `start` seconds after the film's first frame.
-
-    Raises InputError for a file that cannot be read, without video or sound, or whose video or sound is too short.
-    """
+    """The clip of `frames` frames that starts `start` seconds after the film's first frame. Raises InputError for a
+    file that cannot be read, without video or sound, or whose video or sound is too short."""
     with closing(iter_clips(path, settings, frames=frames, start=start)) as clips:
         clip = next(clips, None)
     if clip is None:
@@ -130,10 +128,7 @@ def iter_clips(
 ) -> Generator[VideoClip, None, None]:
     """Consecutive clips of `frames` frames, from `start` seconds after the film's first frame on, without overlap; what
     is left at the end and does not fill a clip, or has no sound, is left out. Holds one clip, whatever the film's
-    length.
-
-    Raises InputError, while it is iterated, for a file that cannot be read to its end or has no sound track.
-    """
+    length. Raises InputError, while it is iterated, for a file that cannot be read to its end or has no sound track."""
     settings.check()
     if frames < 1 or not start >= 0:
         raise ValueError(f"frames is {frames} and start {start}: expected at least 1 frame and 0 seconds")
@@ -154,10 +149,8 @@ def film_rate(path: str | Path, settings: ClipSettings) -> float:
 
 
 def read_film(path: str | Path, settings: ClipSettings, *, max_frames: int | None = None) -> VideoClip:
-    """A whole film as one clip, as far as its sound covers it.
-
-    Raises InputError as `iter_clips` does, for more than `max_frames` frames, and where the sound covers none.
-    """
+    """A whole film as one clip, as far as its sound covers it. Raises InputError as `iter_clips` does, for more than
+    `max_frames` frames, and where the sound covers none."""
     settings.check()
     fps = film_rate(path, settings)
     images = list(islice(settings.read_video(path, fps), None if max_frames is None else max_frames + 1))
@@ -180,10 +173,7 @@ def _with_sound(images: list[Frame], fps: float, track: SoundTrack, settings: Cl
 
 def sound_windows(path: str | Path, settings: ClipSettings, times: NDArray[np.float64]) -> Samples:
     """(T * samples_per_frame,) int16: the windows that begin at T increasing times on the file's clock, out of a film
-    or a sound file.
-
-    Raises InputError as `read_sound` does, and where the track ends before the last window.
-    """
+    or a sound file. Raises InputError as `read_sound` does, and where the track ends before the last window."""
     with SoundTrack(path, settings.sample_rate) as track:
         waveform, covered = _windows(track, settings, times)
         if covered < len(times):

@@ -30,10 +30,8 @@ class Digits(NamedTuple):
 
 def philox_words(seed: int, stream: int, first: int, count: int, width: int) -> np.ndarray:
     """Raw 64-bit words of items `first` .. `first + count` of a stream: (count, width) uint64, width a multiple of 4.
-
     The generator is Philox4x64-10 keyed by (seed, stream); an item owns width / 4 consecutive counter values, so it
-    does not depend on how many items are drawn, or in which batch.
-    """
+    does not depend on how many items are drawn, or in which batch."""
     generator = np.random.Philox(key=seed | stream << 64, counter=first * (width // 4))
     return generator.random_raw(count * width).reshape(count, width)
 
@@ -44,11 +42,8 @@ def uniform(words: np.ndarray) -> np.ndarray:
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """The uint8 array of an idx file (the format of MNIST's four files), gzip-compressed or not.
-
-    Raises InputError, one line with the file's name, when it is missing, unreadable, truncated, too long, or starts
-    with anything but two zero bytes, the code 8 of unsigned bytes and the number of dimensions.
-    """
+    """The uint8 array of an idx file (the format of MNIST's four files), gzip-compressed or not. Raises InputError,
+    one line, for a file that is missing, damaged, or holds anything but unsigned bytes."""
     path = Path(path)
     try:
         data = path.read_bytes()

@@ -34,11 +34,9 @@ _SHEET_ROWS = 12
 
 
 def split_sources(names: list[str], val_share: float, test_share: float) -> dict[str, Split]:
-    """The split of every video, by the hash of its name alone: the order of the names means nothing.
-
-    Of n videos round(share * n) go to validation and to test, one at least if the share is not 0 and there are enough:
-    two videos are one for training and one for validation, and one is for training.
-    """
+    """The split of every video, by the hash of its name alone: the order of the names means nothing. Of n videos
+    round(share * n) go to validation and to test, one at least if the share is not 0 and there are enough: two videos
+    are one for training and one for validation, and one is for training."""
     ranked = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     splits: dict[str, Split] = dict.fromkeys(ranked, "train")
     taken = 0

@@ -182,10 +182,8 @@ class Clips(NamedTuple):
 
 
 class MovingMNIST:
-    """One split of Multimodal MovingMNIST; clip i is a function of the settings, the split and i alone.
-
-    Raises InputError for settings that contradict each other and for missing or damaged digit files.
-    """
+    """One split of Multimodal MovingMNIST; clip i is a function of the settings, the split and i alone. Raises
+    InputError for settings that contradict each other and for missing or damaged digit files."""
 
     def __init__(self, config: MMNISTConfig, split: Split) -> None:
         if split not in SPLITS:

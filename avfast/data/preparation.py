@@ -72,10 +72,8 @@ class PreparationSettings:
 
 
 def begin_dataset(out: Path, settings: PreparationSettings) -> None:
-    """Make the folder of a data set and write its settings, or compare them with those that are there.
-
-    Raises InputError for a folder that was not made by avfast prepare, or was made with other settings.
-    """
+    """Make the folder of a data set and write its settings, or compare them with those that are there. Raises
+    InputError for a folder that was not made by avfast prepare, or was made with other settings."""
     path, parameters = out / SETTINGS, settings.as_dict()
     # listed first: another run may be writing the settings now
     names = os.listdir(out) if out.is_dir() else [""] * out.exists()

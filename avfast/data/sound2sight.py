@@ -46,11 +46,8 @@ def is_test(video: Path) -> bool:
 
 
 def read_film(video: Path, settings: ClipSettings) -> Film:
-    """Every frame of a video, at the settings' size, with its spectrograms.
-
-    Raises InputError for a video or a pickle that is missing or cannot be read, for one that is more than a frame
-    longer than the other, and for spectrograms that are not magnitudes in [0,1].
-    """
+    """Every frame of a video, at the settings' size, with its spectrograms. Raises InputError where one of the two
+    cannot be read, or is more than a frame longer than the other, and for values outside [0,1]."""
     path = pickle_of(video)
     audio = load_array(path)
     if audio.ndim != 3 or audio.dtype.kind != "f" or 0 in audio.shape:
@@ -70,11 +67,8 @@ def read_film(video: Path, settings: ClipSettings) -> Film:
 
 
 def load_array(path: str | Path) -> np.ndarray:
-    """The one numpy array of numbers that a pickle holds, of any pickle protocol.
-
-    Nothing but the making of such an array is let through, so that a pickle from a stranger runs nothing of its own.
-    Raises InputError for a file that asks for anything else (object arrays too), is damaged, or is not there.
-    """
+    """The one numpy array of numbers that a pickle holds, of any protocol. A pickle from a stranger runs nothing of its
+    own: InputError for a file that asks for anything else (object arrays too), is damaged, or is not there."""
     try:
         found = _ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
     except OSError as error:

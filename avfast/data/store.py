@@ -67,11 +67,8 @@ class ClipStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> ClipStore:
-        """Map the arrays of a folder, after comparing each with the index.
-
-        Raises InputError, one line, for a folder that is missing, foreign, of another format version, truncated, or
-        whose arrays differ from its index.
-        """
+        """Map the arrays of a folder, after comparing each with the index. Raises InputError, one line, for a folder
+        that is missing, foreign, of another format version, truncated, or whose arrays differ from its index."""
         folder = Path(folder)
         index = read_index(folder, FORMAT, FORMAT_VERSION)
         listed, arrays = index.get("arrays", {}), {}
@@ -209,11 +206,8 @@ def training_mean_image(store: ClipStore) -> Tensor:
 
 def generated_folder(cache: str | Path, parameters: dict[str, Any], flow_preset: str) -> tuple[Path, dict[str, Any]]:
     """Where a split of a generated data set is kept in the folder `cache`, and `parameters`, which decide its bytes,
-    with those of its flow added.
-
-    The folder is `<cache>/<dataset>-<split>-<hash of all parameters>`; two of them are `dataset` and `split`. Raises
-    InputError for an unknown flow preset.
-    """
+    with those of its flow added. The folder is `<cache>/<dataset>-<split>-<hash of all parameters>`; two of them are
+    `dataset` and `split`. Raises InputError for an unknown flow preset."""
     if flow_preset not in PRESETS:
         raise InputError(f"flow_preset={flow_preset!r}: expected one of {', '.join(PRESETS)}")
     parameters = {**parameters, "flow": {"preset": flow_preset, **dataclasses.asdict(PRESETS[flow_preset])}}
@@ -254,10 +248,8 @@ def write_store(
 
 def write_arrays(folder: Path, chunks: Iterable[dict[str, np.ndarray]]) -> tuple[int, dict[str, tuple[int, ...]]]:
     """Write chunks of clips, one after another, as the `.npy` files of a clip store; the number of clips, and the shape
-    of one clip in each file.
-
-    Raises ValueError for chunks that do not fit each other or a clip store, OSError when a file cannot be written.
-    """
+    of one clip in each file. Raises ValueError for chunks that do not fit each other or a clip store, OSError when a
+    file cannot be written."""
     clips, shapes = 0, {}
     append: dict[str, Callable[[np.ndarray], None]] = {}
     with ExitStack() as stack:

@@ -60,10 +60,8 @@ class ResultFolder:
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        """The claimed folder to write into: published when the block ends well, removed when it raises.
-
-        An OSError without a file name, such as that of a full disk, gets the final name.
-        """
+        """The claimed folder to write into: published when the block ends well, removed when it raises. An OSError
+        without a file name, such as that of a full disk, gets the final name."""
         try:
             yield self.folder
             _replace(self.folder, self.final)
@@ -90,10 +88,8 @@ class ResultFolder:
 @contextmanager
 def hidden_folder(final: str | Path) -> Iterator[Path]:
     """A new hidden folder beside `final`, which several runs may have at once, locked within the block. The block
-    renames it when it is complete (see `publish`); what it has not renamed is removed.
-
-    Call `sweep([final])` before, once, to remove what killed runs have left.
-    """
+    renames it when it is complete (see `publish`); what it has not renamed is removed. Call `sweep([final])` before,
+    once, to remove what killed runs have left."""
     lock = None
     # another run may sweep the folder away before it is locked
     while lock is None:
@@ -109,9 +105,7 @@ def hidden_folder(final: str | Path) -> Iterator[Path]:
 
 def publish(unfinished: Path, path: str | Path) -> Path:
     """Rename a folder made by `hidden_folder` to `path`, or with -2, -3 ... appended where that exists; its new path.
-
-    Raises OSError.
-    """
+    Raises OSError."""
     for final in numbered(Path(path)):
         if os.path.lexists(final):
             continue
@@ -144,10 +138,8 @@ def sweep(finals: Iterable[Path]) -> None:
 
 
 def lock_folder(folder: Path) -> int | None:
-    """A descriptor that locks a folder until it is closed or the process ends, however it ends.
-
-    None: another holds the lock, or the folder is not there. Where the file system has no locks, everybody gets one.
-    """
+    """A descriptor that locks a folder until it is closed or the process ends, however it ends. None: another holds the
+    lock, or the folder is not there. Where the file system has no locks, everybody gets one."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:

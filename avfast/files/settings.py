@@ -21,10 +21,8 @@ _EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true 
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested dictionaries and lists, ready for YAML or JSON.
-
-    Settings whose class has an attribute `name: ClassVar[str]` have that name as their first key.
-    """
+    """A config as nested dictionaries and lists, ready for YAML or JSON. Settings whose class has an attribute `name`
+    have it as their first key."""
     name = _class_name(config)
     values: dict[str, Any] = {} if name is None else {"name": name}
     for field in fields(config):
@@ -64,10 +62,8 @@ def from_dict(default: Config, values: Mapping[str, Any], where: str, choices: C
 
 
 def choose(current: Any, name: Any, classes: Mapping[str, type], where: str) -> Any:
-    """The settings called `name`: `current` if they are of that class already, else that class's defaults.
-
-    Raises InputError, which begins with `where`, for an unknown name.
-    """
+    """The settings called `name`: `current` if they are of that class already, else that class's defaults. Raises
+    InputError, which begins with `where`, for an unknown name."""
     check_name(name, classes, where)
     return current if type(current) is classes[name] else classes[name]()
 
@@ -87,10 +83,8 @@ def setting_types(config: Any) -> dict[str, Any]:
 
 def convert(kind: Any, value: Any, where: str) -> Any:
     """A value from YAML or the text of a flag as the annotated type: Literal, T | None, tuple, bool, int, float, str.
-
     Text becomes a number where the type is one: YAML itself reads 1e-4 as text. Raises InputError, which begins with
-    `where`, for a value that does not fit.
-    """
+    `where`, for a value that does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return convert(arguments[0], value, where)
@@ -126,10 +120,8 @@ def _expected(kind: Any) -> str:
 
 def load_config(path: str | Path, default: Config, choices: Choices | None = None) -> Config:
     """Read a YAML file over a default config, as `from_dict` does. A config class whose files looked otherwise before
-    has a static method `upgraded(values)`, which brings the content of older files into the present form.
-
-    Raises InputError when the file is missing, is not YAML, or does not fit.
-    """
+    has a static method `upgraded(values)`, which brings the content of older files into the present form. Raises
+    InputError when the file is missing, is not YAML, or does not fit."""
     import yaml
 
     try:

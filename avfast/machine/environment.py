@@ -25,11 +25,8 @@ _OVERWRITTEN = f"and overwrite each other's cv2: uninstall them all, then instal
 
 
 def environment() -> dict[str, Any]:
-    """Describe this machine as nested dictionaries and lists that JSON can hold.
-
-    Keys: avfast, commit, python, os, cpu, packages, cuda, native, backends, variables, warnings. Imports PyTorch and
-    asks it for CUDA devices. Never raises.
-    """
+    """Describe this machine as nested dictionaries and lists that JSON can hold. Imports PyTorch and asks it for CUDA
+    devices. Never raises."""
     opencv = [name for name in _OPENCV if _installed(name)]
     packages = {name: _package(name, name) for name in ("torch", "triton", "numpy", "av")}
     native, native_devices = _native()

@@ -85,10 +85,8 @@ def target_size(
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (H,W) or (H,W,C), uint8 or float32: area averages where it shrinks, linear where it grows.
-
-    Without OpenCV (`avfast.runtime` does not need it) FFmpeg's area filter resizes, uint8 only.
-    """
+    """Resize (H,W) or (H,W,C), uint8 or float32: area averages where it shrinks, linear where it grows. Without OpenCV
+    (`avfast.runtime` does not need it) FFmpeg's area filter resizes, uint8 only."""
     h, w = image.shape[:2]
     if (h, w) == (height, width):
         return image
@@ -107,11 +105,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @dataclass
 class FrameResizer:
-    """Makes the images of one film into frames of one size, in grey if asked for.
-
-    Called with an image (H,W,3) and its name for errors. Raises InputError where an image has another size than the
-    first one and no `size` is given.
-    """
+    """Makes the images of one film into frames of one size, in grey if asked for. Called with an image (H,W,3) and its
+    name for errors. Raises InputError where an image has another size than the first one and no `size` is given."""
 
     short_side: int | None
     size: tuple[int, int] | None

@@ -42,9 +42,7 @@ class Item:
 
     def files(self) -> list[Path]:
         """The video, or the images in their order: numbers within names count as numbers, so frame2 is before frame10.
-
-        Raises OSError for a folder that cannot be read.
-        """
+        Raises OSError for a folder that cannot be read."""
         if self.images is None:
             return [self.path]
         names = self.images or [n for n in os.listdir(self.path) if _has_suffix(n, IMAGE_SUFFIXES)]
@@ -52,10 +50,8 @@ class Item:
 
     def source(self) -> dict[str, Any]:
         """What identifies the content: path, number of files, bytes, newest modification time, and a digest of the
-        files' names, sizes and times, which stays the same where the folder above is moved.
-
-        Raises OSError for a file that is not there.
-        """
+        files' names, sizes and times, which stays the same where the folder above is moved. Raises OSError for a file
+        that is not there."""
         files = self.files()
         found = [file.stat() for file in files]
         text = "".join(f"{f.name}\0{s.st_size}\0{s.st_mtime_ns}\n" for f, s in zip(files, found, strict=True))

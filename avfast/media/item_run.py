@@ -81,11 +81,9 @@ class ItemRun:
             raise Stopped
 
     def run(self, workers: Sequence[Callable[[], Any]]) -> None:
-        """Call every function in a thread of its own and wait until all have returned.
-
-        The first exception of one, or an interrupt of the user, stops the others and is raised when they have ended.
-        What was claimed and not published is then removed.
-        """
+        """Call every function in a thread of its own and wait until all have returned. The first exception of one, or
+        an interrupt of the user, stops the others and is raised when they have ended. What was claimed and not
+        published is then removed."""
         try:
             # the pool waits for its threads whatever happens: none may write when this function has ended
             with ThreadPoolExecutor(len(workers)) as pool:

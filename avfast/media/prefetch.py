@@ -10,10 +10,8 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
-    """The same items. While one of them is used, a thread takes the next one from `items`.
-
-    What the thread raises is raised here. Closing this generator ends the thread and closes `items`.
-    """
+    """The same items. While one of them is used, a thread takes the next one from `items`. What the thread raises is
+    raised here. Closing this generator ends the thread and closes `items`."""
     end = object()
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, items, end)

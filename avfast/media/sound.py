@@ -54,9 +54,7 @@ def read_sound(path: str | Path, rate: int, *, start: float | None = None, secon
 
 class SoundTrack:
     """Reads a track once from its start to its end, window after window, and holds no more than one window needs.
-
-    Raises InputError, here and while it is read, as `read_sound` does. A `with` block closes the file.
-    """
+    Raises InputError, here and while it is read, as `read_sound` does. A `with` block closes the file."""
 
     def __init__(self, path: str | Path, rate: int) -> None:
         if rate < 1:
@@ -77,10 +75,8 @@ class SoundTrack:
         self._blocks.close()
 
     def window(self, first: int, count: int) -> Samples:
-        """(count,) int16: the samples numbered first .. first + count, silence where there are none.
-
-        Windows may overlap, but none may begin before the one before it (ValueError).
-        """
+        """(count,) int16: the samples numbered first .. first + count, silence where there are none. Windows may
+        overlap, but none may begin before the one before it (ValueError)."""
         if first < self._last_window:
             raise ValueError(f"first is {first}, the window before began at {self._last_window}: expected none earlier")
         self._last_window = first

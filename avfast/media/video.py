@@ -96,10 +96,8 @@ def read_video(
 
 
 def _with_times(frames: Iterable[Any], container: Any, stream: Any) -> Iterator[_TimedFrame]:
-    """Number the frames and give them increasing times, or None if the file states nothing.
-
-    The k-th frame shown gets the k-th smallest timestamp, whatever order the file gives them in.
-    """
+    """Number the frames and give them increasing times, or None if the file states nothing. The k-th frame shown gets
+    the k-th smallest timestamp, whatever order the file gives them in."""
     file_has_timestamps = has_timestamps(container)
     rate = _stated_rate(container, stream)
     waiting: deque[tuple[Any, bool]] = deque()
@@ -151,10 +149,8 @@ def _check_duration(
 
 
 def _at_rate(path: str | Path, frames: Iterable[_TimedFrame], fps: float, start: float) -> Iterator[_TimedFrame]:
-    """For each time first + start + j / fps the frame nearest to it, the earlier of two equally near ones.
-
-    The last frame stands for half the gap before it too, so that a rate equal to the film's own keeps every frame.
-    """
+    """For each time first + start + j / fps the frame nearest to it, the earlier of two equally near ones. The last
+    frame stands for half the gap before it too, so that a rate equal to the film's own keeps every frame."""
     # Matroska rounds times to milliseconds: a difference of half of one counts as equally near
     tolerance = 5e-4
     previous: _TimedFrame | None = None

@@ -79,9 +79,7 @@ def _add_video_stream(container: Any, fps: float, height: int, width: int) -> An
 
 class _SoundTrack:
     """A mono AAC track, written piece by piece, so that sound and frames of the same time lie side by side in the file.
-
-    waveform: (N,) int16 at `rate` samples per second.
-    """
+    waveform: (N,) int16 at `rate` samples per second."""
 
     def __init__(self, container: Any, waveform: NDArray[np.int16], rate: int) -> None:
         self._container, self._waveform, self._rate, self._written = container, waveform, rate, 0

@@ -132,10 +132,8 @@ def save_gif(
     path: str | Path, true: ArrayLike, predicted: ArrayLike, *, context_frames: int, frames_per_second: float = 10.0
 ) -> None:
     """True clip on the left, given then predicted frames on the right, over time; several clips one below the other.
-
     true (T',C,H,W) or (N,T',C,H,W), predicted (P,C,H,W) or (N,P,C,H,W), context_frames <= T' <= context_frames + P.
-    Small frames are enlarged with nearest neighbour. ValueError: shapes that do not fit.
-    """
+    Small frames are enlarged with nearest neighbour. ValueError: shapes that do not fit."""
     true, predicted = np.asarray(true), np.asarray(predicted)
     if true.ndim == 4:
         true, predicted = true[None], predicted[None]
@@ -152,9 +150,7 @@ def save_gif(
 
 def film_frames(true: ArrayLike, predicted: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
     """The pictures of `save_gif` for one clip, larger, one after the other: (height,width,3) uint8 for a film.
-
-    ValueError: shapes that do not fit.
-    """
+    ValueError: shapes that do not fit."""
     pairs = [_image_pair(true, predicted, context_frames)]
     return map(np.asarray, _side_by_side(pairs, context_frames, FILM_SIDE))
 
@@ -178,11 +174,9 @@ class ContactRow(NamedTuple):
 
 
 def save_contact_sheet(path: str | Path, rows: Sequence[ContactRow], columns: int = 8) -> None:
-    """Clips one below another, each as evenly spaced frames with the sound and the flow that belong to them.
-
-    The sound is the frame's spectrogram, drawn as in `save_strip`. The clip's largest flow vector is fully saturated.
-    ValueError: no row, shapes that do not fit.
-    """
+    """Clips one below another, each as evenly spaced frames with the sound and the flow that belong to them. The sound
+    is the frame's spectrogram, drawn as in `save_strip`. The clip's largest flow vector is fully saturated. ValueError:
+    no row, shapes that do not fit."""
     if not rows:
         raise ValueError("rows is empty, expected at least one clip")
     font = ImageFont.load_default(TEXT_SIZE)
@@ -213,10 +207,8 @@ def save_contact_sheet(path: str | Path, rows: Sequence[ContactRow], columns: in
 
 def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
     """Draw a run's losses from its metrics.jsonl, one panel per stage: "loss" and every key that ends with "_loss".
-
     Records are objects with "stage", "step" and some of those keys. A last line that a kill cut short is left out.
-    InputError: another line that is not a JSON object, no loss at all.
-    """
+    InputError: another line that is not a JSON object, no loss at all."""
     stages: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for record in read_records(metrics_jsonl):
         for key, value in record.items():
