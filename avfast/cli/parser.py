@@ -80,8 +80,7 @@ def parse(
         _print_help(default, prog, names.get("preset"), presets, choices)
 
     parser = _Parser(prog, [first])
-    for name, hint in _all_settings(default):
-        actions += _add_arguments(parser, name, hint)
+    actions += _add_arguments(parser, default)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
@@ -137,16 +136,6 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, (option_string, self.const if self.nargs == 0 else values))
 
 
-def _all_settings(config: Any) -> Iterator[tuple[str, Any]]:
-    """(field name, annotated type) of every field, those of nested settings in place of the settings."""
-    for name, hint in setting_types(config).items():
-        value = getattr(config, name)
-        if is_dataclass(value):
-            yield from _all_settings(value)
-        else:
-            yield name, hint
-
-
 def _with_words(config: Any, given: Mapping[str, tuple[str | None, Any]]) -> Any:
     """The config with what stands on the command line, (flag, its words) by field name, in nested settings too."""
     changes = {}
@@ -160,19 +149,23 @@ def _with_words(config: Any, given: Mapping[str, tuple[str | None, Any]]) -> Any
     return replace(config, **changes)
 
 
-def _add_arguments(parser: _Parser, name: str, hint: Any) -> list[argparse.Action]:
-    """The flags of a field: --x and --no-x for a bool, as many words as a tuple has, otherwise one word."""
-    kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    length = next((get_args(a) for a in alternatives if get_origin(a) is tuple), None)
-    words = None if length is None else "*" if length[-1] is Ellipsis else len(length)
-    if tyro.conf.Positional in marks:
-        return [parser.add_argument(name, action=_Once, nargs=words or "?")]
-    flag = name.replace("_", "-")
-    if kind is bool:
-        both = {f"--{flag}": True, f"--no-{flag}": False}
-        return [parser.add_argument(f, dest=name, action=_Once, nargs=0, const=value) for f, value in both.items()]
-    return [parser.add_argument(f"--{flag}", action=_Once, nargs=words)]
+def _add_arguments(parser: _Parser, config: Any) -> Iterator[argparse.Action]:
+    """The flags of all fields, nested ones too: --x and --no-x for a bool, as many words as a tuple has, or one word."""
+    for name, hint in setting_types(config).items():
+        flag, nested = name.replace("_", "-"), getattr(config, name)
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        length = next((get_args(a) for a in alternatives if get_origin(a) is tuple), None)
+        words = None if length is None else "*" if length[-1] is Ellipsis else len(length)
+        if is_dataclass(nested):
+            yield from _add_arguments(parser, nested)
+        elif tyro.conf.Positional in marks:
+            yield parser.add_argument(name, action=_Once, nargs=words or "?")
+        elif kind is bool:
+            yield parser.add_argument(f"--{flag}", dest=name, action=_Once, nargs=0, const=True)
+            yield parser.add_argument(f"--no-{flag}", dest=name, action=_Once, nargs=0, const=False)
+        else:
+            yield parser.add_argument(f"--{flag}", action=_Once, nargs=words)
 
 
 def _print_help(

@@ -85,16 +85,13 @@ class ClipSettings:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """How a trained model is fed: how films are read for it, and how many frames it is given."""
+    """How a trained model is fed: context_frames = K, the given frames; eval_frames, predicted where nobody asks for
+    another number; the TV-L1 preset of the given frames' flow; and how films are read for it."""
 
     context_frames: int
-    """K, the given frames."""
     eval_frames: int
-    """Frames predicted where nobody asks for another number."""
     flow_preset: str
-    """TV-L1 preset of the given frames' flow."""
     clips: ClipSettings
-    """Rate, size, channels and spectrogram."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> InputSpec:

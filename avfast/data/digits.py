@@ -120,39 +120,44 @@ class _Pens(NamedTuple):
 
 @cache
 def _pens() -> _Pens:
-    labels, controls, segments = [], [], []
-
-    def end(stroke: list[int], span: int, t: float) -> tuple[list[int], list[float]]:
-        closed = stroke[0] == stroke[-1]
-        last = len(stroke) - 1
-        before = stroke[last - 1] if closed and span == 0 else stroke[max(span - 1, 0)]
-        after = stroke[1] if closed and span == last - 1 else stroke[min(span + 2, last)]
-        # uniform Catmull-Rom spline
-        weights = [
-            0.5 * (-t + 2.0 * t * t - t * t * t),
-            0.5 * (2.0 - 5.0 * t * t + 3.0 * t * t * t),
-            0.5 * (t + 4.0 * t * t - 3.0 * t * t * t),
-            0.5 * (t * t * t - t * t),
-        ]
-        return [before, stroke[span], stroke[span + 1], after], weights
-
-    steps = [(k / _SPAN_SEGMENTS, (k + 1) / _SPAN_SEGMENTS) for k in range(_SPAN_SEGMENTS)]
+    steps = [[_catmull_rom(k / _SPAN_SEGMENTS), _catmull_rom((k + 1) / _SPAN_SEGMENTS)] for k in range(_SPAN_SEGMENTS)]
+    labels, controls, points, basis = [], [], [], []
     for line in _SHAPES.strip().splitlines():
-        label, points, strokes = line.split(" | ")
-        spans = [(list(map(int, stroke)), span) for stroke in strokes.split() for span in range(len(stroke) - 1)]
-        segments.append([[end(stroke, span, t) for t in step] for stroke, span in spans for step in steps])
-        places = [[int(xy) / 100 for xy in point.split(",")] for point in points.split()]
-        controls.append(places + [[0.0, 0.0]] * (_POINT_WORDS - len(places)))
+        label, places, strokes = line.split(" | ")
         labels.append(int(label))
-    longest = max(map(len, segments))
-    # a shape with fewer segments dwells on its last point, which adds neither ink nor length
-    segments = [shape + [[shape[-1][1]] * 2] * (longest - len(shape)) for shape in segments]
+        xy = [[int(number) / 100 for number in place.split(",")] for place in places.split()]
+        controls.append(xy + [[0.0, 0.0]] * (_POINT_WORDS - len(xy)))
+        spans = []
+        for stroke in strokes.split():
+            path = [int(index) for index in stroke]
+            closed = path[0] == path[-1]
+            path = [path[-2 if closed else 0], *path, path[1 if closed else -1]]
+            spans += [path[i : i + 4] for i in range(len(path) - 3)]
+        points.append([[span, span] for span in spans for _ in steps])
+        basis.append([step for _ in spans for step in steps])
+    longest = max(map(len, points))
+    for of_points, of_basis in zip(points, basis, strict=True):
+        # a shape with fewer segments dwells on its last point, which adds neither ink nor length
+        missing = longest - len(of_points)
+        of_points += of_points[-1:] * missing
+        of_basis += [of_basis[-1][1:] * 2] * missing
     return _Pens(
         np.array([(labels.index(digit), len(labels) - 1 - labels[::-1].index(digit)) for digit in range(10)]),
         np.array(controls, np.float32),
-        np.array([[[point[0] for point in ends] for ends in shape] for shape in segments]),
-        np.array([[[point[1] for point in ends] for ends in shape] for shape in segments], np.float32),
+        np.array(points),
+        np.array(basis, np.float32),
     )
+
+
+def _catmull_rom(t: float) -> list[float]:
+    """The weights of a span's four points, two before and two after it, where t of the span lies behind: a uniform
+    Catmull-Rom spline."""
+    return [
+        0.5 * (-t + 2.0 * t * t - t * t * t),
+        0.5 * (2.0 - 5.0 * t * t + 3.0 * t * t * t),
+        0.5 * (t + 4.0 * t * t - 3.0 * t * t * t),
+        0.5 * (t * t * t - t * t),
+    ]
 
 
 def draw_digits(seed: int, stream: int, first: int, count: int) -> Digits:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from typing import Any
 
 from avfast.files.result_folder import ResultFolder
@@ -49,12 +50,9 @@ class ItemRun:
 
     def items(self) -> Iterator[Item]:
         """The items for the thread that asks, each for one thread only, until none is left or the run stops."""
-        while not self._stop.is_set():
-            try:
-                item = self._waiting.popleft()
-            except IndexError:
-                return
-            yield item
+        with suppress(IndexError):
+            while not self._stop.is_set():
+                yield self._waiting.popleft()
 
     def claim(self, result: ResultFolder) -> bool:
         """Claim the folder of an item. Where another run holds it, count the item as elsewhere and return False."""

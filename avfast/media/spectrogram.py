@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SpectrogramConfig:
     """How the sound of one frame becomes an image of F = n_fft // 2 + 1 rows and S = 1 + samples_per_frame // hop
-    columns.
+    columns. n_fft (the Hann window and the transform) and hop (from column to column) are in samples. `scale` is the
+    magnitude that becomes 1, for a waveform in [-1, 1]; larger ones are clamped, n_fft / 2 is never exceeded.
 
     Multimodal MovingMNIST is 4400 Hz, 440 samples a frame, n_fft 44, hop 22: 23 x 21. Video at 30 frames a second with
     sound at 22050 Hz is 735 samples a frame, n_fft 88, hop 44: 45 x 17.
@@ -21,16 +22,10 @@ class SpectrogramConfig:
     """
 
     sample_rate: int
-    """Samples per second."""
     samples_per_frame: int
-    """Samples that belong to one video frame."""
     n_fft: int
-    """Length of the Hann window and of the transform, in samples."""
     hop: int
-    """Samples between columns."""
     scale: float
-    """The magnitude that becomes 1, for a waveform in [-1, 1]; larger magnitudes are clamped. n_fft / 2, the sum of the
-    Hann window, is never exceeded."""
 
     def __post_init__(self) -> None:
         for name in ("sample_rate", "samples_per_frame", "n_fft", "hop", "scale"):

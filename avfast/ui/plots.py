@@ -92,7 +92,7 @@ def save_strip(
     predicted one), and the colour wheel below them states it. The sound has low frequencies at the bottom and 60 dB
     from black to the loudest value. ValueError: shapes that do not fit, a frame number outside 1..T.
     """
-    images, predictions = _image_pair(true, predicted, context_frames)
+    images, predictions = _pair(_images("true", true), _images("predicted", predicted), context_frames)
     total = context_frames + len(predictions)
     rows: list[tuple[str, Pixels]] = [("true", images), ("predicted", predictions)]
     flows = {"true flow": (true_flow, len(images)), "predicted flow": (predicted_flow, len(predictions))}
@@ -139,7 +139,8 @@ def save_gif(
         true, predicted = true[None], predicted[None]
     if true.ndim != 5 or len(true) != len(predicted) or not len(true):
         raise ValueError(f"true has shape {true.shape}, predicted {predicted.shape}, expected N clips each")
-    pairs = [_image_pair(*clips, context_frames) for clips in zip(true, predicted, strict=True)]
+    clips = zip(true, predicted, strict=True)
+    pairs = [_pair(_images("true", t), _images("predicted", p), context_frames) for t, p in clips]
     pictures = list(_side_by_side(pairs, context_frames, STRIP_SIDE))
     # GIF counts in hundredths of a second: each frame is rounded, the mean is right
     ends = [round(100 * (i + 1) / frames_per_second) for i in range(len(pictures))]
@@ -151,17 +152,16 @@ def save_gif(
 def film_frames(true: ArrayLike, predicted: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
     """The pictures of `save_gif` for one clip, larger, one after the other: (height,width,3) uint8 for a film.
     ValueError: shapes that do not fit."""
-    pairs = [_image_pair(true, predicted, context_frames)]
-    return map(np.asarray, _side_by_side(pairs, context_frames, FILM_SIDE))
+    pair = _pair(_images("true", true), _images("predicted", predicted), context_frames)
+    return map(np.asarray, _side_by_side([pair], context_frames, FILM_SIDE))
 
 
 def flow_film_frames(true_flow: ArrayLike, predicted_flow: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
     """The pictures of `film_frames` for flow, true_flow (T',2,H,W) and predicted_flow (P,2,H,W), with the colour wheel
     below. The largest true magnitude is fully saturated, as in `save_strip`."""
     scale = _max_flow(true_flow)
-    true, predicted = (flow_to_rgb(flow, scale) for flow in (true_flow, predicted_flow))
-    _check_lengths(true, predicted, context_frames)
-    return map(np.asarray, _side_by_side([(true, predicted)], context_frames, FILM_SIDE, scale))
+    pair = _pair(flow_to_rgb(true_flow, scale), flow_to_rgb(predicted_flow, scale), context_frames)
+    return map(np.asarray, _side_by_side([pair], context_frames, FILM_SIDE, scale))
 
 
 class ContactRow(NamedTuple):
@@ -269,19 +269,15 @@ def _images(name: str, frames: ArrayLike) -> Pixels:
     return np.repeat(pixels, 3 // frames.shape[1], axis=1).transpose(0, 2, 3, 1)
 
 
-def _image_pair(true: ArrayLike, predicted: ArrayLike, context_frames: int) -> tuple[Pixels, Pixels]:
-    images, predictions = _images("true", true), _images("predicted", predicted)
-    _check_lengths(images, predictions, context_frames)
-    return images, predictions
-
-
-def _check_lengths(true: Pixels, predicted: Pixels, context_frames: int) -> None:
+def _pair(true: Pixels, predicted: Pixels, context_frames: int) -> tuple[Pixels, Pixels]:
+    """The two clips. Raises ValueError where their sizes or lengths do not fit."""
     total = context_frames + len(predicted)
     if predicted.shape[1:] != true.shape[1:] or not context_frames <= len(true) <= total:
         raise ValueError(
             f"true has {len(true)} frames of {true.shape[1:3]}, predicted {len(predicted)} of {predicted.shape[1:3]}, "
             f"expected one size and {context_frames} to {total} true frames: context_frames is {context_frames}"
         )
+    return true, predicted
 
 
 def _check_shape(name: str, array: ArrayLike, shape: tuple[int, ...]) -> None:
