@@ -150,7 +150,7 @@ def _with_words(config: Any, given: Mapping[str, tuple[str | None, Any]]) -> Any
 
 
 def _add_arguments(parser: _Parser, config: Any) -> Iterator[argparse.Action]:
-    """The flags of all fields, nested ones too: --x and --no-x for a bool, as many words as a tuple has, or one word."""
+    """The flags of all fields, nested too: --x and --no-x for a bool, as many words as a tuple has, or one word."""
     for name, hint in setting_types(config).items():
         flag, nested = name.replace("_", "-"), getattr(config, name)
         kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
