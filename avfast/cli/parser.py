@@ -46,10 +46,8 @@ def parse(
     Each field is a flag; fields of nested settings carry no prefix. Which settings a field holds is read from the
     default instance, not from the annotation. With `default` neither preset nor files are read, only flags.
 
-    choices: {flag: {field: {name: settings class}}}. With {"dataset": {"data": {"circles": Circles}}} the flag
-    `--dataset NAME` chooses the class whose settings stand in the field `data`, and a YAML table `data` may hold
-    `name: NAME`, which does the same. A flag may choose for several fields.
-
+    With choices {"dataset": {"data": {"circles": Circles}}} the flag `--dataset NAME` chooses the class whose settings
+    stand in the field `data`, as `name: NAME` in a YAML table `data` does. A flag may choose for several fields.
     `--print-config` prints the result as YAML, `--help` every flag; both raise SystemExit(0). Raises InputError (one
     line) for an unknown flag, with the nearest known one, a bad value, or a flag given twice.
     """

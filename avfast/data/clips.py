@@ -1,14 +1,13 @@
 """Clips out of videos with sound: frames at a steady rate, and to each frame the sound that begins with it.
 
-Time is the file's own clock throughout. Frame j of a clip that starts `start` seconds after the film's first frame
-stands for the time first + start + j / fps and is the film's frame nearest to it, by timestamps. fps is that of the
-settings, or the film's own mean rate where that is lower: a film of 24 frames a second stretched to 30 would teach a
-stutter.
+Frame j of a clip that starts `start` seconds after the film's first frame is the film's frame nearest to the time
+first + start + j / fps, by timestamps. fps is that of the settings, or the film's own mean rate where that is lower: a
+film of 24 frames a second stretched to 30 would teach a stutter.
 
-The sound of a frame is the `samples_per_frame` samples that begin at the frame's own time, rounded to whole samples
-frame by frame, so that no drift builds up where a frame is not a whole number of samples long. `samples_per_frame` is
-round(sample_rate / fps) of the settings, for slower films too: every film gives spectrograms of one shape, and of a
-slower one the sound between two windows goes unheard (at 24 frames a second and settings of 30, a fifth).
+The sound of a frame is the `samples_per_frame` samples that begin at the frame's time, rounded to whole samples frame
+by frame, so that no drift builds up. `samples_per_frame` is round(sample_rate / fps) of the settings, for slower films
+too: every film gives spectrograms of one shape. Of a slower film the sound between two windows is left out (at 24
+frames a second and settings of 30, a fifth).
 """
 
 from __future__ import annotations
@@ -123,9 +122,9 @@ def read_clip(path: str | Path, settings: ClipSettings, *, start: float = 0.0, f
 def iter_clips(
     path: str | Path, settings: ClipSettings, *, frames: int, start: float = 0.0
 ) -> Generator[VideoClip, None, None]:
-    """Consecutive clips of `frames` frames, from `start` seconds after the film's first frame on, without overlap; what
-    is left at the end and does not fill a clip, or has no sound, is left out. Holds one clip, whatever the film's
-    length. Raises InputError, while it is iterated, for a file that cannot be read to its end or has no sound track."""
+    """Consecutive clips of `frames` frames, from `start` seconds after the film's first frame on. What does not fill a
+    clip at the end, or has no sound, is left out. Holds one clip at a time. Raises InputError, while it is iterated,
+    for a file that cannot be read to its end or has no sound track."""
     settings.check()
     if frames < 1 or not start >= 0:
         raise ValueError(f"frames is {frames} and start {start}: expected at least 1 frame and 0 seconds")

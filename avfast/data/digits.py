@@ -62,11 +62,8 @@ def read_idx(path: str | Path) -> np.ndarray:
 
 def load_digits(folder: str | Path, split: Split) -> Digits:
     """The digits of one split: the first 11/12 of MNIST's training file (55,000) for train, the rest (5,000) for val,
-    the test file (10,000) for test.
-
-    folder holds `train-images-idx3-ubyte` and its three companions, each also accepted with `.gz` or as `...idx3-...`
-    written with a dot. Raises InputError for a file that is missing, damaged, or of another kind.
-    """
+    the test file (10,000) for test. folder holds MNIST's four files, each also accepted with `.gz` or with a dot before
+    `idx`. Raises InputError for a file that is missing, damaged, or of another kind."""
     name = "t10k" if split == "test" else "train"
     images, labels = (_find_and_read(Path(folder), f"{name}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     if images.shape[1:] != (DIGIT_SIDE, DIGIT_SIDE) or labels.shape != images.shape[:1] or len(images) < 12:
@@ -161,12 +158,9 @@ def _catmull_rom(t: float) -> list[float]:
 
 
 def draw_digits(seed: int, stream: int, first: int, count: int) -> Digits:
-    """Drawings `first` .. `first + count` of a stream: handwriting-like digits in MNIST's format.
-
-    Each is a spline through a class's control points, with jitter of every point, slant, aspect and stroke width; as in
-    MNIST the ink fits a box of 20 pixels and its centre of mass is the image's centre. The class is uniform. Every
-    index of every (seed, stream) is another drawing.
-    """
+    """Drawings `first` .. `first + count` of a stream: handwriting-like digits in MNIST's format, of uniform class.
+    Each is a spline through a class's control points, with jitter of every point, slant, aspect and stroke width. As in
+    MNIST the ink fits a box of 20 pixels and its centre of mass is the image's centre."""
     # all is float32: a plain number takes the type of the array
     pens = _pens()
     words = philox_words(seed, stream, first, count, _STYLE_WORDS + _POINT_WORDS)

@@ -1,8 +1,7 @@
 """The second half of `avfast prepare`: the clips of all videos become one clip store per split, and the index.
 
-When index.json is there, the data set is finished (avfast.data.prepared shows the layout) and the folders of the videos
-go. The finished set does not depend on how often the work was interrupted, nor on how it was shared out. A video is in
-one split only, chosen by the hash of its name.
+When index.json is there, the data set is finished (avfast.data.prepared shows the layout). It does not depend on how
+often the work was interrupted, nor on how it was shared out. A video is in one split only.
 """
 
 from __future__ import annotations
@@ -51,12 +50,9 @@ def split_sources(names: list[str], val_share: float, test_share: float) -> dict
 def join_clips(
     out: Path, items: Sequence[Item], sources: dict[str, dict[str, Any]], settings: PreparationSettings
 ) -> None:
-    """Join the clips of all items into a store per split, and write the index; then the folders of the videos go.
-
-    sources: the content of every item's source.json, by its name. One run at a time does this, the others return at
-    once. Where one was killed, the next goes on with the stores that are there. Raises InputError where no video can be
-    used.
-    """
+    """Join the clips of all items into a store per split, and write the index; then the folders of the videos go. One
+    run at a time does this, the others return at once. sources: the content of every item's source.json, by its name.
+    Raises InputError where no video can be used."""
     lock = lock_folder(out)
     if lock is None:
         return

@@ -15,8 +15,7 @@ variants. Ten frames a second, 440 samples of sound each:
   offset of 32767, and overflows int16. `clean` is what the papers say: it falls with the distance, with no offset.
 - With `block` (canvas 64) a white square of side 32 appears at the first frame after frame 10 (counted from 0) that has
   room for it. It keeps out the digits' top-left corners, so a digit can pass behind it; where it can, it appears
-  clear of all four corners of every digit. Its corner is at least 12 px from the canvas's, which leaves room to
-  bounce.
+  clear of all four corners of every digit. Its corner is at least 12 px from the canvas's: room to bounce.
 
 The same seed gives the same bytes on any machine: random bits are raw Philox words, sines come from integer tables, and
 floating point is confined to IEEE-exact operations.
@@ -112,12 +111,8 @@ class MMNISTConfig(DataSettings):
             raise InputError(f"batch-size is {batch_size}, more than the {self.train_clips} training clips")
 
     def load(self, split: Split, *, cache: str, flow_preset: str, quiet: bool = False) -> ClipStore:
-        """One split with spectrograms and backward TV-L1 flow, from the cache or built into it.
-
-        The folder is `<cache>/mmnist-<split>-<hash>`, the hash of exactly those parameters that change this split's
-        data (digit files by content). Raises InputError for bad settings or digit files, a damaged folder in the cache,
-        a full disk or an unwritable cache.
-        """
+        """One split with spectrograms and backward TV-L1 flow, from the cache or built into it. Raises InputError for
+        bad settings or digit files, a damaged folder in the cache, a full disk or an unwritable cache."""
         source = MovingMNIST(self, split)
         folder, parameters = generated_folder(cache, source.parameters(), flow_preset)
         if folder.exists():

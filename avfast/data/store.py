@@ -57,8 +57,7 @@ class ClipStore:
     """N clips of T frames: `frames` (N, T, C, H, W) uint8, `audio` (N, T, 1, F, S) float32, `flow` (N, T, 2, H, W)
     float16 (backward TV-L1, pixels) and `waveform` (N, T * samples) int16, memory-mapped, with the `parameters` that
     made them. What is not stored is None: a spectrogram comes from the waveform then, flow from the frames, with the
-    parameters `spectrogram` (those of SpectrogramConfig) and `flow` (`preset`).
-    """
+    parameters `spectrogram` (those of SpectrogramConfig) and `flow` (`preset`)."""
 
     def __init__(self, folder: Path, arrays: dict[str, Any], parameters: dict[str, Any]) -> None:
         self.folder, self.parameters, self._arrays = folder, parameters, arrays
@@ -121,11 +120,8 @@ class ClipStore:
 
     def gather(self, clips: Indices, starts: Indices, length: int, *, waveform: bool = False) -> dict[str, Tensor]:
         """Windows of `length` frames by the names and in the types of the stored arrays: window i is clip clips[i] from
-        frame starts[i] (counted from 0). The waveform is among them where it is asked for, or stored in place of a
-        spectrogram.
-
-        Raises ValueError for different lengths, a window outside its clip, or a waveform that is not stored.
-        """
+        frame starts[i] (counted from 0). Raises ValueError for different lengths, a window outside its clip, or a
+        waveform that is not stored."""
         if len(clips) != len(starts) or not len(clips) or length < 1:
             raise ValueError(f"clips, starts, length: {len(clips)} clips, {len(starts)} starts, length={length}")
         for clip, start in zip(clips, starts, strict=True):
@@ -218,13 +214,10 @@ def generated_folder(cache: str | Path, parameters: dict[str, Any], flow_preset:
 def write_store(
     folder: str | Path, clips: int, chunks: Iterable[dict[str, np.ndarray]], parameters: dict[str, Any]
 ) -> ClipStore:
-    """Write chunks of clips, one after another, as a clip store and open it.
-
-    Each chunk holds the same arrays of `ClipStore`, all four or fewer, for some of the `clips` clips. The store appears
-    whole, by a rename; where another process was first, its store is used. Raises InputError, one line, for a full disk
-    or an unwritable folder, and ValueError for chunks that do not fit. Whatever is raised, the unfinished folder is
-    removed; what a killed process left is removed by the next build beside it on the same machine.
-    """
+    """Write chunks of clips, one after another, as a clip store and open it. Each chunk holds the same arrays of
+    `ClipStore` for some of the `clips` clips. The store appears whole, by a rename; where another process was first,
+    its store is used. Raises InputError, one line, for a full disk or an unwritable folder, and ValueError for chunks
+    that do not fit."""
     folder = Path(folder)
     try:
         sweep([folder])

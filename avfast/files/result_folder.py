@@ -1,16 +1,15 @@
 """Folders of results that appear whole: written under a hidden name, then renamed to the final one.
 
-The hidden folder lies beside the final one. Its writer locks it with flock, and the system frees that lock when the
-writer ends, however it ends. So a hidden folder whose lock is free was left by a killed run, and `sweep` removes it.
+The hidden folder lies beside the final one. Its writer locks it with flock, and the system frees the lock when the
+writer ends, however it ends: a hidden folder whose lock is free was left by a killed run, and `sweep` removes it.
 
 Publishing is one rename. Where a folder has the final name already, the two exchange their names in one step (Linux's
-renameat2 with RENAME_EXCHANGE): at every moment the final name leads to the old or to the new result, each whole. A
-file system that cannot exchange names, such as NFS, needs two renames. A run that is killed between them leaves the old
-result within a hidden folder, and `sweep` gives it its name back.
+renameat2): the final name always leads to the old or to the new result, each whole. A file system that cannot exchange
+names, such as NFS, needs two renames; a run that is killed between them leaves the old result within a hidden folder,
+and `sweep` gives it its name back.
 
-Some file systems of clusters have no flock, or let it count within one machine only (NFS). There the runs of several
-machines do not see each other's locks, so they must not share a folder of `ResultFolder`s. Those of `hidden_folder` may
-lie side by side everywhere: their names hold the machine's, and no other machine removes them.
+Where the file system has no flock, or one that counts within one machine only (NFS), the runs of several machines must
+not share a folder of `ResultFolder`s. `hidden_folder` is safe there too: its names hold the machine's.
 """
 
 from __future__ import annotations
@@ -35,13 +34,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class ResultFolder:
-    """A folder of results that one run at a time writes, instead of what has its name.
-
-    result = ResultFolder(out / "film")
-    if result.claim():
-        with result.writing() as folder:
-            ...
-    """
+    """A folder of results that one run at a time writes, instead of what has its name: `claim()`, then `with
+    result.writing() as folder`."""
 
     def __init__(self, final: Path) -> None:
         self.final = final

@@ -41,14 +41,10 @@ def read_images(
     size: tuple[int, int] | None = None,
     grey: bool = False,
 ) -> Iterator[Frame]:
-    """Image files in the given order as the frames of one film without times.
-
-    short_side, size and grey are those of `avfast.media.video.read_video`. Images are turned upright as their EXIF
-    orientation says, alpha is dropped, 16-bit images become their upper 8 bits.
-
-    Raises InputError, during iteration, for a file that is no image or is truncated, and for an image of another size
-    than the first, unless `size` is given.
-    """
+    """Image files in the given order as the frames of one film without times; short_side, size and grey are those of
+    `avfast.media.video.read_video`. Images are turned upright as their EXIF orientation says, alpha is dropped, 16-bit
+    images become their upper 8 bits. Raises InputError, during iteration, for a file that is no image or is truncated,
+    and for an image of another size than the first, unless `size` is given."""
     resizer = FrameResizer(short_side, size, grey=grey)
     for number, path in enumerate(paths):
         yield Frame(resizer(_read_image(path), str(path)), number, None)

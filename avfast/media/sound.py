@@ -2,8 +2,7 @@
 
 Sample n of a track at `rate` samples a second belongs to the time n / rate on the file's own clock, which is also the
 clock of the frames of `avfast.media.video`; it need not begin at 0. Timestamps decide where sound lies: a gap becomes
-silence, of an overlap only the first copy is used, an encoder's priming samples are dropped. Reading holds a handful of
-blocks, whatever the length of the track.
+silence, of an overlap only the first copy is used, an encoder's priming samples are dropped.
 """
 
 from __future__ import annotations

@@ -29,12 +29,9 @@ def video_writer(
     """Write an mp4 file (H.264): the block gets a function `write(image, time)` and calls it once per frame.
 
     image: (H,W,3) RGB uint8, all of one size; an odd side gets its last row or column twice, because players want even
-    ones. time: seconds, increasing. fps: the rate that the file states, and how long the last frame stays; the times
-    decide when every other frame is shown. sound: mono samples (N,) int16 and their rate, the first at time 0; all of
-    them become an AAC track.
-
-    The file appears under its name when the block ends without an error. Raises InputError if no frame was written,
-    OSError if the file cannot be written.
+    ones. time: seconds, increasing. fps: the rate that the file states, and how long the last frame stays. sound: mono
+    samples (N,) int16, which become an AAC track, and their rate; the first is at time 0. The file appears when the
+    block ends without an error. Raises InputError if no frame was written, OSError if the file cannot be written.
     """
     with replacing(path) as temporary, av.open(f"file:{temporary}", "w", format="mp4") as container:
         stream: Any = None

@@ -90,8 +90,7 @@ def save_strip(
     and `frames` chooses some of them; `first_frame` is the number printed over the first. Small frames are enlarged
     with nearest neighbour. The flow rows share one scale, the largest true magnitude (without true flow the largest
     predicted one), and the colour wheel below them states it. The sound has low frequencies at the bottom and 60 dB
-    from black to the loudest value. ValueError: shapes that do not fit, a frame number outside 1..T.
-    """
+    from black to the loudest value. ValueError: shapes that do not fit, a frame number outside 1..T."""
     images, predictions = _pair(_images("true", true), _images("predicted", predicted), context_frames)
     total = context_frames + len(predictions)
     rows: list[tuple[str, Pixels]] = [("true", images), ("predicted", predictions)]
