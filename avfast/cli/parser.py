@@ -56,9 +56,9 @@ def parse(
     # these are read first: they decide which other flags there are
     first = _Parser(prog)
     actions = [
-        first.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS),
+        first.add_argument("-h", "--help", action="store_true"),
         first.add_argument("--print-config", action=_Once, nargs=0, const=True),
-        first.add_argument("--config", action="append", default=argparse.SUPPRESS),
+        first.add_argument("--config", action="append"),
     ]
     choosing = ["preset", *choices] if presets else [*choices]
     actions += [first.add_argument(f"--{flag}", action=_Once) for flag in choosing]
@@ -110,7 +110,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that takes no abbreviations, writes no help, and raises InputError."""
 
     def __init__(self, prog: str, parents: Sequence[argparse.ArgumentParser] = ()) -> None:
-        super().__init__(prog=prog, parents=list(parents), add_help=False, allow_abbrev=False)
+        super().__init__(prog, parents=parents, argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
@@ -119,9 +119,6 @@ class _Parser(argparse.ArgumentParser):
 class _Once(argparse.Action):
     """Store (flag, its words), without words (flag, const); refuse a flag that is given a second time. The flag of a
     positional argument is None."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(default=argparse.SUPPRESS, **options)
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None

@@ -158,22 +158,20 @@ def mmnist_spectrogram(tone: str) -> SpectrogramConfig:
 
 
 class Clips(NamedTuple):
-    """N clips of T frames with D digits. Positions are of top-left corners, x then y, in pixels of the canvas."""
+    """N clips of T frames with D digits. Positions are of top-left corners, x then y, in pixels of the canvas.
+
+    frames (N, T, 1, 48, 48) uint8, each divided by its own maximum; waveform (N, T * 440) int16; labels (N, D) uint8;
+    positions (N, T, D, 2) float64, drawn truncated towards zero; wall_bounces and block_bounces (N, T, D) bool: the
+    velocity changes between frames t and t + 1, and sounds in frame t; block (N, 3) int64: the block's x, y and first
+    frame, T where it never appears."""
 
     frames: np.ndarray
-    """(N, T, 1, 48, 48) uint8, each frame divided by its own maximum."""
     waveform: np.ndarray
-    """(N, T * 440) int16."""
     labels: np.ndarray
-    """(N, D) uint8."""
     positions: np.ndarray
-    """(N, T, D, 2) float64; drawn truncated towards zero."""
     wall_bounces: np.ndarray
-    """(N, T, D) bool: the velocity changes between frames t and t + 1, and sounds in frame t."""
     block_bounces: np.ndarray
-    """(N, T, D) bool, likewise."""
     block: np.ndarray
-    """(N, 3) int64: the block's x, y and first frame, T where it never appears."""
 
 
 class MovingMNIST:

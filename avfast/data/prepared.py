@@ -49,7 +49,7 @@ def open_split(folder: str | Path, split: Split) -> ClipStore:
     return ClipStore.open(folder / split)
 
 
-def verify_dataset(folder: str | Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
+def verify_dataset(folder: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
     """What is wrong with a prepared data set, a line each: files that are missing, of another size or content than the
     index says, or whose arrays do not fit. Raises InputError as `read_dataset_index` does."""
     folder = Path(folder)
@@ -66,8 +66,7 @@ def verify_dataset(folder: str | Path, progress: Callable[[int, int], None] | No
                 wrong.append(f"{path}: its content has changed (SHA-256)")
         except OSError as error:
             wrong.append(f"{path}: {error.strerror}")
-        if progress is not None:
-            progress(done, len(files))
+        progress(done, len(files))
     for split in SPLITS:
         said = index["splits"][split]["clips"]
         counted = sum(source["clips"] for source in index["sources"] if source["split"] == split)

@@ -34,8 +34,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class ResultFolder:
-    """A folder of results that one run at a time writes, instead of what has its name: `claim()`, then `with
-    result.writing() as folder`."""
+    """A folder of results that one run at a time writes, instead of what has its name: `claim`, then `writing`."""
 
     def __init__(self, final: Path) -> None:
         self.final = final

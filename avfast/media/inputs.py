@@ -31,14 +31,12 @@ FAILED = "failed.json"
 
 @dataclass(frozen=True)
 class Item:
-    """One film: a video file, or a folder of images."""
+    """One film: the path of a video, or of a folder of images with their file names, () for all images there. Its name
+    is the relative path of its results, parts joined by `/`."""
 
     name: str
-    """Relative path of its results, parts joined by `/`."""
     path: Path
-    """The video, or the folder of the images."""
     images: tuple[str, ...] | None = None
-    """File names within the folder, () for all images there; None for a video."""
 
     def files(self) -> list[Path]:
         """The video, or the images in their order: numbers within names count as numbers, so frame2 is before frame10.
@@ -127,11 +125,11 @@ def list_failures(unusable: dict[str, str], items: Sequence[Item], failed: dict[
 def write_failures(out: Path, failed: list[dict[str, str]], some_done: bool) -> None:
     """Write what `list_failures` gives to failed.json in `out`, or remove the file of an earlier run where nothing
     failed. Raises InputError with the first reason where nothing was done."""
-    if failed and out.is_dir():
+    if not failed:
+        (out / FAILED).unlink(missing_ok=True)
+    elif out.is_dir():
         with replacing(out / FAILED) as temporary:
             temporary.write_text(json.dumps(failed, indent=2) + "\n")
-    elif not failed:
-        (out / FAILED).unlink(missing_ok=True)
     if failed and not some_done:
         more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
         raise InputError(f"nothing could be done: {failed[0]['input']}: {failed[0]['reason']}{more}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from avfast.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,7 +20,7 @@ class SpectrogramConfig:
     Multimodal MovingMNIST is 4400 Hz, 440 samples a frame, n_fft 44, hop 22: 23 x 21. Video at 30 frames a second with
     sound at 22050 Hz is 735 samples a frame, n_fft 88, hop 44: 45 x 17.
 
-    Raises ValueError when a length is not positive or n_fft // 2 samples cannot be reflected at a frame's ends.
+    Raises InputError when a length is not positive or n_fft // 2 samples cannot be reflected at a frame's ends.
     """
 
     sample_rate: int
@@ -30,10 +32,10 @@ class SpectrogramConfig:
     def __post_init__(self) -> None:
         for name in ("sample_rate", "samples_per_frame", "n_fft", "hop", "scale"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
+                raise InputError(f"{name}={getattr(self, name)}: expected a positive number")
         if self.n_fft // 2 >= self.samples_per_frame:
             samples = f"the {self.samples_per_frame} of samples_per_frame"
-            raise ValueError(f"n_fft={self.n_fft}: reflecting n_fft // 2 samples wants more than {samples}")
+            raise InputError(f"n_fft={self.n_fft}: reflecting n_fft // 2 samples wants more than {samples}")
 
     @property
     def shape(self) -> tuple[int, int]:
