@@ -1,8 +1,6 @@
 """Settings dataclasses as command lines: every command is `parse(SomeConfig, ...)`, then a function of its result.
-
 argparse splits the command line into flags and their words, `files.settings.convert` turns words into values (so flags
-and YAML files take the same values and answer with the same messages), and tyro draws the page of --help.
-"""
+and YAML files take the same values and answer with the same messages), and tyro draws the page of --help."""
 
 from __future__ import annotations
 

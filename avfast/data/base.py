@@ -1,7 +1,5 @@
-"""What the harness asks of a data set: training, scoring and export know data sets through this class.
-
-A data set is one file in this folder, with a subclass of `DataSettings`, and one line in `registry`.
-"""
+"""What the harness asks of a data set: training, scoring and export know data sets through this class. A data set is
+one file in this folder, with a subclass of `DataSettings`, and one line in `registry`."""
 
 from __future__ import annotations
 

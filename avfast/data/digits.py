@@ -1,8 +1,6 @@
 """Digit images for Multimodal MovingMNIST: MNIST's idx files, or drawn handwriting-like strokes that need no file.
-
 Everything here is reproducible on any machine: random bits are raw Philox words, and floating point is confined to
-IEEE-exact operations (+ - * / sqrt, elementwise or in a fixed order).
-"""
+IEEE-exact operations (+ - * / sqrt, elementwise or in a fixed order)."""
 
 from __future__ import annotations
 

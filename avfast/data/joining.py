@@ -1,8 +1,6 @@
-"""The second half of `avfast prepare`: the clips of all videos become one clip store per split, and the index.
-
-When index.json is there, the data set is finished (avfast.data.prepared shows the layout). It does not depend on how
-often the work was interrupted, nor on how it was shared out. A video is in one split only.
-"""
+"""The second half of `avfast prepare`: the clips of all videos become one clip store per split, and the index. When
+index.json is there, the data set is finished (avfast.data.prepared shows the layout). It does not depend on how often
+the work was interrupted, nor on how it was shared out. A video is in one split only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""What this machine is and what avfast uses on it: printed by `avfast env`, and `env.json` in every run folder.
-
-Nothing here raises: what cannot be found out is reported with the reason, and a missing package is part of the report.
-"""
+"""What this machine is and what avfast uses on it: printed by `avfast env`, and `env.json` in every run folder. Nothing
+here raises: what cannot be found out is reported with the reason, and a missing package is part of the report."""
 
 from __future__ import annotations
 

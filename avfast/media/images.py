@@ -1,7 +1,5 @@
-"""Images as arrays: image files as the frames of a film, and resizing.
-
-Shapes: H, W the height and width in pixels. Colour images are (H,W,3) RGB, grey ones (H,W), both uint8.
-"""
+"""Images as arrays: image files as the frames of a film, and resizing. Shapes: H, W the height and width in pixels.
+Colour images are (H,W,3) RGB, grey ones (H,W), both uint8."""
 
 from __future__ import annotations
 

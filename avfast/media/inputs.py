@@ -1,9 +1,6 @@
-"""The inputs of a command, that is videos, folders, lists and globs, as items with names of their own.
-
-An item is one film: a video file, or the images of one folder. Its name is a relative path under which its results are
-stored. A tree of inputs becomes the same tree of names. No two items have the same name, and no name is a folder above
-another one.
-"""
+"""The inputs of a command, that is videos, folders, lists and globs, as items with names of their own. An item is one
+film: a video file, or the images of one folder. Its name is a relative path under which its results are stored. A tree
+of inputs becomes the same tree of names. No two items have the same name, and no name is a folder above another one."""
 
 from __future__ import annotations
 

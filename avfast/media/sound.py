@@ -80,8 +80,7 @@ class SoundTrack:
             raise ValueError(f"first is {first}, the window before began at {self._last_window}: expected none earlier")
         self._last_window = first
         while self.end < first + count and self._read_block():
-            self._drop_before(first)
-        self._drop_before(first)
+            pass
         window = np.zeros(count, np.int16)
         for number, samples in self._buffer:
             low, high = max(first, number), min(first + count, number + len(samples))
@@ -95,15 +94,14 @@ class SoundTrack:
             pass
 
     def _read_block(self) -> bool:
+        """Read the next block and forget those before the last window; False at the end of the track."""
         block = next(self._blocks, None)
         if block is not None:
             self._buffer.append(block)
             self.end = block[0] + len(block[1])
+            while self._buffer and self._buffer[0][0] + len(self._buffer[0][1]) <= self._last_window:
+                self._buffer.popleft()
         return block is not None
-
-    def _drop_before(self, first: int) -> None:
-        while self._buffer and self._buffer[0][0] + len(self._buffer[0][1]) <= first:
-            self._buffer.popleft()
 
 
 def _read_blocks(path: str | Path, rate: int) -> Generator[tuple[int, Samples], None, None]:
