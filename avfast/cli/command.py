@@ -2,8 +2,7 @@
 
 0 done; 2 a mistake in what was asked, or a file that cannot be read or written (one line on stderr); 3 done except for
 some inputs, which are listed with the reason (flow, prepare, predict); 130 interrupted. Any other error is a bug in
-avfast and keeps its traceback. AVFAST_DEBUG=1 always shows the traceback.
-"""
+avfast and keeps its traceback. AVFAST_DEBUG=1 always shows the traceback."""
 
 from __future__ import annotations
 

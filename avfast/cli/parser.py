@@ -47,8 +47,7 @@ def parse(
     With choices {"dataset": {"data": {"circles": Circles}}} the flag `--dataset NAME` chooses the class whose settings
     stand in the field `data`, as `name: NAME` in a YAML table `data` does. A flag may choose for several fields.
     `--print-config` prints the result as YAML, `--help` every flag; both raise SystemExit(0). Raises InputError (one
-    line) for an unknown flag, with the nearest known one, a bad value, or a flag given twice.
-    """
+    line) for an unknown flag, with the nearest known one, a bad value, or a flag given twice."""
     argv = [_with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
     presets, choices = presets or {}, choices or {}
     # these are read first: they decide which other flags there are

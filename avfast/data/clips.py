@@ -7,8 +7,7 @@ film of 24 frames a second stretched to 30 would teach a stutter.
 The sound of a frame is the `samples_per_frame` samples that begin at the frame's time, rounded to whole samples frame
 by frame, so that no drift builds up. `samples_per_frame` is round(sample_rate / fps) of the settings, for slower films
 too: every film gives spectrograms of one shape. Of a slower film the sound between two windows is left out (at 24
-frames a second and settings of 30, a fifth).
-"""
+frames a second and settings of 30, a fifth)."""
 
 from __future__ import annotations
 

@@ -18,8 +18,7 @@ variants. Ten frames a second, 440 samples of sound each:
   clear of all four corners of every digit. Its corner is at least 12 px from the canvas's: room to bounce.
 
 The same seed gives the same bytes on any machine: random bits are raw Philox words, sines come from integer tables, and
-floating point is confined to IEEE-exact operations.
-"""
+floating point is confined to IEEE-exact operations."""
 
 from __future__ import annotations
 

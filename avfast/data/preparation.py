@@ -3,8 +3,7 @@
 That folder, sources/<name>/ below the data set, appears when it is complete, so no video is read twice. It holds the
 arrays of a clip store and source.json: what the video is, or why it cannot be used. Of the sound the waveform is kept,
 1470 bytes a frame. Its spectrogram, 3060, is computed with each batch, which takes 0.6 times as long as turning the
-frames into floats. The second half, avfast.data.joining, makes the data set of these folders.
-"""
+frames into floats. The second half, avfast.data.joining, makes the data set of these folders."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@
     DIR/{train,test}/mp4/<i>.mp4   DIR/{train,test}/stft_pickle/<i>.pickle        AudioSet-Drums, YouTube Painting
 
 A pickle holds one array (T,F,S), row t the magnitudes of frame t's sound in [0,1]. Frames of a GIF are divided by their
-own maximum each. The layouts are known from descriptions; no file of these sets was at hand.
-"""
+own maximum each. The layouts are known from descriptions; no file of these sets was at hand."""
 
 from __future__ import annotations
 

@@ -9,8 +9,7 @@ names, such as NFS, needs two renames; a run that is killed between them leaves 
 and `sweep` gives it its name back.
 
 Where the file system has no flock, or one that counts within one machine only (NFS), the runs of several machines must
-not share a folder of `ResultFolder`s. `hidden_folder` is safe there too: its names hold the machine's.
-"""
+not share a folder of `ResultFolder`s. `hidden_folder` is safe there too: its names hold the machine's."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 Sample n of a track at `rate` samples a second belongs to the time n / rate on the file's own clock, which is also the
 clock of the frames of `avfast.media.video`; it need not begin at 0. Timestamps decide where sound lies: a gap becomes
-silence, of an overlap only the first copy is used, an encoder's priming samples are dropped.
-"""
+silence, of an overlap only the first copy is used, an encoder's priming samples are dropped."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ def read_sound(path: str | Path, rate: int, *, start: float | None = None, secon
     clock (by default the track's first). Times outside the track are silence.
 
     Mono (FFmpeg's mix, normalised so that it cannot clip), int16, resampled to `rate` by FFmpeg.
-    Raises InputError for a file that cannot be opened, has no sound track, or is damaged.
-    """
+    Raises InputError for a file that cannot be opened, has no sound track, or is damaged."""
     with SoundTrack(path, rate) as track:
         first = track.start if start is None else round(start * rate)
         if seconds is None:

@@ -20,8 +20,7 @@ class SpectrogramConfig:
     Multimodal MovingMNIST is 4400 Hz, 440 samples a frame, n_fft 44, hop 22: 23 x 21. Video at 30 frames a second with
     sound at 22050 Hz is 735 samples a frame, n_fft 88, hop 44: 45 x 17.
 
-    Raises InputError when a length is not positive or n_fft // 2 samples cannot be reflected at a frame's ends.
-    """
+    Raises InputError when a length is not positive or n_fft // 2 samples cannot be reflected at a frame's ends."""
 
     sample_rate: int
     samples_per_frame: int
@@ -57,8 +56,7 @@ def spectrogram(waveform: Tensor, config: SpectrogramConfig) -> Tensor:
     Returns (..., T, 1, F, S) float32 on the waveform's device: abs(STFT) / scale clamped to 1, with a periodic Hann
     window, columns centred on multiples of `hop`, and each frame padded by reflection of its own samples.
 
-    Raises ValueError for another dtype or for a length that is not a positive multiple of samples_per_frame.
-    """
+    Raises ValueError for another dtype or for a length that is not a positive multiple of samples_per_frame."""
     # here: SpectrogramConfig serves avfast.runtime too, which works without PyTorch
     import torch
 

@@ -2,8 +2,7 @@
 
 Shapes: H, W the height and width of a frame in its stored pixels (non-square ones are not stretched). Colour frames are
 (H,W,3) RGB, grey ones (H,W), both uint8. Times are seconds on the file's own clock, which need not start at 0, and
-always increase. Reading holds a handful of frames, whatever the length of the film, and never touches the network.
-"""
+always increase. Reading holds a handful of frames, whatever the length of the film, and never touches the network."""
 
 from __future__ import annotations
 
@@ -70,8 +69,7 @@ def read_video(
     If timestamps are missing or run backwards, times continue from the last good one at the rate that the file states.
     Raises InputError, during iteration, for a file that cannot be opened, has no video stream or no frame, is damaged,
     ends well before the duration it states, changes its frame size (without `size`), or whose frames have no time
-    although fps is given.
-    """
+    although fps is given."""
     with open_stream(path, "video") as (container, stream):
         # more decoder threads give the same frames faster
         stream.thread_type = "AUTO"

@@ -31,8 +31,7 @@ def video_writer(
     image: (H,W,3) RGB uint8, all of one size; an odd side gets its last row or column twice, because players want even
     ones. time: seconds, increasing. fps: the rate that the file states, and how long the last frame stays. sound: mono
     samples (N,) int16, which become an AAC track, and their rate; the first is at time 0. The file appears when the
-    block ends without an error. Raises InputError if no frame was written, OSError if the file cannot be written.
-    """
+    block ends without an error. Raises InputError if no frame was written, OSError if the file cannot be written."""
     with replacing(path) as temporary, av.open(f"file:{temporary}", "w", format="mp4") as container:
         stream: Any = None
         track: _SoundTrack | None = None

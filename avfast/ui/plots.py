@@ -2,8 +2,7 @@
 
 Clips are tensors or arrays on the CPU: frames (T,C,H,W) in [0,1] with C = 1 or 3, flow (T,2,H,W) in pixels. Predictions
 (P,...) are the last P of the T frames; the true clip (T',...) may end before them. Given frames have a white border,
-predicted ones a red one, true future ones a grey one. Every file is written under a temporary name, then renamed.
-"""
+predicted ones a red one, true future ones a grey one. Every file is written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -45,8 +44,7 @@ def flow_to_rgb(flow: ArrayLike, max_flow: float | None = None) -> Pixels:
     pixels is fully saturated, a longer one is darkened by a quarter; by default max_flow is the largest magnitude in
     the whole array, one scale for all of its frames. A vector that is not finite is black. ValueError: another shape,
     max_flow <= 0. Source: Baker et al., "A Database and Evaluation Methodology for Optical Flow", IJCV 2011, with its
-    wheel as a continuous circle.
-    """
+    wheel as a continuous circle."""
     flow = np.asarray(flow, dtype=np.float64)
     if flow.ndim < 3 or flow.shape[-3] != 2:
         raise ValueError(f"flow has shape {flow.shape}, expected (..., 2, H, W)")
@@ -235,8 +233,7 @@ def save_metric_curves(
 
     results: {predictor: scores}, all of clips of the same length. Scores have `ssim`, `psnr` and `aepe`, lists of one
     value per predicted frame (`aepe` is None where there is no flow), as `avfast.scoring.metrics.MetricResult` has.
-    ValueError: no results.
-    """
+    ValueError: no results."""
     if not results:
         raise ValueError("results is empty, expected at least one predictor")
     panels: list[tuple[str, dict[str, list[float]]]] = [
