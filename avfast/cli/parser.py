@@ -14,17 +14,8 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 import tyro
 
 from avfast.errors import InputError
-from avfast.files.settings import (
-    Choices,
-    Config,
-    check_name,
-    choose,
-    convert,
-    did_you_mean,
-    load_config,
-    setting_types,
-    to_dict,
-)
+from avfast.files import settings
+from avfast.files.settings import Choices, Config
 
 FlagChoices = Mapping[str, Choices]
 """{flag: {field: {name: settings class}}}."""
@@ -65,10 +56,11 @@ def parse(
     if default is None:
         preset = names.get("preset", next(iter(presets), ""))
         if presets:
-            check_name(preset, presets, "preset")
+            settings.check_name(preset, presets, "preset")
         default = _with_chosen(presets[preset] if presets else kind(), names, choices)
+        of_fields = {field: classes for flag in choices.values() for field, classes in flag.items()}
         for path in known.get("config", []):
-            default = load_config(path, default, {k: v for fields in choices.values() for k, v in fields.items()})
+            default = settings.load_config(path, default, of_fields)
     # again, because a file may have chosen otherwise: flags win
     default = _with_chosen(default, names, choices)
     if "help" in known:
@@ -80,12 +72,12 @@ def parse(
     if unknown:
         word = unknown[0].partition("=")[0]
         flags = [flag for action in actions for flag in action.option_strings]
-        raise InputError(f"unknown argument {word!r}{did_you_mean(word, flags)}")
+        raise InputError(f"unknown argument {word!r}{settings.did_you_mean(word, flags)}")
     config = _with_words(default, vars(namespace))
     if "print_config" in namespace:
         import yaml
 
-        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        print(yaml.safe_dump(settings.to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
 
@@ -93,7 +85,7 @@ def parse(
 def _with_chosen(config: Any, names: Mapping[str, str], choices: FlagChoices) -> Any:
     for flag in choices.keys() & names.keys():
         for field, classes in choices[flag].items():
-            config = replace(config, **{field: choose(getattr(config, field), names[flag], classes, flag)})
+            config = replace(config, **{field: settings.choose(getattr(config, field), names[flag], classes, flag)})
     return config
 
 
@@ -131,19 +123,19 @@ class _Once(argparse.Action):
 def _with_words(config: Any, given: Mapping[str, tuple[str | None, Any]]) -> Any:
     """The config with what stands on the command line, (flag, its words) by field name, in nested settings too."""
     changes = {}
-    for name, hint in setting_types(config).items():
+    for name, hint in settings.setting_types(config).items():
         current = getattr(config, name)
         if is_dataclass(current):
             changes[name] = _with_words(current, given)
         elif name in given:
             flag, words = given[name]
-            changes[name] = convert(hint, words, flag or name)
+            changes[name] = settings.convert(hint, words, flag or name)
     return replace(config, **changes)
 
 
 def _add_arguments(parser: _Parser, config: Any) -> Iterator[argparse.Action]:
     """The flags of all fields, nested too: --x and --no-x for a bool, as many words as a tuple has, or one word."""
-    for name, hint in setting_types(config).items():
+    for name, hint in settings.setting_types(config).items():
         flag, nested = name.replace("_", "-"), getattr(config, name)
         kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)

@@ -314,15 +314,14 @@ def _framed(pixels: Pixels, height: int, width: int, colour: tuple[int, int, int
 
 def _canvas(width: int, height: int, flow_scale: float | None = None) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """An empty picture and what draws on it; with a flow scale the colour wheel and its meaning stand below."""
-    if flow_scale is None:
-        canvas = Image.new("RGB", (width, height), BACKGROUND)
-        return canvas, ImageDraw.Draw(canvas)
-    canvas = Image.new("RGB", (max(width, LEGEND_WIDTH), height + LEGEND), BACKGROUND)
+    size = (width, height) if flow_scale is None else (max(width, LEGEND_WIDTH), height + LEGEND)
+    canvas = Image.new("RGB", size, BACKGROUND)
     draw, diameter = ImageDraw.Draw(canvas), LEGEND - 2 * GAP
-    canvas.paste(Image.fromarray(colour_wheel(diameter)), (GAP, height + GAP))
-    text = f"flow: the hue points to where a pixel\ncomes from, full colour {flow_scale:.2g} px"
-    middle = (3 * GAP + diameter, height + LEGEND // 2)
-    draw.text(middle, text, TEXT, ImageFont.load_default(TEXT_SIZE), anchor="lm")
+    if flow_scale is not None:
+        canvas.paste(Image.fromarray(colour_wheel(diameter)), (GAP, height + GAP))
+        text = f"flow: the hue points to where a pixel\ncomes from, full colour {flow_scale:.2g} px"
+        middle = (3 * GAP + diameter, height + LEGEND // 2)
+        draw.text(middle, text, TEXT, ImageFont.load_default(TEXT_SIZE), anchor="lm")
     return canvas, draw
 
 
