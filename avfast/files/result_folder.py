@@ -6,7 +6,7 @@ writer ends, however it ends: a hidden folder whose lock is free was left by a k
 Publishing is one rename. Where a folder has the final name already, the two exchange their names in one step (Linux's
 renameat2): the final name always leads to the old or to the new result, each whole. A file system that cannot exchange
 names, such as NFS, needs two renames; a run that is killed between them leaves the old result within a hidden folder,
-and `sweep` gives it its name back.
+and `sweep` on the same machine gives it its name back.
 
 Where the file system has no flock, or one that counts within one machine only (NFS), the runs of several machines must
 not share a folder of `ResultFolder`s. `hidden_folder` is safe there too: its names hold the machine's."""
