@@ -23,8 +23,8 @@ from avfast.cli.parser import parse
 from avfast.data.store import Batch, training_mean_image
 from avfast.errors import InputError
 from avfast.files.atomic import new_folder, replacing
-from avfast.machine.commit import commit
 from avfast.machine.device import choose_device
+from avfast.machine.environment import commit
 from avfast.models.base import Rollout
 from avfast.models.registry import load_model
 from avfast.report import refresh_report

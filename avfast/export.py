@@ -29,7 +29,7 @@ from torch.export import ExportedProgram
 
 from avfast import __version__, runtime
 from avfast.cli.parser import parse
-from avfast.data.input_spec import InputSpec
+from avfast.data.clips import InputSpec
 from avfast.deploy.graphs import Graph, TensorSpec, make_graphs, trace
 from avfast.deploy.onnx_session import METADATA, Session
 from avfast.errors import InputError
@@ -173,7 +173,7 @@ def _metadata(model: VideoModel, config: ExportConfig, spec: InputSpec | None, g
         "precision": config.precision,
         "hash": digest.hexdigest(),
         "graphs": graphs,
-        "usage": None if spec is None else spec.to_dict(),
+        "usage": None if spec is None else dataclasses.asdict(spec),
         "spectrogram": None if spec is None else dataclasses.asdict(spec.clips.spectrogram),
         "flow": dataclasses.asdict(PRESETS[TrainConfig().flow_preset if spec is None else spec.flow_preset]),
     }

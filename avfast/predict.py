@@ -33,18 +33,16 @@ import tyro
 from avfast import __version__, runtime
 from avfast.cli.command import print_failures
 from avfast.cli.parser import parse
-from avfast.data.clips import film_rate, planes, sound_windows
-from avfast.data.input_spec import InputSpec
+from avfast.data.clips import InputSpec, film_rate, planes, sound_windows
 from avfast.data.store import Batch
 from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder, publish, sweep
-from avfast.machine.commit import commit
 from avfast.machine.device import choose_device
+from avfast.machine.environment import commit
 from avfast.media.inputs import Item, find_items, write_failures
 from avfast.media.prefetch import prefetch
 from avfast.media.sound import Samples, SoundTrack, read_sound
 from avfast.media.spectrogram import spectrogram
-from avfast.media.video import read_video
 from avfast.media.video_writer import video_writer
 from avfast.models.base import Rollout
 from avfast.models.registry import load_model
@@ -212,8 +210,7 @@ class _Predictor:
     def _read(self, item: Item, sound: Path) -> _Clip:
         settings, condition, shift = self._settings, self._config.audio, self._config.shift
         fps = film_rate(item.path, settings)
-        film = read_video(item.path, fps=fps, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
-        frames = list(islice(film, self._total))
+        frames = list(islice(settings.read_video(item.path, fps), self._total))
         if len(frames) < self._k:
             found = f"{len(frames)} frames at {fps:g} a second"
             raise InputError(f"{item.path}: {found}, expected the {self._k} given ones at least")
@@ -231,8 +228,7 @@ class _Predictor:
         if condition == "shifted":
             waveform = np.roll(waveform, shift * settings.samples_per_frame)
             played = np.roll(played, round(shift / fps * _FILM_RATE))
-        images = planes([frame.image for frame in frames])
-        return _Clip(item, fps, start, images, waveform, None if condition == "silent" else sound, played)
+        return _Clip(item, fps, start, planes(frames), waveform, None if condition == "silent" else sound, played)
 
     def predict(self, clip: _Clip) -> dict[str, Any]:
         """Predict one video and write its folder; what prediction.json holds, and the folder."""

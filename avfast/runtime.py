@@ -24,7 +24,7 @@ from avfast.errors import InputError
 from avfast.media.spectrogram import SpectrogramConfig
 
 if TYPE_CHECKING:
-    from avfast.data.input_spec import InputSpec
+    from avfast.data.clips import InputSpec
 
 FORMAT = 1
 """Version of an exported folder. Raised whenever one written before could no longer be run."""
@@ -120,7 +120,7 @@ class Predictor:
         """How films are read for it and how many frames it is given. Raises InputError where the export does not say,
         being that of a checkpoint without its run folder."""
         # here: it needs av, which the runner itself does not
-        from avfast.data.input_spec import InputSpec
+        from avfast.data.clips import InputSpec
 
         if self.metadata["usage"] is None:
             raise InputError(f"{self.source} does not say how films are read for it: export it from its run folder")

@@ -62,7 +62,7 @@ def bench_windows(length: int, store: ClipStore, hdf5: Any, compare: Callable[..
 
     for key in keys:
         ours, theirs = store.gather(*key, length), from_hdf5(*key)
-        for a, b in zip((ours.frames, ours.flow, ours.waveform), theirs, strict=True):
+        for a, b in zip((ours["frames"], ours["flow"], ours["waveform"]), theirs, strict=True):
             assert torch.equal(a, b)
     size = sum(part.nbytes for part in theirs)
     cached = store.cached("ram")

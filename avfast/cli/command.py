@@ -2,8 +2,7 @@
 
 0 done; 2 a mistake in what was asked, or a file that cannot be read or written (one line on stderr); 3 done except for
 some inputs, which are listed with the reason (flow, prepare, predict); 130 interrupted. Any other error is a bug in
-avfast and keeps its traceback. AVFAST_DEBUG=1 always shows the traceback.
-"""
+avfast and keeps its traceback. AVFAST_DEBUG=1 always shows the traceback."""
 
 from __future__ import annotations
 
@@ -19,11 +18,8 @@ EXIT_SOME_FAILED = 3
 
 
 def run_command(command: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Call `command(argv)` (None: the process's own arguments) and turn its errors into an exit status.
-
-    Returns 0, or raises SystemExit with a status of the module's docstring. A command's module ends with
-    `if __name__ == "__main__": run_command(main)`.
-    """
+    """Call `command(argv)` (None: the process's own arguments) and return 0, or raise SystemExit with a status of the
+    module's docstring."""
     try:
         command(argv)
         # a closed pipe is noticed only when the buffer is written

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 
 from avfast import __version__
 from avfast.cli.command import run_command
+from avfast.files.settings import did_you_mean
 
 SUBCOMMANDS = {
     "train": "train both stages of the model, on the built-in data set or on prepared videos",
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments:
         print(_usage(), file=sys.stderr)
         raise SystemExit(2)
-    name, rest = arguments[0], arguments[1:]
+    name, *rest = arguments
     if name in ("-h", "--help"):
         print(_usage())
         return 0
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"avfast {__version__}")
         return 0
     if name not in SUBCOMMANDS:
-        print(f"avfast: error: unknown subcommand {name!r}, expected {_expected(name)}", file=sys.stderr)
+        expected = f"one of {', '.join(SUBCOMMANDS)}{did_you_mean(name, SUBCOMMANDS, 0.4)}"
+        print(f"avfast: error: unknown subcommand {name!r}, expected {expected}", file=sys.stderr)
         raise SystemExit(2)
     return run_command(importlib.import_module(f"avfast.{name}").main, rest)
 
@@ -47,9 +48,3 @@ def _usage() -> str:
         "usage: avfast SUBCOMMAND [ARGUMENT ...]   (the same as python -m avfast.SUBCOMMAND)\n\n"
         f"{table}\n\navfast SUBCOMMAND --help lists its arguments; avfast --version prints the version."
     )
-
-
-def _expected(name: str) -> str:
-    choices = f"one of {', '.join(SUBCOMMANDS)}"
-    near = difflib.get_close_matches(name, SUBCOMMANDS, n=1, cutoff=0.4)
-    return f"{choices} (did you mean {near[0]!r}?)" if near else choices

@@ -1,8 +1,6 @@
 """Settings dataclasses as command lines: every command is `parse(SomeConfig, ...)`, then a function of its result.
-
 argparse splits the command line into flags and their words, `files.settings.convert` turns words into values (so flags
-and YAML files take the same values and answer with the same messages), and tyro draws the page of --help.
-"""
+and YAML files take the same values and answer with the same messages), and tyro draws the page of --help."""
 
 from __future__ import annotations
 
@@ -16,17 +14,8 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 import tyro
 
 from avfast.errors import InputError
-from avfast.files.settings import (
-    Choices,
-    Config,
-    check_name,
-    choose,
-    convert,
-    did_you_mean,
-    load_config,
-    setting_types,
-    to_dict,
-)
+from avfast.files import settings
+from avfast.files.settings import Choices, Config
 
 FlagChoices = Mapping[str, Choices]
 """{flag: {field: {name: settings class}}}."""
@@ -46,21 +35,18 @@ def parse(
     Each field is a flag; fields of nested settings carry no prefix. Which settings a field holds is read from the
     default instance, not from the annotation. With `default` neither preset nor files are read, only flags.
 
-    choices: {flag: {field: {name: settings class}}}. With {"dataset": {"data": {"circles": Circles}}} the flag
-    `--dataset NAME` chooses the class whose settings stand in the field `data`, and a YAML table `data` may hold
-    `name: NAME`, which does the same. A flag may choose for several fields.
-
+    With choices {"dataset": {"data": {"circles": Circles}}} the flag `--dataset NAME` chooses the class whose settings
+    stand in the field `data`, as `name: NAME` in a YAML table `data` does. A flag may choose for several fields.
     `--print-config` prints the result as YAML, `--help` every flag; both raise SystemExit(0). Raises InputError (one
-    line) for an unknown flag, with the nearest known one, a bad value, or a flag given twice.
-    """
+    line) for an unknown flag, with the nearest known one, a bad value, or a flag given twice."""
     argv = [_with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
     presets, choices = presets or {}, choices or {}
     # these are read first: they decide which other flags there are
     first = _Parser(prog)
     actions = [
-        first.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS),
+        first.add_argument("-h", "--help", action="store_true"),
         first.add_argument("--print-config", action=_Once, nargs=0, const=True),
-        first.add_argument("--config", action="append", default=argparse.SUPPRESS),
+        first.add_argument("--config", action="append"),
     ]
     choosing = ["preset", *choices] if presets else [*choices]
     actions += [first.add_argument(f"--{flag}", action=_Once) for flag in choosing]
@@ -68,50 +54,38 @@ def parse(
     names = {flag: known[flag][1] for flag in choosing if flag in known}
 
     if default is None:
-        start = _preset(presets, names.get("preset")) if presets else kind()
-        default = _with_chosen(start, names, choices)
+        preset = names.get("preset", next(iter(presets), ""))
+        if presets:
+            settings.check_name(preset, presets, "preset")
+        default = _with_chosen(presets[preset] if presets else kind(), names, choices)
+        of_fields = {field: classes for flag in choices.values() for field, classes in flag.items()}
         for path in known.get("config", []):
-            default = load_config(path, default, {k: v for fields in choices.values() for k, v in fields.items()})
+            default = settings.load_config(path, default, of_fields)
     # again, because a file may have chosen otherwise: flags win
     default = _with_chosen(default, names, choices)
     if "help" in known:
         _print_help(default, prog, names.get("preset"), presets, choices)
 
     parser = _Parser(prog, [first])
-    settings = list(_all_settings(default))
-    for name, hint in settings:
-        actions += _add_arguments(parser, name, hint)
+    actions += _add_arguments(parser, default)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
         flags = [flag for action in actions for flag in action.option_strings]
-        raise InputError(f"unknown argument {word!r}{did_you_mean(word, flags)}")
-    given = vars(namespace)
-    values = {}
-    for name, hint in settings:
-        if name in given:
-            flag, words = given[name]
-            values[name] = convert(hint, words, flag or name)
-    config = _with_values(default, values)
-    if "print_config" in given:
+        raise InputError(f"unknown argument {word!r}{settings.did_you_mean(word, flags)}")
+    config = _with_words(default, vars(namespace))
+    if "print_config" in namespace:
         import yaml
 
-        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        print(yaml.safe_dump(settings.to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
-
-
-def _preset(presets: Mapping[str, Config], name: str | None) -> Config:
-    """The preset of that name, without a name the first one."""
-    name = next(iter(presets)) if name is None else name
-    check_name(name, presets, "preset")
-    return presets[name]
 
 
 def _with_chosen(config: Any, names: Mapping[str, str], choices: FlagChoices) -> Any:
     for flag in choices.keys() & names.keys():
         for field, classes in choices[flag].items():
-            config = replace(config, **{field: choose(getattr(config, field), names[flag], classes, flag)})
+            config = replace(config, **{field: settings.choose(getattr(config, field), names[flag], classes, flag)})
     return config
 
 
@@ -125,20 +99,15 @@ class _Parser(argparse.ArgumentParser):
     """A parser that takes no abbreviations, writes no help, and raises InputError."""
 
     def __init__(self, prog: str, parents: Sequence[argparse.ArgumentParser] = ()) -> None:
-        super().__init__(prog=prog, parents=list(parents), add_help=False, allow_abbrev=False)
+        super().__init__(prog, parents=parents, argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
 class _Once(argparse.Action):
-    """Store (flag, its words), without words (flag, const); refuse a flag that is given a second time.
-
-    The flag of a positional argument is None.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(default=argparse.SUPPRESS, **options)
+    """Store (flag, its words), without words (flag, const); refuse a flag that is given a second time. The flag of a
+    positional argument is None."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
@@ -151,50 +120,43 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, (option_string, self.const if self.nargs == 0 else values))
 
 
-def _all_settings(config: Any) -> Iterator[tuple[str, Any]]:
-    """(field name, annotated type) of every field, those of nested settings in place of the settings."""
-    for name, hint in setting_types(config).items():
-        value = getattr(config, name)
-        if is_dataclass(value):
-            yield from _all_settings(value)
-        else:
-            yield name, hint
-
-
-def _with_values(config: Any, values: Mapping[str, Any]) -> Any:
-    """The config with values by field name, in nested settings too."""
+def _with_words(config: Any, given: Mapping[str, tuple[str | None, Any]]) -> Any:
+    """The config with what stands on the command line, (flag, its words) by field name, in nested settings too."""
     changes = {}
-    for field in fields(config):
-        current = getattr(config, field.name)
+    for name, hint in settings.setting_types(config).items():
+        current = getattr(config, name)
         if is_dataclass(current):
-            changes[field.name] = _with_values(current, values)
-        elif field.name in values:
-            changes[field.name] = values[field.name]
+            changes[name] = _with_words(current, given)
+        elif name in given:
+            flag, words = given[name]
+            changes[name] = settings.convert(hint, words, flag or name)
     return replace(config, **changes)
 
 
-def _add_arguments(parser: _Parser, name: str, hint: Any) -> list[argparse.Action]:
-    """The flags of a field: --x and --no-x for a bool, as many words as a tuple has, otherwise one word."""
-    kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    length = next((get_args(a) for a in alternatives if get_origin(a) is tuple), None)
-    words = None if length is None else "*" if length[-1] is Ellipsis else len(length)
-    if tyro.conf.Positional in marks:
-        return [parser.add_argument(name, action=_Once, nargs=words or "?")]
-    flag = name.replace("_", "-")
-    if kind is bool:
-        both = {f"--{flag}": True, f"--no-{flag}": False}
-        return [parser.add_argument(f, dest=name, action=_Once, nargs=0, const=value) for f, value in both.items()]
-    return [parser.add_argument(f"--{flag}", action=_Once, nargs=words)]
+def _add_arguments(parser: _Parser, config: Any) -> Iterator[argparse.Action]:
+    """The flags of all fields, nested too: --x and --no-x for a bool, as many words as a tuple has, or one word."""
+    for name, hint in settings.setting_types(config).items():
+        flag, nested = name.replace("_", "-"), getattr(config, name)
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        length = next((get_args(a) for a in alternatives if get_origin(a) is tuple), None)
+        words = None if length is None else "*" if length[-1] is Ellipsis else len(length)
+        if is_dataclass(nested):
+            yield from _add_arguments(parser, nested)
+        elif tyro.conf.Positional in marks:
+            yield parser.add_argument(name, action=_Once, nargs=words or "?")
+        elif kind is bool:
+            yield parser.add_argument(f"--{flag}", dest=name, action=_Once, nargs=0, const=True)
+            yield parser.add_argument(f"--no-{flag}", dest=name, action=_Once, nargs=0, const=False)
+        else:
+            yield parser.add_argument(f"--{flag}", action=_Once, nargs=words)
 
 
 def _print_help(
     config: Any, prog: str, preset: str | None, presets: Mapping[str, Any], choices: FlagChoices
 ) -> NoReturn:
-    """Print every flag with its present value, and end.
-
-    tyro draws the page of a class, so the flags that are no fields become fields of a class made for the page.
-    """
+    """Print every flag with its present value, and end. tyro draws the page of a class, so the flags that are no fields
+    become fields of a class made for the page."""
     extra: list[tuple[str, Any, Any]] = []
 
     def add(flag: str, kind: Any, value: Any, text: str, metavar: str | None = None) -> None:

@@ -1,19 +1,19 @@
-"""What the harness asks of a data set: training, scoring and export know data sets through this class.
-
-A data set is one file in this folder, with a subclass of `DataSettings`, and one line in `registry`.
-"""
+"""What the harness asks of a data set: training, scoring and export know data sets through this class. A data set is
+one file in this folder, with a subclass of `DataSettings`, and one line in `registry`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from avfast.data.clips import ClipSettings
-from avfast.data.digits import Split
 from avfast.data.store import ClipStore
 from avfast.errors import InputError
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,8 @@ class DataSettings(ABC):
 
     @abstractmethod
     def load(self, split: Split, *, cache: str, flow_preset: str, quiet: bool = False) -> ClipStore:
-        """One split, opened, or made and kept in the folder `cache`; progress is shown unless `quiet`.
-
-        Raises InputError, one line, where it cannot be had.
-        """
+        """One split, opened, or made and kept in the folder `cache`; progress is shown unless `quiet`. Raises
+        InputError, one line, where it cannot be had."""
 
     def built(self, split: Split, *, cache: str, flow_preset: str) -> ClipStore | None:
         """The same where nothing has to be made for it, else None."""

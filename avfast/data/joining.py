@@ -1,9 +1,6 @@
-"""The second half of `avfast prepare`: the clips of all videos become one clip store per split, and the index.
-
-When index.json is there, the data set is finished (avfast.data.prepared shows the layout) and the folders of the videos
-go. The finished set does not depend on how often the work was interrupted, nor on how it was shared out. A video is in
-one split only, chosen by the hash of its name.
-"""
+"""The second half of `avfast prepare`: the clips of all videos become one clip store per split, and the index. When
+index.json is there, the data set is finished (avfast.data.prepared shows the layout). It does not depend on how often
+the work was interrupted, nor on how it was shared out. A video is in one split only."""
 
 from __future__ import annotations
 
@@ -20,15 +17,8 @@ import numpy as np
 
 from avfast import __version__
 from avfast.data import sound2sight
-from avfast.data.digits import SPLITS, Split
-from avfast.data.preparation import (
-    CLIPS_AT_A_TIME,
-    SOURCES,
-    PreparationSettings,
-    identify,
-    source_folder,
-    write_json,
-)
+from avfast.data.base import SPLITS, Split
+from avfast.data.preparation import CLIPS_AT_A_TIME, SOURCES, PreparationSettings, identify, source_folder, write_json
 from avfast.data.prepared import DATASET_VERSION, INDEX, SETTINGS, file_digest, read_dataset_index
 from avfast.data.store import DATASET_FORMAT, ClipStore, write_store
 from avfast.errors import InputError
@@ -41,11 +31,9 @@ _SHEET_ROWS = 12
 
 
 def split_sources(names: list[str], val_share: float, test_share: float) -> dict[str, Split]:
-    """The split of every video, by the hash of its name alone: the order of the names means nothing.
-
-    Of n videos round(share * n) go to validation and to test, one at least if the share is not 0 and there are enough:
-    two videos are one for training and one for validation, and one is for training.
-    """
+    """The split of every video, by the hash of its name alone: the order of the names means nothing. Of n videos
+    round(share * n) go to validation and to test, one at least if the share is not 0 and there are enough: two videos
+    are one for training and one for validation, and one is for training."""
     ranked = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     splits: dict[str, Split] = dict.fromkeys(ranked, "train")
     taken = 0
@@ -60,27 +48,20 @@ def split_sources(names: list[str], val_share: float, test_share: float) -> dict
 def join_clips(
     out: Path, items: Sequence[Item], sources: dict[str, dict[str, Any]], settings: PreparationSettings
 ) -> None:
-    """Join the clips of all items into a store per split, and write the index; then the folders of the videos go.
-
-    sources: the content of every item's source.json, by its name. One run at a time does this, the others return at
-    once. Where one was killed, the next goes on with the stores that are there. Raises InputError where no video can be
-    used.
-    """
+    """Join the clips of all items into a store per split, and write the index; then the folders of the videos go. One
+    run at a time does this, the others return at once. sources: the content of every item's source.json, by its name.
+    Raises InputError where no video can be used."""
     lock = lock_folder(out)
     if lock is None:
         return
     try:
         usable = [item for item in items if not sources[item.name]["reason"]]
         if not usable:
-            first = items[0]
-            raise InputError(f"nothing could be done: {first.path}: {sources[first.name]['reason']}")
+            raise InputError(f"nothing could be done: {items[0].path}: {sources[items[0].name]['reason']}")
         if not (out / INDEX).exists():
             index = _write_stores(out, usable, sources, settings)
-            index["quarantine"] = [
-                {key: source[key] for key in ("name", "file", "bytes", "reason")}
-                for source in sources.values()
-                if source["reason"]
-            ]
+            unusable = [source for source in sources.values() if source["reason"]]
+            index["quarantine"] = [{key: bad[key] for key in ("name", "file", "bytes", "reason")} for bad in unusable]
             _save_contact_sheet(out, index)
             write_json(out / INDEX, index)
         _remove_leftovers(out)
@@ -152,9 +133,7 @@ def _is_written(folder: Path, parameters: dict[str, Any]) -> bool:
 def _read_clips(folders: list[Path]) -> Iterator[dict[str, np.ndarray]]:
     """The clips of videos one after another, some at a time."""
     for folder in folders:
-        arrays: dict[str, np.ndarray] = {
-            path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))
-        }
+        arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
         for first in range(0, len(arrays["frames"]), CLIPS_AT_A_TIME):
             yield {name: array[first : first + CLIPS_AT_A_TIME] for name, array in arrays.items()}
 
@@ -163,13 +142,10 @@ def _remove_leftovers(out: Path) -> None:
     """Remove what a finished data set does not need: the folders of the videos, and what killed runs have left."""
     shutil.rmtree(out / SOURCES, ignore_errors=True)
     sweep([out / INDEX])
-    # temporary files, and unfinished stores as earlier versions named them; what else is hidden is somebody else's
-    for name in (*SPLITS, Path(SETTINGS).stem, Path(INDEX).stem, Path(CONTACT_SHEET).stem):
-        for path in out.glob(f".{name}.*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    # temporary files; what else is hidden is somebody else's
+    for name in (SETTINGS, INDEX, CONTACT_SHEET):
+        for path in out.glob(f".{Path(name).stem}.*.tmp.*"):
+            path.unlink(missing_ok=True)
 
 
 def _save_contact_sheet(out: Path, index: dict[str, Any]) -> None:

@@ -15,12 +15,10 @@ variants. Ten frames a second, 440 samples of sound each:
   offset of 32767, and overflows int16. `clean` is what the papers say: it falls with the distance, with no offset.
 - With `block` (canvas 64) a white square of side 32 appears at the first frame after frame 10 (counted from 0) that has
   room for it. It keeps out the digits' top-left corners, so a digit can pass behind it; where it can, it appears
-  clear of all four corners of every digit. Its corner is at least 12 px from the canvas's, which leaves room to
-  bounce.
+  clear of all four corners of every digit. Its corner is at least 12 px from the canvas's: room to bounce.
 
 The same seed gives the same bytes on any machine: random bits are raw Philox words, sines come from integer tables, and
-floating point is confined to IEEE-exact operations.
-"""
+floating point is confined to IEEE-exact operations."""
 
 from __future__ import annotations
 
@@ -28,15 +26,14 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
 
-from avfast.data.base import DataSettings
+from avfast.data.base import SPLITS, DataSettings, Split
 from avfast.data.clips import ClipSettings
-from avfast.data.digits import DIGIT_SIDE, SPLITS, Split, draw_digits, load_digits, philox_words, uniform
+from avfast.data.digits import DIGIT_SIDE, draw_digits, load_digits, philox_words, uniform
 from avfast.data.mmnist_rendering import (
     BLOCK_SIDE,
     FRAME_SIDE,
@@ -47,6 +44,7 @@ from avfast.data.mmnist_rendering import (
 )
 from avfast.data.store import ClipStore, generated_folder, write_store
 from avfast.errors import InputError
+from avfast.files.settings import setting_types
 from avfast.media.spectrogram import SpectrogramConfig, spectrogram
 from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.ui.progress import Progress
@@ -111,13 +109,9 @@ class MMNISTConfig(DataSettings):
         if batch_size > self.train_clips:
             raise InputError(f"batch-size is {batch_size}, more than the {self.train_clips} training clips")
 
-    def load(self, split: Split, *, cache: str | Path, flow_preset: str, quiet: bool = False) -> ClipStore:
-        """One split with spectrograms and backward TV-L1 flow, from the cache or built into it.
-
-        The folder is `<cache>/mmnist-<split>-<hash>`, the hash of exactly those parameters that change this split's
-        data (digit files by content). Raises InputError for bad settings or digit files, a damaged folder in the cache,
-        a full disk or an unwritable cache.
-        """
+    def load(self, split: Split, *, cache: str, flow_preset: str, quiet: bool = False) -> ClipStore:
+        """One split with spectrograms and backward TV-L1 flow, from the cache or built into it. Raises InputError for
+        bad settings or digit files, a damaged folder in the cache, a full disk or an unwritable cache."""
         source = MovingMNIST(self, split)
         folder, parameters = generated_folder(cache, source.parameters(), flow_preset)
         if folder.exists():
@@ -125,7 +119,7 @@ class MMNISTConfig(DataSettings):
         with Progress(f"data set, {split}", quiet=quiet) as progress:
             return write_store(folder, len(source), _built_chunks(source, flow_preset, progress), parameters)
 
-    def built(self, split: Split, *, cache: str | Path, flow_preset: str) -> ClipStore | None:
+    def built(self, split: Split, *, cache: str, flow_preset: str) -> ClipStore | None:
         folder, _ = generated_folder(cache, MovingMNIST(self, split).parameters(), flow_preset)
         return ClipStore.open(folder) if folder.exists() else None
 
@@ -163,41 +157,33 @@ def mmnist_spectrogram(tone: str) -> SpectrogramConfig:
 
 
 class Clips(NamedTuple):
-    """N clips of T frames with D digits. Positions are of top-left corners, x then y, in pixels of the canvas."""
+    """N clips of T frames with D digits. Positions are of top-left corners, x then y, in pixels of the canvas.
+
+    frames (N, T, 1, 48, 48) uint8, each divided by its own maximum; waveform (N, T * 440) int16; labels (N, D) uint8;
+    positions (N, T, D, 2) float64, drawn truncated towards zero; wall_bounces and block_bounces (N, T, D) bool: the
+    velocity changes between frames t and t + 1, and sounds in frame t; block (N, 3) int64: the block's x, y and first
+    frame, T where it never appears."""
 
     frames: np.ndarray
-    """(N, T, 1, 48, 48) uint8, each frame divided by its own maximum."""
     waveform: np.ndarray
-    """(N, T * 440) int16."""
     labels: np.ndarray
-    """(N, D) uint8."""
     positions: np.ndarray
-    """(N, T, D, 2) float64; drawn truncated towards zero."""
     wall_bounces: np.ndarray
-    """(N, T, D) bool: the velocity changes between frames t and t + 1, and sounds in frame t."""
     block_bounces: np.ndarray
-    """(N, T, D) bool, likewise."""
     block: np.ndarray
-    """(N, 3) int64: the block's x, y and first frame, T where it never appears."""
 
 
 class MovingMNIST:
-    """One split of Multimodal MovingMNIST; clip i is a function of the settings, the split and i alone.
-
-    Raises InputError for settings that contradict each other and for missing or damaged digit files.
-    """
+    """One split of Multimodal MovingMNIST; clip i is a function of the settings, the split and i alone. Raises
+    InputError for settings that contradict each other and for missing or damaged digit files."""
 
     def __init__(self, config: MMNISTConfig, split: Split) -> None:
         if split not in SPLITS:
             raise InputError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-        for name, choices in (
-            ("canvas", (48, 64)),
-            ("num_digits", (1, 2)),
-            ("bounce", ("mirror", "random")),
-            ("tone", ("wrapped", "clean")),
-        ):
-            if getattr(config, name) not in choices:
-                raise InputError(f"{name}={getattr(config, name)!r}: expected {choices[0]} or {choices[1]}")
+        for name, kind in setting_types(config).items():
+            if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
+                expected = " or ".join(map(str, get_args(kind)))
+                raise InputError(f"{name}={getattr(config, name)!r}: expected {expected}")
         if config.block and config.canvas != 64:
             raise InputError(f"block=True with canvas={config.canvas}: the block of side 32 wants canvas=64")
         if config.clip_frames < 2:
@@ -218,9 +204,7 @@ class MovingMNIST:
         names = ("canvas", "num_digits", "bounce", "tone", "block", "clip_frames", "data_seed")
         digits = "drawn"
         if self._digits is not None:
-            content = hashlib.sha256(self._digits.images.tobytes())
-            content.update(self._digits.labels.tobytes())
-            digits = content.hexdigest()
+            digits = hashlib.sha256(b"".join(array.tobytes() for array in self._digits)).hexdigest()
         return {
             "dataset": "mmnist",
             "generator_version": GENERATOR_VERSION,

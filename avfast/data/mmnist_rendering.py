@@ -42,8 +42,7 @@ def shrink(frames: np.ndarray) -> np.ndarray:
     """(..., 64, 64) uint8 -> (..., 48, 48) uint8 by Pillow's antialiasing Lanczos filter, bit for bit.
 
     Pillow resamples rows, rounds to bytes, then columns, with weights in units of 2**-22. The products are integers
-    below 2**53, so double-precision matrix products give them exactly, in whatever order they add.
-    """
+    below 2**53, so double-precision matrix products give them exactly, in whatever order they add."""
     weights = _lanczos_weights()
 
     def resample(lines: np.ndarray) -> np.ndarray:
@@ -58,8 +57,7 @@ def _lanczos_weights() -> np.ndarray:
     """(64, 48) float64 integers: weight of input i for output o, in units of 2**-22.
 
     Input i lies at m / 8 output pixels from output o, m = 6 i - 8 o - 1, so the kernel sinc(x) sinc(x / 3) at x = m /
-    8 is sin(pi m / 8) sin(pi m / 24) / m**2 times a constant, which the normalisation removes.
-    """
+    8 is sin(pi m / 8) sin(pi m / 24) / m**2 times a constant, which the normalisation removes."""
     sine = [int(value) for value in sine_table(48)]
     weights = np.zeros((64, FRAME_SIDE))
     for o in range(FRAME_SIDE):
@@ -97,8 +95,7 @@ def _tones() -> np.ndarray:
     """(13, 440) float64 in [-1, 1]: the mean of symbol s's two sines over one frame.
 
     Rows and columns of a telephone keypad: 16, 32, 64 or 128 and 256, 512, 1024 or 2048 cycles a frame, the latter
-    above Nyquist's 220 and so aliased. All are whole, hence continuous across frames.
-    """
+    above Nyquist's 220 and so aliased. All are whole, hence continuous across frames."""
     sine, sample = sine_table(SAMPLES_PER_FRAME), np.arange(SAMPLES_PER_FRAME)
     pairs = [(16 << s // 4, 256 << s % 4) for s in range(BLOCK_SYMBOL + 1)]
     return np.stack([sine[f1 * sample % len(sine)] + sine[f2 * sample % len(sine)] for f1, f2 in pairs]) * 2.0**-31

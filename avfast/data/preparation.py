@@ -1,12 +1,9 @@
 """The first half of `avfast prepare`: every video becomes clips in a folder of its own.
 
-That folder, sources/<name>/ below the data set, appears when it is complete (avfast.files.result_folder). It holds the
-arrays of a clip store and source.json: what the video is, or why it cannot be used. So no video is read twice. The
-second half, avfast.data.joining, makes the data set of these folders.
-
-Of the sound the waveform is kept, 1470 bytes a frame. Its spectrogram, 3060, is computed with each batch, which takes
-0.6 times as long as turning the frames into floats.
-"""
+That folder, sources/<name>/ below the data set, appears when it is complete, so no video is read twice. It holds the
+arrays of a clip store and source.json: what the video is, or why it cannot be used. Of the sound the waveform is kept,
+1470 bytes a frame. Its spectrogram, 3060, is computed with each batch, which takes 0.6 times as long as turning the
+frames into floats. The second half, avfast.data.joining, makes the data set of these folders."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -27,8 +24,9 @@ import torch
 from avfast.data import sound2sight
 from avfast.data.clips import ClipSettings, film_rate, iter_clips
 from avfast.data.prepared import DATASET_VERSION, INDEX, SETTINGS, file_digest
+from avfast.data.store import write_arrays
 from avfast.errors import InputError
-from avfast.files.atomic import npy_appender, replacing
+from avfast.files.atomic import replacing
 from avfast.files.result_folder import ResultFolder
 from avfast.media.inputs import Item
 from avfast.media.item_run import ItemRun
@@ -71,10 +69,8 @@ class PreparationSettings:
 
 
 def begin_dataset(out: Path, settings: PreparationSettings) -> None:
-    """Make the folder of a data set and write its settings, or compare them with those that are there.
-
-    Raises InputError for a folder that was not made by avfast prepare, or was made with other settings.
-    """
+    """Make the folder of a data set and write its settings, or compare them with those that are there. Raises
+    InputError for a folder that was not made by avfast prepare, or was made with other settings."""
     path, parameters = out / SETTINGS, settings.as_dict()
     # listed first: another run may be writing the settings now
     names = os.listdir(out) if out.is_dir() else [""] * out.exists()
@@ -88,10 +84,8 @@ def begin_dataset(out: Path, settings: PreparationSettings) -> None:
             raise InputError(f"{path}: version {version}, expected {DATASET_VERSION}: choose another --out")
         for name in [*old, *parameters]:
             if old.get(name) != parameters.get(name):
-                raise InputError(
-                    f"{out} holds a data set prepared with {name.replace('_', '-')} {old.get(name)}, now "
-                    f"{parameters.get(name)}: choose another --out"
-                )
+                change = f"{name.replace('_', '-')} {old.get(name)}, now {parameters.get(name)}"
+                raise InputError(f"{out} holds a data set prepared with {change}: choose another --out")
         return
     if any(not name.startswith(f".{path.stem}.") for name in names):
         raise InputError(f"{out} is there and was not made by avfast prepare: choose another --out")
@@ -180,16 +174,7 @@ class PreparationRun(ItemRun):
         if item.images is not None:
             raise InputError("a folder of images has no sound track")
         fps = film_rate(item.path, settings.clips) if settings.layout == "videos" else probe_video(item.path).fps
-        count = 0
-        with ExitStack() as stack:
-            append: dict[str, Any] = {}
-            for chunk in _chunks(settings, item.path, device, threads):
-                self.raise_if_stopped()
-                for name, array in chunk.items():
-                    if name not in append:
-                        append[name] = stack.enter_context(npy_appender(folder / f"{name}.npy"))
-                    append[name](array)
-                count += len(chunk["frames"])
+        count, _ = write_arrays(folder, self._chunks(item.path, device, threads))
         if not count:
             at = f" ({settings.clip_frames / fps:.2f} s at {fps:.5g} frames per second)" if fps else ""
             raise InputError(f"too short: its video or its sound ends before {settings.clip_frames} frames{at}")
@@ -199,29 +184,29 @@ class PreparationRun(ItemRun):
             "fps": None if fps is None else round(fps, 6),
         }
 
+    def _chunks(self, path: Path, device: str, threads: int) -> Iterator[dict[str, np.ndarray]]:
+        """The arrays of a clip store for some of a video's clips after another."""
+        settings = self._settings
+        read = _video_chunks if settings.layout == "videos" else _sound2sight_chunks
+        with closing(read(settings, path)) as chunks:
+            for chunk in chunks:
+                self.raise_if_stopped()
+                if settings.flow == "store":
+                    frames = torch.from_numpy(chunk["frames"]).to(device)
+                    flow = tvl1_flow(frames, preset=settings.flow_preset, threads=threads)
+                    chunk["flow"] = flow.cpu().numpy().astype(np.float16)
+                yield chunk
+
 
 def _files(item: Item, layout: str) -> list[Path]:
     """A video, and the pickle that belongs to it in Sound2Sight's layouts. Raises InputError as `pickle_of` does."""
     return [item.path] if layout == "videos" else [item.path, sound2sight.pickle_of(item.path)]
 
 
-def _chunks(settings: PreparationSettings, path: Path, device: str, threads: int) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of a clip store for some of a video's clips after another."""
-    read = _video_chunks if settings.layout == "videos" else _sound2sight_chunks
-    with closing(read(settings, path)) as chunks:
-        for chunk in chunks:
-            if settings.flow == "store":
-                frames = torch.from_numpy(chunk["frames"]).to(device)
-                flow = tvl1_flow(frames, preset=settings.flow_preset, threads=threads)
-                chunk["flow"] = flow.cpu().numpy().astype(np.float16)
-            yield chunk
-
-
 def _video_chunks(settings: PreparationSettings, path: Path) -> Generator[dict[str, np.ndarray], None, None]:
     with closing(iter_clips(path, settings.clips, frames=settings.clip_frames)) as clips:
         while some := list(islice(clips, CLIPS_AT_A_TIME)):
-            names = ("frames", "waveform")
-            yield {name: np.stack([getattr(clip, name) for clip in some]) for name in names}
+            yield {name: np.stack([getattr(clip, name) for clip in some]) for name in ("frames", "waveform")}
 
 
 def _sound2sight_chunks(settings: PreparationSettings, path: Path) -> Generator[dict[str, np.ndarray], None, None]:

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from avfast.data.base import DataSettings
+from avfast.data.base import SPLITS, DataSettings, Split
 from avfast.data.clips import ClipSettings
-from avfast.data.digits import SPLITS, Split
 from avfast.data.store import DATASET_FORMAT, ClipStore, read_index
 from avfast.errors import InputError
 
@@ -50,7 +49,7 @@ def open_split(folder: str | Path, split: Split) -> ClipStore:
     return ClipStore.open(folder / split)
 
 
-def verify_dataset(folder: str | Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
+def verify_dataset(folder: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
     """What is wrong with a prepared data set, a line each: files that are missing, of another size or content than the
     index says, or whose arrays do not fit. Raises InputError as `read_dataset_index` does."""
     folder = Path(folder)
@@ -67,20 +66,16 @@ def verify_dataset(folder: str | Path, progress: Callable[[int, int], None] | No
                 wrong.append(f"{path}: its content has changed (SHA-256)")
         except OSError as error:
             wrong.append(f"{path}: {error.strerror}")
-        if progress is not None:
-            progress(done, len(files))
+        progress(done, len(files))
     for split in SPLITS:
-        said = index["splits"][split]
+        said = index["splits"][split]["clips"]
         counted = sum(source["clips"] for source in index["sources"] if source["split"] == split)
-        if counted != said["clips"]:
-            wrong.append(f"{folder}: the {split} split has {said['clips']} clips, its sources {counted}")
         try:
-            found = len(open_split(folder, split)) if said["clips"] else 0
+            found = len(open_split(folder, split)) if said else 0
+            if (found, counted) != (said, said):
+                wrong.append(f"{folder / split}: {found} clips, {counted} from its sources, expected {said}")
         except InputError as error:
             wrong.append(str(error))
-            continue
-        if found != said["clips"]:
-            wrong.append(f"{folder / split}: {found} clips, expected {said['clips']}")
     return wrong
 
 

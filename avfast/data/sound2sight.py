@@ -4,9 +4,7 @@
     DIR/{train,test}/mp4/<i>.mp4   DIR/{train,test}/stft_pickle/<i>.pickle        AudioSet-Drums, YouTube Painting
 
 A pickle holds one array (T,F,S), row t the magnitudes of frame t's sound in [0,1]. Frames of a GIF are divided by their
-own maximum each, as that set's published loader does. The layouts are known from descriptions; no file of these sets
-was at hand.
-"""
+own maximum each. The layouts are known from descriptions; no file of these sets was at hand."""
 
 from __future__ import annotations
 
@@ -21,18 +19,15 @@ import numpy as np
 from avfast.data.clips import ClipSettings, planes
 from avfast.errors import InputError
 from avfast.media.images import Pixels
-from avfast.media.video import read_video
 
 _PICKLES = {"gif": "stft_wav_pickle", "mp4": "stft_pickle"}
 
 
 class Film(NamedTuple):
-    """A whole film of such a set."""
+    """A whole film of such a set: frames (T,C,H,W) uint8, audio (T,1,F,S) float32 in [0,1]."""
 
     frames: Pixels
-    """(T,C,H,W) uint8."""
     audio: np.ndarray
-    """(T,1,F,S) float32 in [0,1]."""
 
 
 def pickle_of(video: Path) -> Path:
@@ -49,11 +44,8 @@ def is_test(video: Path) -> bool:
 
 
 def read_film(video: Path, settings: ClipSettings) -> Film:
-    """Every frame of a video, at the settings' size, with its spectrograms.
-
-    Raises InputError for a video or a pickle that is missing or cannot be read, for one that is more than a frame
-    longer than the other, and for spectrograms that are not magnitudes in [0,1].
-    """
+    """Every frame of a video, at the settings' size, with its spectrograms. Raises InputError where one of the two
+    cannot be read, or is more than a frame longer than the other, and for values outside [0,1]."""
     path = pickle_of(video)
     audio = load_array(path)
     if audio.ndim != 3 or audio.dtype.kind != "f" or 0 in audio.shape:
@@ -62,8 +54,7 @@ def read_film(video: Path, settings: ClipSettings) -> Film:
     # the negation catches NaN too
     if not (low >= 0 and high <= 1):
         raise InputError(f"{path}: holds values from {low:g} to {high:g}, expected magnitudes in [0, 1]")
-    read = read_video(video, size=settings.size, fit=settings.fit, grey=settings.channels == 1)
-    frames = planes([frame.image for frame in read])
+    frames = planes(list(settings.read_video(video)))
     if abs(len(frames) - len(audio)) > 1:
         raise InputError(f"{video}: {len(frames)} frames, but {len(audio)} spectrograms in {path}")
     if video.parent.name == "gif":
@@ -74,19 +65,14 @@ def read_film(video: Path, settings: ClipSettings) -> Film:
 
 
 def load_array(path: str | Path) -> np.ndarray:
-    """The one numpy array of numbers that a pickle holds, of any pickle protocol.
-
-    Nothing but the making of such an array is let through, so that a pickle from a stranger runs nothing of its own.
-    Raises InputError for a file that asks for anything else (object arrays too), is damaged, or is not there.
-    """
+    """The one numpy array of numbers that a pickle holds, of any protocol. A pickle from a stranger runs nothing of its
+    own: InputError for a file that asks for anything else (object arrays too), is damaged, or is not there."""
     try:
         found = _ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except _Refused as error:
-        raise InputError(
-            f"{path}: refused, this pickle asks for {error}, expected one numpy array of numbers"
-        ) from None
+        raise InputError(f"{path}: refused, it asks for {error}, expected one numpy array of numbers") from None
     except Exception as error:
         # a damaged pickle can fail in every way
         raise InputError(f"{path}: not a pickle, or a damaged one ({type(error).__name__}: {error})") from None

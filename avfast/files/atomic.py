@@ -34,8 +34,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def npy_appender(path: str | Path) -> Iterator[Callable[[np.ndarray], None]]:
     """Write one .npy file whose length is not known before: the block gets a function `append(array)` that adds an
     array's rows behind those that are there. Raises ValueError for rows of another shape or dtype, OSError when the
-    file cannot be written; the file is whole when the block has ended well.
-    """
+    file cannot be written; the file is whole when the block has ended well."""
     dtype, shape, count = np.dtype("|u1"), (0,), 0
 
     def header() -> dict[str, object]:
@@ -63,21 +62,17 @@ def npy_appender(path: str | Path) -> Iterator[Callable[[np.ndarray], None]]:
 
 
 def new_folder(path: str | Path) -> Path:
-    """Make a folder of that name, or with -2, -3 ... appended where it exists already, and return it.
-
-    Raises OSError when it cannot be made.
-    """
-    path = Path(path)
-    names = numbered(path)
-    while True:
-        folder = next(names)
+    """Make a folder of that name, or with -2, -3 ... appended where it exists already, and return it. Raises OSError
+    when it cannot be made."""
+    for folder in numbered(Path(path)):
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             # a parent that is a file exists too, but no number helps there
-            if not path.parent.is_dir():
+            if not folder.parent.is_dir():
                 raise
+    raise AssertionError("the numbers have no end")
 
 
 def numbered(path: Path) -> Iterator[Path]:
@@ -88,11 +83,8 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one a line. A last line that a kill cut off is left out.
-
-    Raises InputError, naming file and line, for any other line that is not a JSON object, and OSError when the file
-    cannot be read.
-    """
+    """The JSON objects of a file with one a line. A last line that a kill cut off is left out. Raises InputError,
+    naming file and line, for any other line that is not a JSON object, and OSError when the file cannot be read."""
     records = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):

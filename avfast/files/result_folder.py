@@ -1,17 +1,15 @@
 """Folders of results that appear whole: written under a hidden name, then renamed to the final one.
 
-The hidden folder lies beside the final one. Its writer locks it with flock, and the system frees that lock when the
-writer ends, however it ends. So a hidden folder whose lock is free was left by a killed run, and `sweep` removes it.
+The hidden folder lies beside the final one. Its writer locks it with flock, and the system frees the lock when the
+writer ends, however it ends: a hidden folder whose lock is free was left by a killed run, and `sweep` removes it.
 
 Publishing is one rename. Where a folder has the final name already, the two exchange their names in one step (Linux's
-renameat2 with RENAME_EXCHANGE): at every moment the final name leads to the old or to the new result, each whole. A
-file system that cannot exchange names, such as NFS, needs two renames. A run that is killed between them leaves the old
-result in a hidden folder, and `sweep` gives it its name back.
+renameat2): the final name always leads to the old or to the new result, each whole. A file system that cannot exchange
+names, such as NFS, needs two renames; a run that is killed between them leaves the old result within a hidden folder,
+and `sweep` on the same machine gives it its name back.
 
-Some file systems of clusters have no flock, or let it count within one machine only (NFS). There the runs of several
-machines do not see each other's locks, so they must not share a folder of `ResultFolder`s. Those of `hidden_folder` may
-lie side by side everywhere: their names hold the machine's, and no other machine removes them.
-"""
+Where the file system has no flock, or one that counts within one machine only (NFS), the runs of several machines must
+not share a folder of `ResultFolder`s. `hidden_folder` is safe there too: its names hold the machine's."""
 
 from __future__ import annotations
 
@@ -30,18 +28,12 @@ from pathlib import Path
 from avfast.files.atomic import numbered
 
 _PREFIX = ".avfast-"
-_REPLACED = "-replaced-"
+_REPLACED = "replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class ResultFolder:
-    """A folder of results that one run at a time writes, instead of what has its name.
-
-    result = ResultFolder(out / "film")
-    if result.claim():
-        with result.writing() as folder:
-            ...
-    """
+    """A folder of results that one run at a time writes, instead of what has its name: `claim`, then `writing`."""
 
     def __init__(self, final: Path) -> None:
         self.final = final
@@ -60,10 +52,8 @@ class ResultFolder:
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        """The claimed folder to write into: published when the block ends well, removed when it raises.
-
-        An OSError without a file name, such as that of a full disk, gets the final name.
-        """
+        """The claimed folder to write into: published when the block ends well, removed when it raises. An OSError
+        without a file name, such as that of a full disk, gets the final name."""
         try:
             yield self.folder
             _replace(self.folder, self.final)
@@ -90,11 +80,14 @@ class ResultFolder:
 @contextmanager
 def hidden_folder(final: str | Path) -> Iterator[Path]:
     """A new hidden folder beside `final`, which several runs may have at once, locked within the block. The block
-    renames it when it is complete (see `publish`); what it has not renamed is removed.
-
-    Call `sweep([final])` before, once, to remove what killed runs have left.
-    """
-    folder, lock = _new_hidden_folder(Path(final), f"-{{}}@{socket.gethostname()}")
+    renames it when it is complete (see `publish`); what it has not renamed is removed. Call `sweep([final])` before,
+    once, to remove what killed runs have left."""
+    lock = None
+    # another run may sweep the folder away before it is locked
+    while lock is None:
+        folder = _hidden_path(Path(final), f"-{uuid.uuid4().hex[:8]}@{socket.gethostname()}")
+        folder.mkdir(parents=True)
+        lock = lock_folder(folder)
     try:
         yield folder
     finally:
@@ -104,20 +97,17 @@ def hidden_folder(final: str | Path) -> Iterator[Path]:
 
 def publish(unfinished: Path, path: str | Path) -> Path:
     """Rename a folder made by `hidden_folder` to `path`, or with -2, -3 ... appended where that exists; its new path.
-
-    Raises OSError.
-    """
+    Raises OSError."""
     for final in numbered(Path(path)):
         if os.path.lexists(final):
             continue
         try:
             os.rename(unfinished, final)
+            return final
         except OSError as error:
             # another process has taken the name in the meantime
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        else:
-            return final
     raise AssertionError("the numbers have no end")
 
 
@@ -134,31 +124,24 @@ def sweep(finals: Iterable[Path]) -> None:
     for parent in {final.parent for final in finals}:
         for folder in parent.glob(f"{_PREFIX}*"):
             machine = folder.name.partition("@")[2]
-            if machine and machine != socket.gethostname():
-                continue
-            lock = lock_folder(folder)
-            if lock is not None:
+            if machine in ("", socket.gethostname()) and (lock := lock_folder(folder)) is not None:
                 _remove(folder)
                 os.close(lock)
 
 
 def lock_folder(folder: Path) -> int | None:
-    """A descriptor that locks a folder until it is closed or the process ends, however it ends.
-
-    None: another holds the lock, or the folder is not there. Where the file system has no locks, everybody gets one.
-    """
+    """A descriptor that locks a folder until it is closed or the process ends, however it ends. None: another holds the
+    lock, or the folder is not there. Where the file system has no locks, everybody gets one."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         return None
+    held = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    except BlockingIOError:
-        held = False
-    except OSError:
-        # the file system has no locks
-        held = True
+    except OSError as error:
+        # any other error: the file system has no locks
+        held = not isinstance(error, BlockingIOError)
     # who held it before may have renamed or removed it in the meantime
     if held and folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
         return descriptor
@@ -169,17 +152,6 @@ def lock_folder(folder: Path) -> int | None:
 def _hidden_path(final: Path, ending: str = "") -> Path:
     # a digest, because the final name may be as long as a name can be
     return final.with_name(f"{_PREFIX}{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]}{ending}")
-
-
-def _new_hidden_folder(final: Path, ending: str) -> tuple[Path, int]:
-    """A new hidden folder and the descriptor that locks it; `{}` in the ending becomes something random."""
-    while True:
-        folder = _hidden_path(final, ending.format(uuid.uuid4().hex[:8]))
-        folder.mkdir(parents=True)
-        # another run may have swept it away before it was locked
-        lock = lock_folder(folder)
-        if lock is not None:
-            return folder, lock
 
 
 def _replace(hidden: Path, final: Path) -> None:
@@ -193,21 +165,14 @@ def _replace(hidden: Path, final: Path) -> None:
         if _exchange(hidden, final):
             _remove(hidden)
         else:
-            _replace_in_two_steps(hidden, final)
+            # when the block ends, however it ends, `_remove` puts the old folder back where the name is free
+            with hidden_folder(final) as aside:
+                (aside / _REPLACED).mkdir()
+                os.rename(final, aside / _REPLACED / final.name)
+                os.rename(hidden, final)
     finally:
         if lock is not None:
             os.close(lock)
-
-
-def _replace_in_two_steps(hidden: Path, final: Path) -> None:
-    # within the new folder the old one keeps its name, by which it can be put back
-    aside, lock = _new_hidden_folder(final, _REPLACED + "{}")
-    try:
-        os.rename(final, aside / final.name)
-        os.rename(hidden, final)
-    finally:
-        _remove(aside)
-        os.close(lock)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -225,13 +190,12 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a hidden folder, or a link with that name. A result that `_replace_in_two_steps` has moved into it goes
-    back first, unless its name is taken again."""
+    """Remove a hidden folder, or a link with that name. A result that `_replace` has moved into it goes back first,
+    unless its name is taken again."""
     if folder.is_symlink():
         folder.unlink()
         return
-    if _REPLACED in folder.name:
-        for old in folder.iterdir():
-            if not os.path.lexists(folder.with_name(old.name)):
-                os.rename(old, folder.with_name(old.name))
+    for old in folder.glob(f"{_REPLACED}/*"):
+        if not os.path.lexists(folder.with_name(old.name)):
+            os.rename(old, folder.with_name(old.name))
     shutil.rmtree(folder, ignore_errors=True)

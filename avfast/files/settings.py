@@ -21,10 +21,8 @@ _EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true 
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested dictionaries and lists, ready for YAML or JSON.
-
-    Settings whose class has an attribute `name: ClassVar[str]` have that name as their first key.
-    """
+    """A config as nested dictionaries and lists, ready for YAML or JSON. Settings whose class has an attribute `name`
+    have it as their first key."""
     name = _class_name(config)
     values: dict[str, Any] = {} if name is None else {"name": name}
     for field in fields(config):
@@ -40,8 +38,7 @@ def from_dict(default: Config, values: Mapping[str, Any], where: str, choices: C
 
     A table may hold `name: NAME`, which says whose settings it holds: one of `choices` for that field, or without
     choices the name that the settings already have. Raises InputError, which begins with `where`, for an unknown key or
-    name and for a value of another type.
-    """
+    name and for a value of another type."""
     hints = setting_types(default)
     changes: dict[str, Any] = {}
     for key, value in values.items():
@@ -51,30 +48,21 @@ def from_dict(default: Config, values: Mapping[str, Any], where: str, choices: C
         current = getattr(default, key)
         if not is_dataclass(current):
             changes[key] = convert(hints[key], value, f"{where}: {key}")
-        elif isinstance(value, Mapping):
-            changes[key] = _from_table(current, value, where, key, (choices or {}).get(key))
-        else:
+            continue
+        if not isinstance(value, Mapping):
             raise InputError(f"{where}: {key} is {value!r}, expected a table")
+        own_name = _class_name(current)
+        classes = (choices or {}).get(key) or (own_name and {own_name: type(current)})
+        if classes and "name" in value:
+            current = choose(current, value["name"], classes, f"{where}: {key}: name")
+            value = {k: v for k, v in value.items() if k != "name"}
+        changes[key] = from_dict(current, value, where)
     return replace(default, **changes)  # type: ignore[type-var]
 
 
-def _from_table(
-    current: Any, table: Mapping[str, Any], where: str, key: str, classes: Mapping[str, type] | None
-) -> Any:
-    own_name = _class_name(current)
-    if classes is None and own_name is not None:
-        classes = {own_name: type(current)}
-    if classes is not None and "name" in table:
-        current = choose(current, table["name"], classes, f"{where}: {key}: name")
-        table = {k: v for k, v in table.items() if k != "name"}
-    return from_dict(current, table, where)
-
-
 def choose(current: Any, name: Any, classes: Mapping[str, type], where: str) -> Any:
-    """The settings called `name`: `current` if they are of that class already, else that class's defaults.
-
-    Raises InputError, which begins with `where`, for an unknown name.
-    """
+    """The settings called `name`: `current` if they are of that class already, else that class's defaults. Raises
+    InputError, which begins with `where`, for an unknown name."""
     check_name(name, classes, where)
     return current if type(current) is classes[name] else classes[name]()
 
@@ -94,10 +82,8 @@ def setting_types(config: Any) -> dict[str, Any]:
 
 def convert(kind: Any, value: Any, where: str) -> Any:
     """A value from YAML or the text of a flag as the annotated type: Literal, T | None, tuple, bool, int, float, str.
-
     Text becomes a number where the type is one: YAML itself reads 1e-4 as text. Raises InputError, which begins with
-    `where`, for a value that does not fit.
-    """
+    `where`, for a value that does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return convert(arguments[0], value, where)
@@ -133,10 +119,8 @@ def _expected(kind: Any) -> str:
 
 def load_config(path: str | Path, default: Config, choices: Choices | None = None) -> Config:
     """Read a YAML file over a default config, as `from_dict` does. A config class whose files looked otherwise before
-    has a static method `upgraded(values)`, which brings the content of older files into the present form.
-
-    Raises InputError when the file is missing, is not YAML, or does not fit.
-    """
+    has a static method `upgraded(values)`, which brings the content of older files into the present form. Raises
+    InputError when the file is missing, is not YAML, or does not fit."""
     import yaml
 
     try:
@@ -151,9 +135,9 @@ def load_config(path: str | Path, default: Config, choices: Choices | None = Non
     return from_dict(default, values if upgrade is None else upgrade(values), f"config file {path}", choices)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """ " (did you mean 'X'?)" with the known word that is most like this one; empty if none is."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

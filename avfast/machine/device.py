@@ -8,10 +8,8 @@ from avfast.errors import InputError
 
 
 def choose_device(wanted: str) -> Literal["cpu", "cuda"]:
-    """The kind of device that `auto`, `cpu` or `cuda` means on this machine.
-
-    Raises InputError for another word, and for `cuda` where PyTorch sees no such device.
-    """
+    """The kind of device that `auto`, `cpu` or `cuda` means on this machine. Raises InputError for another word, and
+    for `cuda` where PyTorch sees no such device."""
     import torch
 
     if wanted not in ("auto", "cpu", "cuda"):

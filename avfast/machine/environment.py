@@ -1,7 +1,5 @@
-"""What this machine is and what avfast uses on it: printed by `avfast env`, and `env.json` in every run folder.
-
-Nothing here raises: what cannot be found out is reported with the reason, and a missing package is part of the report.
-"""
+"""What this machine is and what avfast uses on it: printed by `avfast env`, and `env.json` in every run folder. Nothing
+here raises: what cannot be found out is reported with the reason, and a missing package is part of the report."""
 
 from __future__ import annotations
 
@@ -9,32 +7,27 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from avfast import __version__
-from avfast.machine.commit import commit
 
 # these decide which variant of the native code can run (x86-64-v3 and v4)
 _INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 # all of these install a module cv2: the one installed last overwrites the files of the others
-_OPENCV = (
-    "opencv-contrib-python-headless",
-    "opencv-contrib-python",
-    "opencv-python-headless",
-    "opencv-python",
-)
+_OPENCV = ("opencv-contrib-python-headless", "opencv-contrib-python", "opencv-python-headless", "opencv-python")
+_OVERWRITTEN = f"and overwrite each other's cv2: uninstall them all, then install {_OPENCV[0]}"
 
 
 def environment() -> dict[str, Any]:
-    """Describe this machine as nested dictionaries and lists that JSON can hold.
-
-    Keys: avfast, commit, python, os, cpu, packages, cuda, native, backends, variables, warnings. Imports PyTorch and
-    asks it for CUDA devices. Never raises.
-    """
+    """Describe this machine as nested dictionaries and lists that JSON can hold. Imports PyTorch and asks it for CUDA
+    devices. Never raises."""
     opencv = [name for name in _OPENCV if _installed(name)]
     packages = {name: _package(name, name) for name in ("torch", "triton", "numpy", "av")}
+    native, native_devices = _native()
     packages["cv2"] = _package(opencv[0] if opencv else _OPENCV[0], "cv2")
     return {
         "avfast": __version__,
@@ -43,12 +36,25 @@ def environment() -> dict[str, Any]:
         "os": platform.platform(),
         "cpu": _cpu(),
         "packages": packages,
-        "cuda": {"torch": _torch_devices(), "native": _native_devices()},
-        "native": _native(),
+        "cuda": {"torch": _torch_devices(), "native": native_devices},
+        "native": native,
         "backends": _backends(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("AVFAST_")},
-        "warnings": _opencv_warnings(opencv),
+        "warnings": [f"{' and '.join(opencv)} are installed {_OVERWRITTEN}"] if len(opencv) > 1 else [],
     }
+
+
+def commit() -> str | None:
+    """The checkout's commit: 12 digits, with `-dirty` where tracked files differ from it. None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    # an installed package may lie inside the checkout of another project
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _installed(distribution: str) -> str | None:
@@ -74,32 +80,17 @@ def _package(distribution: str, module: str) -> str:
 
 
 def _cpu() -> dict[str, Any]:
-    name, flags = platform.processor() or platform.machine(), set[str]()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() == "flags":
-                flags = set(value.split())
-                break
-    except OSError:
-        pass
-    try:
-        # a container or a batch system can restrict a process to some of the cores
-        usable: int | None = len(os.sched_getaffinity(0))
-    except AttributeError:
-        usable = os.cpu_count()
-    try:
-        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):
-        memory = None
+    file = Path("/proc/cpuinfo")
+    text = file.read_text() if file.exists() else ""
+    name, flags = (re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE) for key in ("model name", "flags"))
+    known = flags[1].split() if flags else []
     return {
-        "name": name,
-        "instruction_sets": [flag for flag in _INSTRUCTION_SETS if flag in flags],
+        "name": name[1] if name else platform.processor() or platform.machine(),
+        "instruction_sets": [flag for flag in _INSTRUCTION_SETS if flag in known],
         "cores": os.cpu_count(),
-        "usable_cores": usable,
-        "memory_gib": memory,
+        # a container or a batch system can restrict a process to some of the cores
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }
 
 
@@ -118,29 +109,21 @@ def _torch_devices() -> list[str] | str:
         return f"unknown: {_reason(error)}"
 
 
-def _native() -> dict[str, Any]:
-    """Whether the extension avfast._C loads, or why it does not, how it was built, and its instruction sets, best
-    first."""
+def _native() -> tuple[dict[str, Any], list[str] | str]:
+    """How the extension avfast._C was built and its instruction sets, best first, or why it does not load. And the CUDA
+    devices as it sees them, or why there are none."""
+    native: dict[str, Any] = {"available": False, "with_cuda": False, "instruction_sets": [], "reason": None}
     try:
         module = importlib.import_module("avfast._C")
-        with_cuda, instruction_sets = bool(module.with_cuda), list(module.instruction_sets())
+        built = {"available": True, "with_cuda": bool(module.with_cuda), "instruction_sets": module.instruction_sets()}
     except Exception as error:
-        return {"available": False, "with_cuda": False, "instruction_sets": [], "reason": _reason(error)}
-    return {"available": True, "with_cuda": with_cuda, "instruction_sets": instruction_sets, "reason": None}
-
-
-def _native_devices() -> list[str] | str:
-    """CUDA devices as the extension avfast._C sees them, or why there are none."""
-    try:
-        module = importlib.import_module("avfast._C")
-    except Exception:
-        return "none: avfast._C is missing"
+        return native | {"reason": _reason(error)}, "none: avfast._C is missing"
     if not module.with_cuda:
-        return "none: built without CUDA"
+        return native | built, "none: built without CUDA"
     try:
-        return list(module.cuda_devices()) or "none: no device or driver"
+        return native | built, module.cuda_devices() or "none: no device or driver"
     except Exception as error:
-        return f"unknown: {_reason(error)}"
+        return native | built, f"unknown: {_reason(error)}"
 
 
 def _backends() -> list[dict[str, Any]] | str:
@@ -153,12 +136,3 @@ def _backends() -> list[dict[str, Any]] | str:
     except Exception as error:
         return f"unknown: {_reason(error)}"
     return [{"op": op, "device": device, "runs": runs, "others": others} for op, device, runs, others in rows]
-
-
-def _opencv_warnings(installed: list[str]) -> list[str]:
-    if len(installed) < 2:
-        return []
-    return [
-        f"{' and '.join(installed)} are installed and overwrite each other's cv2: uninstall them all, "
-        f"then install {_OPENCV[0]}"
-    ]

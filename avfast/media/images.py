@@ -1,12 +1,11 @@
-"""Images as arrays: image files as the frames of a film, and resizing.
-
-Shapes: H, W the height and width in pixels. Colour images are (H,W,3) RGB, grey ones (H,W), both uint8.
-"""
+"""Images as arrays: image files as the frames of a film, and resizing. Shapes: H, W the height and width in pixels.
+Colour images are (H,W,3) RGB, grey ones (H,W), both uint8."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,15 +20,15 @@ FitMode = Literal["stretch", "crop", "letterbox"]
 
 
 class Frame(NamedTuple):
-    """One frame of a film or of an image folder."""
+    """One frame of a film or of an image folder.
+
+    image: (H,W,3) RGB, or (H,W) if grey was asked for. number: place in the file, from 0; frames chosen at another rate
+    repeat numbers or leave some out. time: the frame's timestamp in seconds, or for frames chosen at a rate the time
+    that the frame stands for; None where the file has neither timestamps nor a frame rate, or is an image."""
 
     image: Pixels
-    """(H,W,3) RGB, or (H,W) if grey was asked for."""
     number: int
-    """Place in the file, from 0. Frames chosen at another rate repeat numbers or leave some out."""
     time: float | None
-    """Seconds: the frame's timestamp, or for frames chosen at a rate the time that the frame stands for. None: the file
-    has neither timestamps nor a frame rate, or is an image."""
 
 
 def read_images(
@@ -39,14 +38,10 @@ def read_images(
     size: tuple[int, int] | None = None,
     grey: bool = False,
 ) -> Iterator[Frame]:
-    """Image files in the given order as the frames of one film without times.
-
-    short_side, size and grey are those of `avfast.media.video.read_video`. Images are turned upright as their EXIF
-    orientation says, alpha is dropped, 16-bit images become their upper 8 bits.
-
-    Raises InputError, during iteration, for a file that is no image or is truncated, and for an image of another size
-    than the first, unless `size` is given.
-    """
+    """Image files in the given order as the frames of one film without times; short_side, size and grey are those of
+    `avfast.media.video.read_video`. Images are turned upright as their EXIF orientation says, alpha is dropped, 16-bit
+    images become their upper 8 bits. Raises InputError, during iteration, for a file that is no image or is truncated,
+    and for an image of another size than the first, unless `size` is given."""
     resizer = FrameResizer(short_side, size, grey=grey)
     for number, path in enumerate(paths):
         yield Frame(resizer(_read_image(path), str(path)), number, None)
@@ -83,10 +78,8 @@ def target_size(
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (H,W) or (H,W,C), uint8 or float32: area averages where it shrinks, linear where it grows.
-
-    Without OpenCV (`avfast.runtime` does not need it) FFmpeg's area filter resizes, uint8 only.
-    """
+    """Resize (H,W) or (H,W,C), uint8 or float32: area averages where it shrinks, linear where it grows. Without OpenCV
+    (`avfast.runtime` does not need it) FFmpeg's area filter resizes, uint8 only."""
     h, w = image.shape[:2]
     if (h, w) == (height, width):
         return image
@@ -103,31 +96,29 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return image
 
 
+@dataclass
 class FrameResizer:
-    """Makes the images of one film into frames of one size, in grey if asked for.
+    """Makes the images of one film into frames of one size, in grey if asked for. Called with an image (H,W,3) and its
+    name for errors. Raises InputError where an image has another size than the first one and no `size` is given."""
 
-    Called with an image (H,W,3) and its name for errors. Raises InputError where an image has another size than the
-    first one and no `size` is given.
-    """
-
-    def __init__(
-        self, short_side: int | None, size: tuple[int, int] | None, fit: FitMode = "stretch", grey: bool = False
-    ) -> None:
-        self._short_side, self._size, self._fit, self._grey = short_side, size, fit, grey
-        self._first: tuple[int, int] | None = None
+    short_side: int | None
+    size: tuple[int, int] | None
+    fit: FitMode = "stretch"
+    grey: bool = False
+    first: tuple[int, int] | None = None
 
     def __call__(self, image: Pixels, name: str) -> Pixels:
         h, w = image.shape[:2]
-        first_h, first_w = self._first = self._first or (h, w)
-        if (h, w) != self._first and self._size is None:
+        first_h, first_w = self.first = self.first or (h, w)
+        if (h, w) != self.first and self.size is None:
             raise InputError(f"{name} is {w}x{h} pixels, the first one {first_w}x{first_h}: give a size for all")
-        if self._grey:
+        if self.grey:
             # before resizing, which then has a third of the work
             image = _to_grey(image)
-        height, width = target_size(h, w, self._short_side, self._size)
-        if self._fit == "letterbox":
+        height, width = target_size(h, w, self.short_side, self.size)
+        if self.fit == "letterbox":
             return _letterbox(image, height, width)
-        if self._fit == "crop":
+        if self.fit == "crop":
             image = _crop(image, height, width)
         return resize(image, height, width)
 

@@ -1,9 +1,6 @@
-"""The inputs of a command, that is videos, folders, lists and globs, as items with names of their own.
-
-An item is one film: a video file, or the images of one folder. Its name is a relative path under which its results are
-stored. A tree of inputs becomes the same tree of names. No two items have the same name, and no name is a folder above
-another one.
-"""
+"""The inputs of a command, that is videos, folders, lists and globs, as items with names of their own. An item is one
+film: a video file, or the images of one folder. Its name is a relative path under which its results are stored. A tree
+of inputs becomes the same tree of names. No two items have the same name, and no name is a folder above another one."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,20 +28,16 @@ FAILED = "failed.json"
 
 @dataclass(frozen=True)
 class Item:
-    """One film: a video file, or a folder of images."""
+    """One film: the path of a video, or of a folder of images with their file names, () for all images there. Its name
+    is the relative path of its results, parts joined by `/`."""
 
     name: str
-    """Relative path of its results, parts joined by `/`."""
     path: Path
-    """The video, or the folder of the images."""
     images: tuple[str, ...] | None = None
-    """File names within the folder, () for all images there; None for a video."""
 
     def files(self) -> list[Path]:
         """The video, or the images in their order: numbers within names count as numbers, so frame2 is before frame10.
-
-        Raises OSError for a folder that cannot be read.
-        """
+        Raises OSError for a folder that cannot be read."""
         if self.images is None:
             return [self.path]
         names = self.images or [n for n in os.listdir(self.path) if _has_suffix(n, IMAGE_SUFFIXES)]
@@ -51,23 +45,17 @@ class Item:
 
     def source(self) -> dict[str, Any]:
         """What identifies the content: path, number of files, bytes, newest modification time, and a digest of the
-        files' names, sizes and times, which stays the same where the folder above is moved.
-
-        Raises OSError for a file that is not there.
-        """
+        files' names, sizes and times, which stays the same where the folder above is moved. Raises OSError for a file
+        that is not there."""
         files = self.files()
-        digest, size, newest = hashlib.sha256(), 0, 0
-        for file in files:
-            status = file.stat()
-            digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-            size += status.st_size
-            newest = max(newest, status.st_mtime_ns)
+        found = [file.stat() for file in files]
+        text = "".join(f"{f.name}\0{s.st_size}\0{s.st_mtime_ns}\n" for f, s in zip(files, found, strict=True))
         return {
             "path": str(self.path.absolute()),
             "files": len(files),
-            "bytes": size,
-            "mtime_ns": newest,
-            "digest": digest.hexdigest()[:16],
+            "bytes": sum(status.st_size for status in found),
+            "mtime_ns": max((status.st_mtime_ns for status in found), default=0),
+            "digest": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16],
         }
 
     def reason(self, error: Exception) -> str:
@@ -134,11 +122,11 @@ def list_failures(unusable: dict[str, str], items: Sequence[Item], failed: dict[
 def write_failures(out: Path, failed: list[dict[str, str]], some_done: bool) -> None:
     """Write what `list_failures` gives to failed.json in `out`, or remove the file of an earlier run where nothing
     failed. Raises InputError with the first reason where nothing was done."""
-    if failed and out.is_dir():
+    if not failed:
+        (out / FAILED).unlink(missing_ok=True)
+    elif out.is_dir():
         with replacing(out / FAILED) as temporary:
             temporary.write_text(json.dumps(failed, indent=2) + "\n")
-    elif not failed:
-        (out / FAILED).unlink(missing_ok=True)
     if failed and not some_done:
         more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
         raise InputError(f"nothing could be done: {failed[0]['input']}: {failed[0]['reason']}{more}")
@@ -185,9 +173,7 @@ def _unique_names(items: list[Item]) -> list[Item]:
     for change in (suffixed, hashed):
         names = [item.name for item in items]
         above = {str(parent) for name in names for parent in Path(name).parents}
-        counts: dict[str, int] = {}
-        for name in names:
-            counts[name] = counts.get(name, 0) + 1
+        counts = Counter(names)
         items = [change(item) if counts[item.name] > 1 or item.name in above else item for item in items]
     return items
 

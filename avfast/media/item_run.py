@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from typing import Any
 
 from avfast.files.result_folder import ResultFolder
@@ -49,12 +50,9 @@ class ItemRun:
 
     def items(self) -> Iterator[Item]:
         """The items for the thread that asks, each for one thread only, until none is left or the run stops."""
-        while not self._stop.is_set():
-            try:
-                item = self._waiting.popleft()
-            except IndexError:
-                return
-            yield item
+        with suppress(IndexError):
+            while not self._stop.is_set():
+                yield self._waiting.popleft()
 
     def claim(self, result: ResultFolder) -> bool:
         """Claim the folder of an item. Where another run holds it, count the item as elsewhere and return False."""
@@ -81,11 +79,9 @@ class ItemRun:
             raise Stopped
 
     def run(self, workers: Sequence[Callable[[], Any]]) -> None:
-        """Call every function in a thread of its own and wait until all have returned.
-
-        The first exception of one, or an interrupt of the user, stops the others and is raised when they have ended.
-        What was claimed and not published is then removed.
-        """
+        """Call every function in a thread of its own and wait until all have returned. The first exception of one, or
+        an interrupt of the user, stops the others and is raised when they have ended. What was claimed and not
+        published is then removed."""
         try:
             # the pool waits for its threads whatever happens: none may write when this function has ended
             with ThreadPoolExecutor(len(workers)) as pool:

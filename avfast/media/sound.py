@@ -2,9 +2,7 @@
 
 Sample n of a track at `rate` samples a second belongs to the time n / rate on the file's own clock, which is also the
 clock of the frames of `avfast.media.video`; it need not begin at 0. Timestamps decide where sound lies: a gap becomes
-silence, of an overlap only the first copy is used, an encoder's priming samples are dropped. Reading holds a handful of
-blocks, whatever the length of the track.
-"""
+silence, of an overlap only the first copy is used, an encoder's priming samples are dropped."""
 
 from __future__ import annotations
 
@@ -29,14 +27,12 @@ _JITTER = 0.02
 
 
 class Sound(NamedTuple):
-    """A piece of a mono track."""
+    """A piece of a mono track: samples (N,) int16, `rate` of them a second; the first at the time `start` on the file's
+    clock, in seconds."""
 
     samples: Samples
-    """(N,) int16."""
     rate: int
-    """Samples per second."""
     start: float
-    """Time of the first sample on the file's clock, in seconds."""
 
 
 def read_sound(path: str | Path, rate: int, *, start: float | None = None, seconds: float | None = None) -> Sound:
@@ -44,59 +40,45 @@ def read_sound(path: str | Path, rate: int, *, start: float | None = None, secon
     clock (by default the track's first). Times outside the track are silence.
 
     Mono (FFmpeg's mix, normalised so that it cannot clip), int16, resampled to `rate` by FFmpeg.
-    Raises InputError for a file that cannot be opened, has no sound track, or is damaged.
-    """
+    Raises InputError for a file that cannot be opened, has no sound track, or is damaged."""
     with SoundTrack(path, rate) as track:
         first = track.start if start is None else round(start * rate)
         if seconds is None:
             track.finish()
-            return Sound(track.window(first, max(0, track.end - first)), rate, first / rate)
-        return Sound(track.window(first, round(seconds * rate)), rate, first / rate)
+        count = max(0, track.end - first) if seconds is None else round(seconds * rate)
+        return Sound(track.window(first, count), rate, first / rate)
 
 
 class SoundTrack:
     """Reads a track once from its start to its end, window after window, and holds no more than one window needs.
-
-    Raises InputError, here and while it is read, as `read_sound` does. Close it, or use it in a `with` block.
-    """
+    Raises InputError, here and while it is read, as `read_sound` does. A `with` block closes the file."""
 
     def __init__(self, path: str | Path, rate: int) -> None:
         if rate < 1:
             raise ValueError(f"rate is {rate}, expected at least 1 sample per second")
-        self.rate = rate
         self._blocks = _read_blocks(path, rate)
         self._buffer: deque[tuple[int, Samples]] = deque()
         self._last_window = -math.inf
-        first, samples = next(self._blocks)
-        self._buffer.append((first, samples))
-        self.start = first
-        """Number of the track's first sample."""
-        self.end = first + len(samples)
+        self.end = 0
         """Number after the last sample read so far; the track's end once a window has gone past it."""
+        self._read_block()
+        self.start = self._buffer[0][0]
+        """Number of the track's first sample."""
 
     def __enter__(self) -> SoundTrack:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
         self._blocks.close()
 
     def window(self, first: int, count: int) -> Samples:
-        """(count,) int16: the samples numbered first .. first + count, silence where there are none.
-
-        Windows may overlap, but none may begin before the one before it (ValueError).
-        """
+        """(count,) int16: the samples numbered first .. first + count, silence where there are none. Windows may
+        overlap, but none may begin before the one before it (ValueError)."""
         if first < self._last_window:
-            raise ValueError(
-                f"first is {first}, after a window that began at {self._last_window}: expected none earlier"
-            )
+            raise ValueError(f"first is {first}, the window before began at {self._last_window}: expected none earlier")
         self._last_window = first
         while self.end < first + count and self._read_block():
-            self._drop_before(first)
-        self._drop_before(first)
+            pass
         window = np.zeros(count, np.int16)
         for number, samples in self._buffer:
             low, high = max(first, number), min(first + count, number + len(samples))
@@ -110,15 +92,14 @@ class SoundTrack:
             pass
 
     def _read_block(self) -> bool:
+        """Read the next block and forget those before the last window; False at the end of the track."""
         block = next(self._blocks, None)
         if block is not None:
             self._buffer.append(block)
             self.end = block[0] + len(block[1])
+            while self._buffer and self._buffer[0][0] + len(self._buffer[0][1]) <= self._last_window:
+                self._buffer.popleft()
         return block is not None
-
-    def _drop_before(self, first: int) -> None:
-        while self._buffer and self._buffer[0][0] + len(self._buffer[0][1]) <= first:
-            self._buffer.popleft()
 
 
 def _read_blocks(path: str | Path, rate: int) -> Generator[tuple[int, Samples], None, None]:

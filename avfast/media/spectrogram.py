@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from avfast.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -12,35 +14,27 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SpectrogramConfig:
     """How the sound of one frame becomes an image of F = n_fft // 2 + 1 rows and S = 1 + samples_per_frame // hop
-    columns.
+    columns. n_fft (the Hann window and the transform) and hop (from column to column) are in samples. `scale` is the
+    magnitude that becomes 1, for a waveform in [-1, 1]; larger ones are clamped, n_fft / 2 is never exceeded.
 
     Multimodal MovingMNIST is 4400 Hz, 440 samples a frame, n_fft 44, hop 22: 23 x 21. Video at 30 frames a second with
     sound at 22050 Hz is 735 samples a frame, n_fft 88, hop 44: 45 x 17.
 
-    Raises ValueError when a length is not positive or n_fft // 2 samples cannot be reflected at a frame's ends.
-    """
+    Raises InputError when a length is not positive or n_fft // 2 samples cannot be reflected at a frame's ends."""
 
     sample_rate: int
-    """Samples per second."""
     samples_per_frame: int
-    """Samples that belong to one video frame."""
     n_fft: int
-    """Length of the Hann window and of the transform, in samples."""
     hop: int
-    """Samples between columns."""
     scale: float
-    """The magnitude that becomes 1, for a waveform in [-1, 1]; larger magnitudes are clamped. n_fft / 2, the sum of the
-    Hann window, is never exceeded."""
 
     def __post_init__(self) -> None:
         for name in ("sample_rate", "samples_per_frame", "n_fft", "hop", "scale"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
+                raise InputError(f"{name}={getattr(self, name)}: expected a positive number")
         if self.n_fft // 2 >= self.samples_per_frame:
-            raise ValueError(
-                f"n_fft={self.n_fft}: reflecting n_fft // 2 samples wants more than the {self.samples_per_frame} of "
-                "samples_per_frame"
-            )
+            samples = f"the {self.samples_per_frame} of samples_per_frame"
+            raise InputError(f"n_fft={self.n_fft}: reflecting n_fft // 2 samples wants more than {samples}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,10 +45,8 @@ class SpectrogramConfig:
         """Raise ValueError unless a waveform of this shape holds whole frames, one at least."""
         samples = self.samples_per_frame
         if not shape or shape[-1] == 0 or shape[-1] % samples:
-            raise ValueError(
-                f"waveform has shape {shape}: expected (..., T * {samples}), a positive multiple of "
-                f"samples_per_frame={samples}"
-            )
+            multiple = f"(..., T * {samples}), a positive multiple of samples_per_frame={samples}"
+            raise ValueError(f"waveform has shape {shape}: expected {multiple}")
 
 
 def spectrogram(waveform: Tensor, config: SpectrogramConfig) -> Tensor:
@@ -64,8 +56,7 @@ def spectrogram(waveform: Tensor, config: SpectrogramConfig) -> Tensor:
     Returns (..., T, 1, F, S) float32 on the waveform's device: abs(STFT) / scale clamped to 1, with a periodic Hann
     window, columns centred on multiples of `hop`, and each frame padded by reflection of its own samples.
 
-    Raises ValueError for another dtype or for a length that is not a positive multiple of samples_per_frame.
-    """
+    Raises ValueError for another dtype or for a length that is not a positive multiple of samples_per_frame."""
     # here: SpectrogramConfig serves avfast.runtime too, which works without PyTorch
     import torch
 

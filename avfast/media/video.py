@@ -2,8 +2,7 @@
 
 Shapes: H, W the height and width of a frame in its stored pixels (non-square ones are not stretched). Colour frames are
 (H,W,3) RGB, grey ones (H,W), both uint8. Times are seconds on the file's own clock, which need not start at 0, and
-always increase. Reading holds a handful of frames, whatever the length of the film, and never touches the network.
-"""
+always increase. Reading holds a handful of frames, whatever the length of the film, and never touches the network."""
 
 from __future__ import annotations
 
@@ -27,12 +26,11 @@ _REORDER = 4
 
 
 class VideoInfo(NamedTuple):
-    """What a file states about itself; None is what it does not state."""
+    """What a file states about itself, or None: its mean frame rate, and the duration of the video, or of the whole
+    file if only that is stated."""
 
     fps: float | None
-    """Mean frame rate."""
     seconds: float | None
-    """Duration of the video, or of the whole file if only that is stated."""
 
 
 class _TimedFrame(NamedTuple):
@@ -71,8 +69,7 @@ def read_video(
     If timestamps are missing or run backwards, times continue from the last good one at the rate that the file states.
     Raises InputError, during iteration, for a file that cannot be opened, has no video stream or no frame, is damaged,
     ends well before the duration it states, changes its frame size (without `size`), or whose frames have no time
-    although fps is given.
-    """
+    although fps is given."""
     with open_stream(path, "video") as (container, stream):
         # more decoder threads give the same frames faster
         stream.thread_type = "AUTO"
@@ -97,10 +94,8 @@ def read_video(
 
 
 def _with_times(frames: Iterable[Any], container: Any, stream: Any) -> Iterator[_TimedFrame]:
-    """Number the frames and give them increasing times, or None if the file states nothing.
-
-    The k-th frame shown gets the k-th smallest timestamp, whatever order the file gives them in.
-    """
+    """Number the frames and give them increasing times, or None if the file states nothing. The k-th frame shown gets
+    the k-th smallest timestamp, whatever order the file gives them in."""
     file_has_timestamps = has_timestamps(container)
     rate = _stated_rate(container, stream)
     waiting: deque[tuple[Any, bool]] = deque()
@@ -152,10 +147,8 @@ def _check_duration(
 
 
 def _at_rate(path: str | Path, frames: Iterable[_TimedFrame], fps: float, start: float) -> Iterator[_TimedFrame]:
-    """For each time first + start + j / fps the frame nearest to it, the earlier of two equally near ones.
-
-    The last frame stands for half the gap before it too, so that a rate equal to the film's own keeps every frame.
-    """
+    """For each time first + start + j / fps the frame nearest to it, the earlier of two equally near ones. The last
+    frame stands for half the gap before it too, so that a rate equal to the film's own keeps every frame."""
     # Matroska rounds times to milliseconds: a difference of half of one counts as equally near
     tolerance = 5e-4
     previous: _TimedFrame | None = None

@@ -29,13 +29,9 @@ def video_writer(
     """Write an mp4 file (H.264): the block gets a function `write(image, time)` and calls it once per frame.
 
     image: (H,W,3) RGB uint8, all of one size; an odd side gets its last row or column twice, because players want even
-    ones. time: seconds, increasing. fps: the rate that the file states, and how long the last frame stays; the times
-    decide when every other frame is shown. sound: mono samples (N,) int16 and their rate, the first at time 0; all of
-    them become an AAC track.
-
-    The file appears under its name when the block ends without an error. Raises InputError if no frame was written,
-    OSError if the file cannot be written.
-    """
+    ones. time: seconds, increasing. fps: the rate that the file states, and how long the last frame stays. sound: mono
+    samples (N,) int16, which become an AAC track, and their rate; the first is at time 0. The file appears when the
+    block ends without an error. Raises InputError if no frame was written, OSError if the file cannot be written."""
     with replacing(path) as temporary, av.open(f"file:{temporary}", "w", format="mp4") as container:
         stream: Any = None
         track: _SoundTrack | None = None
@@ -79,9 +75,7 @@ def _add_video_stream(container: Any, fps: float, height: int, width: int) -> An
 
 class _SoundTrack:
     """A mono AAC track, written piece by piece, so that sound and frames of the same time lie side by side in the file.
-
-    waveform: (N,) int16 at `rate` samples per second.
-    """
+    waveform: (N,) int16 at `rate` samples per second."""
 
     def __init__(self, container: Any, waveform: NDArray[np.int16], rate: int) -> None:
         self._container, self._waveform, self._rate, self._written = container, waveform, rate, 0
@@ -92,21 +86,18 @@ class _SoundTrack:
 
     def write_until(self, time: float) -> None:
         """Write the samples before a time, in seconds."""
-        self._write(math.ceil(time * self._rate))
-
-    def finish(self) -> None:
-        """Write the rest of the samples and what the encoder still holds."""
-        self._write(len(self._waveform))
-        self._encode(self._resampler.resample(None))
-        self._container.mux(self._stream.encode())
-
-    def _write(self, end: int) -> None:
-        end = min(end, len(self._waveform))
+        end = math.ceil(min(time * self._rate, len(self._waveform)))
         if end > self._written:
             part = av.AudioFrame.from_ndarray(self._waveform[None, self._written : end], format="s16", layout="mono")
             part.rate, part.pts, part.time_base = self._rate, self._written, Fraction(1, self._rate)
             self._encode(self._resampler.resample(part))
             self._written = end
+
+    def finish(self) -> None:
+        """Write the rest of the samples and what the encoder still holds."""
+        self.write_until(math.inf)
+        self._encode(self._resampler.resample(None))
+        self._container.mux(self._stream.encode())
 
     def _encode(self, frames: Iterable[Any]) -> None:
         for frame in frames:

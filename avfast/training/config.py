@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from avfast.data.base import DataSettings
-from avfast.data.digits import Split
+from avfast.data.base import DataSettings, Split
 from avfast.data.mmnist import MMNISTConfig
 from avfast.data.prepared import ClipsConfig
 from avfast.data.registry import DATASETS

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from avfast.data.input_spec import InputSpec
+from avfast.data.clips import InputSpec
 from avfast.errors import InputError
 from avfast.files.atomic import new_folder, numbered, read_records, replacing
 from avfast.files.result_folder import ResultFolder, remove_folder, sweep

@@ -2,15 +2,14 @@
 
 Clips are tensors or arrays on the CPU: frames (T,C,H,W) in [0,1] with C = 1 or 3, flow (T,2,H,W) in pixels. Predictions
 (P,...) are the last P of the T frames; the true clip (T',...) may end before them. Given frames have a white border,
-predicted ones a red one, true future ones a grey one. Every file is written under a temporary name, then renamed.
-"""
+predicted ones a red one, true future ones a grey one. Every file is written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,8 +44,7 @@ def flow_to_rgb(flow: ArrayLike, max_flow: float | None = None) -> Pixels:
     pixels is fully saturated, a longer one is darkened by a quarter; by default max_flow is the largest magnitude in
     the whole array, one scale for all of its frames. A vector that is not finite is black. ValueError: another shape,
     max_flow <= 0. Source: Baker et al., "A Database and Evaluation Methodology for Optical Flow", IJCV 2011, with its
-    wheel as a continuous circle.
-    """
+    wheel as a continuous circle."""
     flow = np.asarray(flow, dtype=np.float64)
     if flow.ndim < 3 or flow.shape[-3] != 2:
         raise ValueError(f"flow has shape {flow.shape}, expected (..., 2, H, W)")
@@ -90,9 +88,8 @@ def save_strip(
     and `frames` chooses some of them; `first_frame` is the number printed over the first. Small frames are enlarged
     with nearest neighbour. The flow rows share one scale, the largest true magnitude (without true flow the largest
     predicted one), and the colour wheel below them states it. The sound has low frequencies at the bottom and 60 dB
-    from black to the loudest value. ValueError: shapes that do not fit, a frame number outside 1..T.
-    """
-    images, predictions = _image_pair(true, predicted, context_frames)
+    from black to the loudest value. ValueError: shapes that do not fit, a frame number outside 1..T."""
+    images, predictions = _pair(_images("true", true), _images("predicted", predicted), context_frames)
     total = context_frames + len(predictions)
     rows: list[tuple[str, Pixels]] = [("true", images), ("predicted", predictions)]
     flows = {"true flow": (true_flow, len(images)), "predicted flow": (predicted_flow, len(predictions))}
@@ -108,15 +105,10 @@ def save_strip(
     if not numbers or numbers[0] < 1 or numbers[-1] > total:
         raise ValueError(f"frames is {list(numbers)}, expected numbers from 1 to {total}")
 
-    factor = _zoom(images, STRIP_SIDE)
-    height, width = (factor * s + 2 * BORDER for s in images.shape[1:3])
+    height, width = _cell_size(images, STRIP_SIDE)
     font = ImageFont.load_default(TEXT_SIZE)
     margin = math.ceil(max(font.getlength(label) for label, _ in rows)) + 3 * GAP
-    bottom = HEADER + len(rows) * (height + GAP)
-    # a strip of few frames must be wide enough for the legend
-    canvas_width = max(margin + len(numbers) * (width + GAP), LEGEND_WIDTH if scale else 0)
-    canvas = Image.new("RGB", (canvas_width, bottom + (LEGEND if scale else 0)), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
+    canvas, draw = _canvas(margin + len(numbers) * (width + GAP), HEADER + len(rows) * (height + GAP), scale)
     for column, number in enumerate(numbers):
         left = margin + column * (width + GAP)
         draw.text((left + width // 2, HEADER // 2), str(number + first_frame - 1), fill=TEXT, font=font, anchor="mm")
@@ -124,14 +116,11 @@ def save_strip(
             index = number - 1 - (context_frames if label.startswith("predicted") else 0)
             if not 0 <= index < len(pictures):
                 continue
-            picture = Image.fromarray(pictures[index]).resize((width - 2 * BORDER, height - 2 * BORDER), _NEAREST)
             true_colour = GIVEN if number <= context_frames else FUTURE
             colour = PREDICTED if label.startswith("predicted") else true_colour
-            canvas.paste(_framed(picture, colour), (left, HEADER + row * (height + GAP)))
+            canvas.paste(_framed(pictures[index], height, width, colour), (left, HEADER + row * (height + GAP)))
     for row, (label, _) in enumerate(rows):
         draw.text((GAP, HEADER + row * (height + GAP) + height // 2), label, fill=TEXT, font=font, anchor="lm")
-    if scale:
-        _draw_legend(canvas, bottom, scale)
     with replacing(path) as temporary:
         canvas.save(temporary, format="PNG", optimize=True)
 
@@ -140,16 +129,15 @@ def save_gif(
     path: str | Path, true: ArrayLike, predicted: ArrayLike, *, context_frames: int, frames_per_second: float = 10.0
 ) -> None:
     """True clip on the left, given then predicted frames on the right, over time; several clips one below the other.
-
     true (T',C,H,W) or (N,T',C,H,W), predicted (P,C,H,W) or (N,P,C,H,W), context_frames <= T' <= context_frames + P.
-    Small frames are enlarged with nearest neighbour. ValueError: shapes that do not fit.
-    """
+    Small frames are enlarged with nearest neighbour. ValueError: shapes that do not fit."""
     true, predicted = np.asarray(true), np.asarray(predicted)
     if true.ndim == 4:
         true, predicted = true[None], predicted[None]
     if true.ndim != 5 or len(true) != len(predicted) or not len(true):
         raise ValueError(f"true has shape {true.shape}, predicted {predicted.shape}, expected N clips each")
-    pairs = [_image_pair(*clips, context_frames) for clips in zip(true, predicted, strict=True)]
+    clips = zip(true, predicted, strict=True)
+    pairs = [_pair(_images("true", t), _images("predicted", p), context_frames) for t, p in clips]
     pictures = list(_side_by_side(pairs, context_frames, STRIP_SIDE))
     # GIF counts in hundredths of a second: each frame is rounded, the mean is right
     ends = [round(100 * (i + 1) / frames_per_second) for i in range(len(pictures))]
@@ -160,68 +148,52 @@ def save_gif(
 
 def film_frames(true: ArrayLike, predicted: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
     """The pictures of `save_gif` for one clip, larger, one after the other: (height,width,3) uint8 for a film.
-
-    ValueError: shapes that do not fit.
-    """
-    pairs = [_image_pair(true, predicted, context_frames)]
-    return map(np.asarray, _side_by_side(pairs, context_frames, FILM_SIDE))
+    ValueError: shapes that do not fit."""
+    pair = _pair(_images("true", true), _images("predicted", predicted), context_frames)
+    return map(np.asarray, _side_by_side([pair], context_frames, FILM_SIDE))
 
 
 def flow_film_frames(true_flow: ArrayLike, predicted_flow: ArrayLike, *, context_frames: int) -> Iterator[Pixels]:
     """The pictures of `film_frames` for flow, true_flow (T',2,H,W) and predicted_flow (P,2,H,W), with the colour wheel
     below. The largest true magnitude is fully saturated, as in `save_strip`."""
     scale = _max_flow(true_flow)
-    true, predicted = (flow_to_rgb(flow, scale) for flow in (true_flow, predicted_flow))
-    _check_lengths(true, predicted, context_frames)
-    return map(np.asarray, _side_by_side([(true, predicted)], context_frames, FILM_SIDE, scale))
+    pair = _pair(flow_to_rgb(true_flow, scale), flow_to_rgb(predicted_flow, scale), context_frames)
+    return map(np.asarray, _side_by_side([pair], context_frames, FILM_SIDE, scale))
 
 
 class ContactRow(NamedTuple):
-    """One clip of a contact sheet."""
+    """One clip of a contact sheet: frames (T,C,H,W) and audio (T,1,F,S) in [0,1], flow (T,2,H,W) in pixels."""
 
     label: str
     frames: ArrayLike
-    """(T,C,H,W) in [0,1]."""
     audio: ArrayLike
-    """(T,1,F,S) in [0,1], magnitudes."""
     flow: ArrayLike
-    """(T,2,H,W) in pixels."""
 
 
 def save_contact_sheet(path: str | Path, rows: Sequence[ContactRow], columns: int = 8) -> None:
-    """Clips one below another, each as evenly spaced frames with the sound and the flow that belong to them.
-
-    The sound is the frame's spectrogram, drawn as in `save_strip`. The clip's largest flow vector is fully saturated.
-    ValueError: no row, shapes that do not fit.
-    """
+    """Clips one below another, each as evenly spaced frames with the sound and the flow that belong to them. The sound
+    is the frame's spectrogram, drawn as in `save_strip`. The clip's largest flow vector is fully saturated. ValueError:
+    no row, shapes that do not fit."""
     if not rows:
         raise ValueError("rows is empty, expected at least one clip")
     font = ImageFont.load_default(TEXT_SIZE)
     blocks = []
     for row in rows:
-        images, audio, flow = _images("frames", row.frames), np.asarray(row.audio), np.asarray(row.flow)
-        expected = ((len(images), 1, *audio.shape[2:]), (len(images), 2, *images.shape[1:3]))
-        if (audio.shape, flow.shape) != expected:
-            raise ValueError(f"audio and flow have shapes {audio.shape} and {flow.shape}, expected {expected}")
-        factor = _zoom(images, STRIP_SIDE)
-        height, width = (factor * side for side in images.shape[1:3])
-        sound = _spectrogram_images(audio)
-        chosen = sorted({round(i) for i in np.linspace(0, len(images) - 1, columns)})
-        block = Image.new(
-            "RGB", (GAP + columns * (width + GAP), HEADER + 2 * height + height // 2 + 2 * GAP), BACKGROUND
-        )
-        ImageDraw.Draw(block).text((GAP, HEADER // 2), row.label, fill=TEXT, font=font, anchor="lm")
-        for column, t in enumerate(chosen):
-            left, top = GAP + column * (width + GAP), HEADER
-            for pixels, high in (
-                (images[t], height),
-                (sound[t], height // 2),
-                (flow_to_rgb(flow[t], _max_flow(flow)), height),
-            ):
-                block.paste(Image.fromarray(pixels).resize((width, high), _NEAREST), (left, top))
+        images = _images("frames", row.frames)
+        _check_shape("audio", row.audio, (len(images), 1, *np.shape(row.audio)[2:]))
+        _check_shape("flow", row.flow, (len(images), 2, *images.shape[1:3]))
+        height, width = (side - 2 * BORDER for side in _cell_size(images, STRIP_SIDE))
+        pictures = (images, height), (_spectrogram_images(row.audio), height // 2), (flow_to_rgb(row.flow), height)
+        block, draw = _canvas(GAP + columns * (width + GAP), HEADER + 2 * height + height // 2 + 2 * GAP)
+        draw.text((GAP, HEADER // 2), row.label, fill=TEXT, font=font, anchor="lm")
+        for column, t in enumerate(sorted({round(i) for i in np.linspace(0, len(images) - 1, columns)})):
+            top = HEADER
+            for pixels, high in pictures:
+                picture = Image.fromarray(pixels[t]).resize((width, high), _NEAREST)
+                block.paste(picture, (GAP + column * (width + GAP), top))
                 top += high + GAP // 2
         blocks.append(block)
-    canvas = Image.new("RGB", (max(b.width for b in blocks), sum(b.height + GAP for b in blocks)), BACKGROUND)
+    canvas, _ = _canvas(max(b.width for b in blocks), sum(b.height + GAP for b in blocks))
     top = 0
     for block in blocks:
         canvas.paste(block, (0, top))
@@ -232,10 +204,8 @@ def save_contact_sheet(path: str | Path, rows: Sequence[ContactRow], columns: in
 
 def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
     """Draw a run's losses from its metrics.jsonl, one panel per stage: "loss" and every key that ends with "_loss".
-
     Records are objects with "stage", "step" and some of those keys. A last line that a kill cut short is left out.
-    InputError: another line that is not a JSON object, no loss at all.
-    """
+    InputError: another line that is not a JSON object, no loss at all."""
     stages: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for record in read_records(metrics_jsonl):
         for key, value in record.items():
@@ -256,25 +226,14 @@ def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
     _save_figure(figure, path)
 
 
-class FrameScores(Protocol):
-    """The scores of one predictor: a value per predicted frame."""
-
-    @property
-    def ssim(self) -> list[float]: ...
-    @property
-    def psnr(self) -> list[float]: ...
-    @property
-    def aepe(self) -> list[float] | None:
-        """None: the predictor has no flow."""
-
-
 def save_metric_curves(
-    path: str | Path, results: Mapping[str, FrameScores], *, context_frames: int = 0, references: Collection[str] = ()
+    path: str | Path, results: Mapping[str, Any], *, context_frames: int = 0, references: Collection[str] = ()
 ) -> None:
     """Draw SSIM and PSNR, and AEPE if some predictor has flow, over the frame number; `references` are dashed.
 
-    results: {predictor: scores}, all of clips of the same length. ValueError: no results.
-    """
+    results: {predictor: scores}, all of clips of the same length. Scores have `ssim`, `psnr` and `aepe`, lists of one
+    value per predicted frame (`aepe` is None where there is no flow), as `avfast.scoring.metrics.MetricResult` has.
+    ValueError: no results."""
     if not results:
         raise ValueError("results is empty, expected at least one predictor")
     panels: list[tuple[str, dict[str, list[float]]]] = [
@@ -306,19 +265,15 @@ def _images(name: str, frames: ArrayLike) -> Pixels:
     return np.repeat(pixels, 3 // frames.shape[1], axis=1).transpose(0, 2, 3, 1)
 
 
-def _image_pair(true: ArrayLike, predicted: ArrayLike, context_frames: int) -> tuple[Pixels, Pixels]:
-    images, predictions = _images("true", true), _images("predicted", predicted)
-    _check_lengths(images, predictions, context_frames)
-    return images, predictions
-
-
-def _check_lengths(true: Pixels, predicted: Pixels, context_frames: int) -> None:
+def _pair(true: Pixels, predicted: Pixels, context_frames: int) -> tuple[Pixels, Pixels]:
+    """The two clips. Raises ValueError where their sizes or lengths do not fit."""
     total = context_frames + len(predicted)
     if predicted.shape[1:] != true.shape[1:] or not context_frames <= len(true) <= total:
         raise ValueError(
             f"true has {len(true)} frames of {true.shape[1:3]}, predicted {len(predicted)} of {predicted.shape[1:3]}, "
             f"expected one size and {context_frames} to {total} true frames: context_frames is {context_frames}"
         )
+    return true, predicted
 
 
 def _check_shape(name: str, array: ArrayLike, shape: tuple[int, ...]) -> None:
@@ -342,20 +297,32 @@ def _max_flow(flow: ArrayLike) -> float:
     return float(np.hypot(x, y).max(initial=0.0)) or 1.0
 
 
-def _zoom(images: Pixels, side: int) -> int:
-    """The whole factor that makes the longer side at least `side` pixels."""
-    return max(1, math.ceil(side / max(images.shape[1:3])))
+def _cell_size(images: Pixels, side: int) -> tuple[int, int]:
+    """(height, width) of a frame with its border, enlarged by the whole factor that makes the longer side at least
+    `side` pixels."""
+    h, w = images.shape[1:3]
+    factor = max(1, math.ceil(side / max(h, w)))
+    return factor * h + 2 * BORDER, factor * w + 2 * BORDER
 
 
-def _enlarged(pixels: Pixels, factor: int) -> Image.Image:
-    h, w = pixels.shape[:2]
-    return Image.fromarray(np.ascontiguousarray(pixels)).resize((factor * w, factor * h), _NEAREST)
-
-
-def _framed(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    framed = Image.new("RGB", (image.width + 2 * BORDER, image.height + 2 * BORDER), colour)
-    framed.paste(image, (BORDER, BORDER))
+def _framed(pixels: Pixels, height: int, width: int, colour: tuple[int, int, int]) -> Image.Image:
+    """The pixels resized to a cell of this size with a border of this colour."""
+    framed = Image.new("RGB", (width, height), colour)
+    framed.paste(Image.fromarray(pixels).resize((width - 2 * BORDER, height - 2 * BORDER), _NEAREST), (BORDER, BORDER))
     return framed
+
+
+def _canvas(width: int, height: int, flow_scale: float | None = None) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """An empty picture and what draws on it; with a flow scale the colour wheel and its meaning stand below."""
+    size = (width, height) if flow_scale is None else (max(width, LEGEND_WIDTH), height + LEGEND)
+    canvas = Image.new("RGB", size, BACKGROUND)
+    draw, diameter = ImageDraw.Draw(canvas), LEGEND - 2 * GAP
+    if flow_scale is not None:
+        canvas.paste(Image.fromarray(colour_wheel(diameter)), (GAP, height + GAP))
+        text = f"flow: the hue points to where a pixel\ncomes from, full colour {flow_scale:.2g} px"
+        middle = (3 * GAP + diameter, height + LEGEND // 2)
+        draw.text(middle, text, TEXT, ImageFont.load_default(TEXT_SIZE), anchor="lm")
+    return canvas, draw
 
 
 def _side_by_side(
@@ -363,40 +330,23 @@ def _side_by_side(
 ) -> Iterator[Image.Image]:
     """One picture per frame: a row per pair of clips, true on the left, given or predicted on the right."""
     true, predicted = pairs[0]
-    factor = _zoom(true, side)
-    height, width = (factor * s + 2 * BORDER for s in true.shape[1:3])
-    bottom = HEADER + len(pairs) * (height + GAP)
-    size = (2 * width + 3 * GAP, bottom)
-    if flow_scale is not None:
-        size = (max(size[0], LEGEND_WIDTH), bottom + LEGEND)
+    height, width = _cell_size(true, side)
     font = ImageFont.load_default(TEXT_SIZE)
     for t in range(context_frames + len(predicted)):
         given = t < context_frames
-        canvas = Image.new("RGB", size, BACKGROUND)
-        draw = ImageDraw.Draw(canvas)
+        canvas, draw = _canvas(2 * width + 3 * GAP, HEADER + len(pairs) * (height + GAP), flow_scale)
         for column, title in enumerate((f"true {t + 1}", "given" if given else "predicted")):
             draw.text((GAP + column * (width + GAP) + width // 2, HEADER // 2), title, TEXT, font, anchor="mm")
         for row, (true, predicted) in enumerate(pairs):
             top = HEADER + row * (height + GAP)
             if t < len(true):
-                canvas.paste(_framed(_enlarged(true[t], factor), GIVEN if given else FUTURE), (GAP, top))
+                canvas.paste(_framed(true[t], height, width, GIVEN if given else FUTURE), (GAP, top))
             else:
                 middle = (GAP + width // 2, top + height // 2)
                 draw.text(middle, "no frame:\nthe film\nhas ended", FUTURE, font, anchor="mm", align="center")
             shown = true[t] if given else predicted[t - context_frames]
-            canvas.paste(_framed(_enlarged(shown, factor), GIVEN if given else PREDICTED), (width + 2 * GAP, top))
-        if flow_scale is not None:
-            _draw_legend(canvas, bottom, flow_scale)
+            canvas.paste(_framed(shown, height, width, GIVEN if given else PREDICTED), (width + 2 * GAP, top))
         yield canvas
-
-
-def _draw_legend(canvas: Image.Image, top: int, scale: float) -> None:
-    """The colour wheel and its meaning, in the lower left corner."""
-    diameter = LEGEND - 2 * GAP
-    canvas.paste(Image.fromarray(colour_wheel(diameter)), (GAP, top + GAP))
-    text = f"flow: the hue points to where a pixel\ncomes from, full colour {scale:.2g} px"
-    middle = (3 * GAP + diameter, top + LEGEND // 2)
-    ImageDraw.Draw(canvas).text(middle, text, TEXT, ImageFont.load_default(TEXT_SIZE), anchor="lm")
 
 
 def _figure(panels: int) -> Figure:

@@ -8,12 +8,9 @@ from typing import Any
 
 
 class Progress:
-    """Shows how far a long work is: use it in a `with` block, call `update` as often as you like.
-
-    On a terminal it is a bar with the time left, otherwise a line every 20 seconds and at the end, and with `quiet`
-    nothing. description: what is done, in which unit ("scoring, clips"). done: how much was done before, by an earlier
-    run that this one continues.
-    """
+    """Shows how far a long work is, in a `with` block: on a terminal a bar with the time left, otherwise a line every
+    20 seconds and at the end, with `quiet` nothing. description: what is done, in which unit ("scoring, clips"). done:
+    how much an earlier run, which this one continues, has done."""
 
     _LINE_SECONDS = 20.0
 
@@ -25,19 +22,13 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stderr.isatty():
+            from rich import progress as rich
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as RichProgress
 
-            self._bar = RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
+            what, text = rich.TextColumn("{task.description}"), rich.TextColumn("{task.fields[text]}")
+            times = rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
+            columns = what, rich.BarColumn(), rich.MofNCompleteColumn(), text, *times
+            self._bar = rich.Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(self.description, total=self._total, completed=self._done_before, text="")
             self._bar.start()
         return self

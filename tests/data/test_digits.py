@@ -81,7 +81,7 @@ def test_read_idx(tmp_path, compress):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such idx file"),
+        (None, "cannot be read"),
         (b"", "magic number"),
         (idx(np.zeros((2, 3), np.uint8), magic=13), "magic number 0x00000d02"),
         (idx(np.zeros((2, 3), np.uint8))[:-1], "17 bytes, expected 18"),

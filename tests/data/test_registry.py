@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from avfast.cli.parser import parse
-from avfast.data.base import DataSettings
+from avfast.data.base import SPLITS, DataSettings, Split
 from avfast.data.clips import ClipSettings
-from avfast.data.digits import SPLITS, Split
 from avfast.data.registry import DATASETS
 from avfast.data.store import ClipStore, write_store
 from avfast.errors import InputError

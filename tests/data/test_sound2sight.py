@@ -78,7 +78,7 @@ def test_a_malicious_pickle_runs_nothing(name: str, tmp_path: Path) -> None:
     data = malicious(marker)[name]
     pickletools.dis(data, io.StringIO())
     path.write_bytes(data)
-    with pytest.raises(InputError, match="refused, this pickle asks for .*, expected one numpy array of numbers"):
+    with pytest.raises(InputError, match="refused, it asks for .*, expected one numpy array of numbers"):
         load_array(path)
     assert not marker.exists()
 
@@ -96,9 +96,9 @@ def test_pickles_that_are_none_or_hold_something_else(tmp_path: Path) -> None:
         (b"no pickle", "not a pickle, or a damaged one"),
         (pickle.dumps(np.arange(9))[:-20], "not a pickle, or a damaged one"),
         (pickle.dumps([1, 2]), "holds list, expected one numpy array"),
-        (pickle.dumps(np.array([1, "x"], object)), "refused, this pickle asks for an array of dtype object"),
-        (pickle.dumps(np.array(["text"])), "refused, this pickle asks for an array of dtype <U4"),
-        (pickle.dumps(np.ones(2, complex)), "refused, this pickle asks for an array of dtype complex128"),
+        (pickle.dumps(np.array([1, "x"], object)), "refused, it asks for an array of dtype object"),
+        (pickle.dumps(np.array(["text"])), "refused, it asks for an array of dtype <U4"),
+        (pickle.dumps(np.ones(2, complex)), "refused, it asks for an array of dtype complex128"),
     ):
         path.write_bytes(data)
         with pytest.raises(InputError, match=message):

@@ -153,7 +153,7 @@ def test_what_cannot_be_renamed_leaves_the_old_folder(
     rename = os.rename
 
     def fail(source: Path, target: Path) -> None:
-        if Path(target) == tmp_path / "a" and "-replaced-" not in str(source):
+        if Path(target) == tmp_path / "a" and "/replaced/" not in str(source):
             raise OSError(28, "No space left on device")
         rename(source, target)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from avfast.machine import commit as module
-from avfast.machine.commit import commit
+from avfast.machine import environment as module
+from avfast.machine.environment import commit
 
 
 def test_commit_of_a_checkout_and_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

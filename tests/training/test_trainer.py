@@ -123,7 +123,9 @@ def test_resume_is_bit_for_bit(config, monkeypatch, stage, crash):
 
 @pytest.mark.parametrize("method,crash", [("forced_loss", 3), ("loss", 2)], ids=["within", "behind the switch"])
 def test_resume_with_teacher_forcing_is_bit_for_bit(config, monkeypatch, method, crash):
-    config = replace(config, stage="mme", curriculum=1.0, training=replace(config.training, teacher_forcing=0.6, forced_frames=3))
+    config = replace(
+        config, stage="mme", curriculum=1.0, training=replace(config.training, teacher_forcing=0.6, forced_frames=3)
+    )
     whole = train(config)
     assert [r["horizon"] for r in records(whole) if "lr" in r] == [2, 2, 2, 1, 1]
 
