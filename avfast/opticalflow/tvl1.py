@@ -57,7 +57,8 @@ def tvl1_flow(
     The result is float32 on a's device, in pixels, x then y, without a gradient.
 
     preset: name in PRESETS, or a TVL1Params. "fast"; "quality", four times the work; "opencv", which equals OpenCV's
-    default (on the CPU, also for images on a GPU); "chambolle-pock" for textureless scenes such as moving digits.
+    default (on the CPU, also for images on a GPU); "chambolle-pock" for textureless scenes, "training" the same over a
+    finer pyramid, for small images such as moving digits.
     threads: CPU threads, over pairs or over the rows of a large one, default torch.get_num_threads(); neither they nor
     the instruction set (AVFAST_ISA=avx512|avx2|baseline asks for one) change a bit of the result.
     backend: "cpp" (the compiled engine, on the CPU or in CUDA) or "reference" (PyTorch, on a's device); default:
