@@ -4,8 +4,8 @@
 
 For drawn digits, or those of MNIST's four files, on a canvas of 48 and of 64 shrunk to 48, and for all, slow and fast
 digits (above 4.5 px a frame): the end-point error on the digit (grey level above 30), the share of frames in which its
-mean is above 1 px, and the error of the warp in grey levels. The time is the preset's against that of the first one. For
-films, at 64x64: the error of the warp.
+mean is above 1 px, and the error of the warp in grey levels. The time is the preset's against that of the first one.
+For films, at 64x64: the error of the warp.
 """
 
 from __future__ import annotations
