@@ -109,8 +109,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns the content of results.json with "out" (the folder) and "markdown" (the tables) added. Under `torchrun`
     every process scores its share and returns the same; the first one writes. Raises InputError for what the user can
-    mend.
-    """
+    mend."""
     config.check()
     return _evaluate_runs(config) if config.checkpoint else _evaluate_arrays(config)
 

@@ -75,8 +75,7 @@ def export(config: ExportConfig) -> dict[str, float]:
     """Write the folder `out`. Returns the largest differences from PyTorch by name of what was compared.
 
     Raises InputError for a run without a checkpoint or with one of the motion stage only, an existing `out`, and where
-    the exported graphs do not agree with PyTorch; nothing is left behind then.
-    """
+    the exported graphs do not agree with PyTorch; nothing is left behind then."""
     if not config.run:
         raise InputError("RUN is missing, expected a run folder or a checkpoint")
     if config.unroll is not None and (config.unroll < 1 or not config.rollout):

@@ -117,8 +117,7 @@ def extract_flow(config: FlowConfig) -> dict[str, Any]:
     Returns `out`, the counts `done`, `skipped` (finished before) and `elsewhere` (another run is at it), `pairs`,
     `seconds` (of which `decode_seconds`, `flow_seconds`, `write_seconds`, which overlap), and `failed`, a list of
     {"input", "reason"} that failed.json in `out` holds too. Raises InputError when nothing could be done and for
-    settings that do not work, OSError when the results cannot be written.
-    """
+    settings that do not work, OSError when the results cannot be written."""
     config = config.resolved()
     config.check()
     assert config.out is not None

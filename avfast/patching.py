@@ -65,8 +65,7 @@ def patch(model: nn.Module, *inputs: Any, rounds: int = 5, verbose: bool = True)
     without gradients, in the mode the model is in. rounds: paired runs to time; verbose: print the report.
 
     Raises ValueError if an output differs by more than 1e-4 of its largest value; then, as after any error, the model
-    has its own modules again.
-    """
+    has its own modules again."""
     report = PatchReport()
     originals: dict[str, nn.Module] = {}
     replacements: dict[str, nn.Module] = {}

@@ -126,8 +126,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
 
     Returns `out`, `predictions`, a list of the contents of prediction.json with "folder" added, `seconds`, and
     `failed`, a list of {"input", "reason"} that failed.json in `out` holds too. Raises InputError when nothing could be
-    done and for settings that do not work, OSError when the results cannot be written.
-    """
+    done and for settings that do not work, OSError when the results cannot be written."""
     config.check()
     predictor = _Predictor(config)
     items, unusable = find_items(config.inputs, MARKER)

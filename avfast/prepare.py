@@ -109,8 +109,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     Returns `out`, `finished` (False: other runs have work left), the counts `done`, `skipped` (finished before),
     `elsewhere` (another run's), `clips` (made now), `seconds`, `splits` (clips of each, when finished), and `failed`, a
     list of {"input", "reason"}. Raises InputError when no video could be used, for settings that do not work, and where
-    `out` holds something else, which is left as it is; OSError when the results cannot be written.
-    """
+    `out` holds something else, which is left as it is; OSError when the results cannot be written."""
     config.refuse_mistakes()
     assert config.out is not None
     out, settings = Path(config.out), config.settings()

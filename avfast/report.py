@@ -56,8 +56,7 @@ details pre { overflow-x: auto; font-size: .8rem; }
 def write_report(run: str | Path) -> Path:
     """Write report.html into a run folder from the files there, and return its path.
 
-    Raises InputError for a folder that is no run folder, OSError if the page cannot be written.
-    """
+    Raises InputError for a folder that is no run folder, OSError if the page cannot be written."""
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run} is not a run folder (no config.yaml)")

@@ -302,8 +302,7 @@ def condense(memory: Tensor, weight: Tensor, bias: Tensor, *, backend: str | Non
 
     memory (B,T,C); weight (3C,C) and bias (3C): the q, k, v projections stacked in that order. Returns (B,T,C): row t
     is x_t + softmax(q_t K^T) V over the rows up to and including t. Raises ValueError on a wrong shape or dtype.
-    Source: paper, Eq. 1.
-    """
+    Source: paper, Eq. 1."""
     checks.shape("memory", memory, "B T C")
     c = memory.shape[-1]
     sizes = {"C": c, "3C": 3 * c}

@@ -172,8 +172,7 @@ def convlstm_gates(gates: Tensor, cell: Tensor, *, backend: str | None = None) -
 
     gates (B,4C,H,W): the convolution's output, order i, f, o, g. cell (B,C,H,W): may be fp32 beside half gates. Returns
     (hidden in the gates' dtype, new cell in the cell's dtype), both (B,C,H,W). Raises ValueError on a wrong shape or
-    dtype. Source: Shi et al. 2015, without peepholes; paper, Eq. 3.
-    """
+    dtype. Source: Shi et al. 2015, without peepholes; paper, Eq. 3."""
     checks.shape("cell", cell, "B C H W")
     b, c, h, w = cell.shape
     checks.shape("gates", gates, "B 4C H W", {"B": b, "4C": 4 * c, "H": h, "W": w})

@@ -181,8 +181,7 @@ def flow_loss(
 
     prediction and target (B,P,2,H,W) in pixels; frames (B,P,C,H,W) the true frames at the same steps. Differentiable in
     the prediction. Raises ValueError on a wrong shape or dtype, or when target or frames require a gradient.
-    Source: paper, Eq. 8 to 10 (reductions: `reference.flow_loss`).
-    """
+    Source: paper, Eq. 8 to 10 (reductions: `reference.flow_loss`)."""
     checks.shape("prediction", prediction, "B P 2 H W")
     b, p, _, h, w = prediction.shape
     sizes = {"B": b, "P": p, "H": h, "W": w}

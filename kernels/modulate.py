@@ -256,8 +256,7 @@ def modulate(
     """Scale and shift each channel: context (B,C,H,W), gamma and beta (B,C) -> gamma * context + beta (B,C,H,W).
 
     `before`: features (B,Ci,H,W) that the result is concatenated behind, in order, without a pass of its own. Raises
-    ValueError on a wrong shape or dtype. Source: paper, Eq. 7.
-    """
+    ValueError on a wrong shape or dtype. Source: paper, Eq. 7."""
     checks.shape("context", context, "B C H W")
     b, c, h, w = context.shape
     sizes = {"B": b, "C": c, "H": h, "W": w}

@@ -65,8 +65,7 @@ def call(
     inputs: tensors, or sequences of tensors; those of another type than `compute` (float32 or float64) are converted.
     outputs: tensors that the function writes; those of another type are computed in a buffer and copied from there.
     None stands for an output that is not wanted. All lie in memory as csrc/fused/ops.def says. sizes: the other
-    arguments; `fp64` and `threads` (torch.get_num_threads()) are added.
-    """
+    arguments; `fp64` and `threads` (torch.get_num_threads()) are added."""
     # also keeps what is converted alive during the call
     tensors: dict[str, Any] = {}
     for key, given in inputs.items():

@@ -61,8 +61,7 @@ def patch_conv(
     """Convolve x (B,C,H,W) by weight (O,C,kH,kW): what `torch.nn.functional.conv2d` computes. bias: (O).
 
     On the CPU it is one matrix product over all patches, and the result is channels-last. Raises ValueError on a wrong
-    shape or dtype.
-    """
+    shape or dtype."""
     checks.shape("x", x, "B C H W")
     checks.shape("weight", weight, "O C kH kW", {"C": x.shape[1]})
     checks.same_device(x=x, weight=weight, bias=bias)

@@ -98,8 +98,7 @@ def torch_op(
     """Register avfast::<schema> for CPU and CUDA tensors and return it; `fake` gives shapes, dtypes and strides alone.
 
     The op has no gradient: an autograd.Function gives it one. It is one opaque node of a compiled or exported program.
-    `reference` is what an exporter may put in its place; it takes the op's arguments, except a last one `backend`.
-    """
+    `reference` is what an exporter may put in its place; it takes the op's arguments, except a last one `backend`."""
     _LIBRARY.define(schema)
     name = schema[: schema.index("(")]
     for device in ("CPU", "CUDA"):

@@ -96,8 +96,7 @@ def tiles(images: int, height: int, width: int, pixels: int) -> tuple[tuple[int,
 
     A tile is 16 to 128 columns wide. Of these widths the one with the fewest pixels outside the image is taken, and of
     equals the widest: 48x48 pixels are three by three tiles of 16x16. Only the first axis of a grid may have more than
-    65535 programs: it counts the columns of tiles, or the images where there are more than 65535.
-    """
+    65535 programs: it counts the columns of tiles, or the images where there are more than 65535."""
     if INTERPRETED:
         columns = triton.next_power_of_2(width)
         rows = triton.next_power_of_2(triton.cdiv(height, 8))

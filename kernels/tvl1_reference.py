@@ -96,8 +96,7 @@ def tvl1_flow_reference(a: Tensor, b: Tensor, params: TVL1Params) -> Tensor:
     """TV-L1 flow from a to b: a(p) ~ b(p + flow(p)).
 
     a, b: (N,H,W) float32, grey levels 0..255. Returns (N,2,H,W) float32, pixels, x then y.
-    Source: Zach, Pock and Bischof (DAGM 2007); solver "chambolle-pock": Chambolle and Pock (JMIV 2011), algorithm 1.
-    """
+    Source: Zach, Pock and Bischof (DAGM 2007); solver "chambolle-pock": Chambolle and Pock (JMIV 2011), algorithm 1."""
     n = len(a)
     if a.numel() == 0:
         return a.new_zeros(n, 2, *a.shape[1:])

@@ -301,8 +301,7 @@ def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backe
     padding: "border" repeats the edge pixel, "zeros" surrounds the image with zeros. Returns (B,C,H,W) in image's
     dtype; differentiable in both arguments (the flow's gradient at kinks: `reference.backward_warp`). A NaN flow gives
     NaN at its pixel. Raises ValueError on a wrong shape, dtype or padding, or a backend that cannot run it.
-    Source: paper, Eq. 4.
-    """
+    Source: paper, Eq. 4."""
     checks.shape("image", image, "B C H W")
     b, _, h, w = image.shape
     checks.shape("flow", flow, "B 2 H W", {"B": b, "H": h, "W": w})

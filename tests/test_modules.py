@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avfast.modules import BackwardWarp, Condense, ContextModulation, ConvLSTM, ConvLSTMCell, Recall
+from avfast.modules import BackwardWarp, Condense, ContextModulation, ConvLSTMCell, Recall
 
 
 def plain_cell(conv: nn.Conv2d, order: str, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,29 +41,6 @@ def test_convlstm_cell_refuses_what_is_no_cell() -> None:
         ConvLSTMCell.from_reference(nn.Conv2d(8, 12, 3, padding=1), order="ifoo")
     with pytest.raises(ValueError, match="kernel_size is 4"):
         ConvLSTMCell(3, 4, 4)
-
-
-@pytest.mark.parametrize("started", [False, True])
-def test_convlstm_sequence_equals_the_steps(started: bool) -> None:
-    torch.manual_seed(0)
-    lstm = ConvLSTM(3, [4, 2]).double()
-    x = torch.randn(2, 5, 3, 6, 7, dtype=torch.float64, requires_grad=True)
-    start = [tuple(torch.randn(2, c, 6, 7, dtype=torch.float64) for _ in range(2)) for c in (4, 2)] if started else None
-    states, tops = start, []
-    for t in range(5):
-        top, states = lstm(x[:, t], states)
-        tops.append(top)
-    expected = torch.stack(tops, 1)
-    found, last = lstm.sequence(x, start)
-    parameters = [x, *lstm.parameters()]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(last, states, rtol=1e-10, atol=1e-10)
-    for ours, theirs in zip(
-        torch.autograd.grad(found.square().sum(), parameters),
-        torch.autograd.grad(expected.square().sum(), parameters),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("layer", [lambda: nn.Linear(6, 6), lambda: nn.Conv2d(6, 6, 1, bias=False)])

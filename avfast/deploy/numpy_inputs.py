@@ -41,8 +41,7 @@ def backward_flow(frames: NDArray[np.float32], params: dict[str, Any], threads: 
     """`avfast.tvl1_flow(frames)` of numpy frames (B,T,C,H,W) in [0, 1], C = 1 or 3 -> (B,T,2,H,W), flow[:, 0] = 0.
 
     params: the fields of a TVL1Params. threads: 0 for as many as there are cores. Raises InputError where the compiled
-    engine is not installed.
-    """
+    engine is not installed."""
     engine = _engine()
     grey = frames.astype(np.float32) * np.float32(255)
     grey = grey[:, :, 0] if frames.shape[2] == 1 else _luma(grey)

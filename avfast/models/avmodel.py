@@ -137,8 +137,7 @@ class AVModel(VideoModel):
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> AVModel:
         """Load a model in evaluation mode from a folder with config.json and model.safetensors.
 
-        Raises InputError when a file is missing, damaged, or does not belong to the other.
-        """
+        Raises InputError when a file is missing, damaged, or does not belong to the other."""
         return load_pretrained(folder, {ModelConfig.name: cls}, device=device)
 
     @classmethod
@@ -199,8 +198,7 @@ class AppearanceStage(Stage):
     """Stage `car`: CAR learns the true frames (Eq. 11) on the flow of a frozen MME in evaluation mode.
 
     MME's recurrence never sees CAR's output, so its flow of a window is kept for the next time that window comes, as
-    fp32 and exact, until `flow_cache_gb` is full.
-    """
+    fp32 and exact, until `flow_cache_gb` is full."""
 
     name = "car"
 

@@ -19,8 +19,7 @@ class CAR(nn.Module):
     """A U-Net over the warped frame; with context features where there is a context encoder (Table 5, `+ context`), and
     with the motion-conditioned affine of them where there is one (Table 5, `CAR`).
 
-    E_m and E_a are the motion stage's, frozen. E_m and the vectors of E_a are passed in: neither is a submodule.
-    """
+    E_m and E_a are the motion stage's, frozen. E_m and the vectors of E_a are passed in: neither is a submodule."""
 
     def __init__(
         self, unet: UNet, context_encoder: ContextEncoder | None, affine: nn.ModuleList | None, uses_sound: bool

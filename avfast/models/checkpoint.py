@@ -25,8 +25,7 @@ def read_pretrained(
     """Settings and weights of a saved model, which is one of `models`, by name.
 
     A setting that the file does not have, because it was added later, has its default. Raises InputError when the files
-    cannot be read, and for a model that `models` does not have.
-    """
+    cannot be read, and for a model that `models` does not have."""
     folder = Path(folder)
     try:
         fields = json.loads((folder / "config.json").read_text())
@@ -52,8 +51,7 @@ def load_pretrained(
 ) -> Any:
     """A saved model in evaluation mode, one of `models`, by name.
 
-    Raises InputError as `read_pretrained` and `load_weights` do.
-    """
+    Raises InputError as `read_pretrained` and `load_weights` do."""
     settings, weights = read_pretrained(folder, models)
     model = models[settings.name](settings)
     load_weights(model, weights, str(folder))

@@ -9,8 +9,7 @@ def frame_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Eq. 11 on frames (B,P,C,H,W) -> a scalar: the mean of the squared error over batch, channels and pixels, summed
     over the P steps. The prediction is the unclamped one.
 
-    Raises ValueError when the shapes differ.
-    """
+    Raises ValueError when the shapes differ."""
     if prediction.shape != target.shape:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)}, expected {tuple(target.shape)} like target")
     return (prediction - target).square().mean() * prediction.shape[1]

@@ -54,8 +54,7 @@ class VisualMotion(nn.Module):
         """frames (B,K,C,H,W) in [0,1], flow (B,K,2,H,W) with flow[:,0] = 0, audio (B,T,1,F,S), T > K >= 1.
 
         every_step: predict from every given frame, F_2..F_{K+1}, and no further. With the true frames of all steps,
-        K = T-1, this is teacher forcing.
-        """
+        K = T-1, this is teacher forcing."""
         given, total = frames.shape[1], audio.shape[1]
         vectors, memory = self.encode_sound(audio)
         states: list[State] | None = None

@@ -26,8 +26,7 @@ class BatchNorm(nn.Module):
     forward(x, steps): x (B*steps, C, ...) with time inside the batch axis, b * steps + t. In training each step is
     normalised by its own batch statistics (time is folded into channels, so one call on T steps equals T calls on
     one); the running statistics move once per optimiser step, by the mean over the step's calls: `commit`. In
-    evaluation it is the usual affine map by the running statistics.
-    """
+    evaluation it is the usual affine map by the running statistics."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -153,8 +152,7 @@ class MotionDecoder(nn.Module):
     """D_m: hidden state (B,D,h,w) -> flow (B,2,H,W) in pixels; `steps` as in `BatchNorm`. Four transposed convolutions
     4x4, stride 2, pad 1.
 
-    The last layer stays fp32 under autocast: rounding the flow to bf16 alone costs 11 % of the paper's AEPE.
-    """
+    The last layer stays fp32 under autocast: rounding the flow to bf16 alone costs 11 % of the paper's AEPE."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,8 +175,7 @@ class AudioEncoder(nn.Module):
 
     Five convolutions, channels 64, 128, 256, 512, D, kernels 4, 4, 4, 4, 2. Strides and paddings are those that bring
     23x21 and 45x17 to 1x1; any other shape takes the first kind's and adaptive average pooling to 2x2 before the last.
-    Its BatchNorm statistics are those of the one call.
-    """
+    Its BatchNorm statistics are those of the one call."""
 
     # spectrogram shape -> (stride, padding) of the first two convolutions; the next two halve, the last keeps
     _STRIDES = {
@@ -247,8 +244,7 @@ class UNet(nn.Module):
 
     Five levels of width w, 2w, 4w, 8w, 16w; each of the four decoder levels takes concat(upsampled, skip, z^i) where
     there are contexts, z^i adapted to a motion vector (B,M) where there is an `affine`. The last 1x1 convolution
-    starts at zero, so training starts from the warped frame.
-    """
+    starts at zero, so training starts from the warped frame."""
 
     def __init__(self, image_channels: int, width: int, *, with_context: bool) -> None:
         super().__init__()

@@ -66,8 +66,7 @@ def refuse_foreign_files(folder: Path, out: Path) -> None:
 def read_flo(path: str | Path) -> np.ndarray:
     """Flow (2,H,W) float32 from a Middlebury .flo file, plain or .xz; where it is unknown it holds more than 1e9.
 
-    Raises InputError for another kind of file or a truncated one. Source: Baker et al., IJCV 2011.
-    """
+    Raises InputError for another kind of file or a truncated one. Source: Baker et al., IJCV 2011."""
     path = Path(path)
     try:
         data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
@@ -99,8 +98,7 @@ def flow_to_bytes(flow: np.ndarray, bound: float) -> Pixels:
 def bytes_to_flow(levels: np.ndarray, bound: float) -> np.ndarray:
     """What `flow_to_bytes` stored, float32: level * 2 * bound / 255 - bound, within bound / 255 pixels of the original.
 
-    No level stands for exactly 0: no motion is stored as 127 or 128 and comes back as -+ bound / 255.
-    """
+    No level stands for exactly 0: no motion is stored as 127 or 128 and comes back as -+ bound / 255."""
     return (levels.astype(np.float64) * (2 * bound / 255) - bound).astype(np.float32)
 
 
@@ -110,8 +108,7 @@ def flow_writer(folder: Path, formats: Sequence[Format], bound: float, fps: floa
 
     The block gets a function `write(flow, times)` and calls it with the next pairs: (N,2,H,W) float32 and N times in
     seconds, all of one H and W. Nothing but the last call stays in memory. bound: pixels, for 8 bits and for full
-    colour. fps: of hsv-mp4, see `video_writer`.
-    """
+    colour. fps: of hsv-mp4, see `video_writer`."""
     with ExitStack() as stack:
 
         def open_format(name: Format) -> Write:

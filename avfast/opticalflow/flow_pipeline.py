@@ -127,8 +127,7 @@ class FlowRun(ItemRun):
         """Do all items with a pipeline per entry of `devices`, which share the CPU threads for flow.
 
         Raises OSError when results cannot be written, InputError where flow cannot be computed. Items that cannot be
-        read are in `failed`.
-        """
+        read are in `failed`."""
         each = max(1, threads // len(devices))
         self.run([partial(self._pipeline, torch.device(device), each) for device in devices])
 
@@ -187,8 +186,7 @@ class FlowRun(ItemRun):
     def _formats_to_write(self, item: Item, folder: Path, source: dict[str, Any]) -> tuple[Format, ...]:
         """All formats that the folder will hold, or none where those that are asked for are there already.
 
-        Raises InputError where the folder holds the results of another item.
-        """
+        Raises InputError where the folder holds the results of another item."""
         wanted = self._formats
         marker = read_marker(folder)
         if marker is None or self._overwrite:

@@ -67,8 +67,7 @@ def tvl1_flow(
     Raises ValueError for a wrong shape or dtype, for float values that are not finite or far out of [0, 1], and for
     input that requires a gradient, for an unknown backend, and for backend "cpp" where it was not built; InputError
     (a ValueError) for an unknown direction or preset.
-    Source: Zach, Pock and Bischof (DAGM 2007); Chambolle and Pock (JMIV 2011).
-    """
+    Source: Zach, Pock and Bischof (DAGM 2007); Chambolle and Pock (JMIV 2011)."""
     params = _params(preset)
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads}, expected a whole number of at least 1")

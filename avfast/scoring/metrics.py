@@ -87,8 +87,7 @@ def ssim(pred: Tensor, true: Tensor, protocol: ProtocolName = "paper") -> Tensor
     `standard` its `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1`. Both take the mean
     over the valid area only (3 and 5 px of border dropped); torchmetrics has the same values there, but reflects the
     frame at its border and keeps it. No gradient. ValueError: shapes that differ, a type that is not floating point,
-    frames smaller than the window. Source: Wang et al. 2004, Eq. 13.
-    """
+    frames smaller than the window. Source: Wang et al. 2004, Eq. 13."""
     rules = get_protocol(protocol)
     pred, true = _checked(pred, true)
     if min(pred.shape[-2:]) < len(rules.window):
@@ -105,8 +104,7 @@ def psnr(pred: Tensor, true: Tensor, protocol: ProtocolName = "paper") -> Tensor
     """Peak signal-to-noise ratio of each frame in dB, peak 1: (...,C,H,W) in [0,1] (clamped to it) -> (...,) float64.
 
     Capped at `PSNR_CAP`, in `paper` per channel and before the mean over channels. No gradient. ValueError: shapes that
-    differ, a type that is not floating point.
-    """
+    differ, a type that is not floating point."""
     get_protocol(protocol)
     with torch.no_grad():
         return _psnr(_channel_mse(*_checked(pred, true)), protocol)[0]
@@ -116,8 +114,7 @@ def end_point_error(pred_flow: Tensor, true_flow: Tensor) -> Tensor:
     """Mean over all pixels of the Euclidean distance of two flows, in pixels: (...,2,H,W) -> (...,) float64.
 
     The AEPE of the paper's Table 4 before its mean over frames and its factor 100. No gradient. ValueError: shapes that
-    differ or are not (...,2,H,W), a type that is not floating point.
-    """
+    differ or are not (...,2,H,W), a type that is not floating point."""
     pred_flow, true_flow = _checked(pred_flow, true_flow, "pred_flow", "true_flow")
     if pred_flow.shape[-3] != 2:
         raise ValueError(f"pred_flow has shape {tuple(pred_flow.shape)}, expected (..., 2, H, W)")
@@ -164,8 +161,7 @@ class VideoMetrics:
     """Streaming scores of predicted clips: sums and counts per frame index, so memory does not grow with the clips.
 
     `state` is float64 (7, P): the sums of SSIM, PSNR, capped share, squared error, clips, end-point error, clips with
-    flow. Sums only: the states of several processes, each with its own clips, add up to the state of one.
-    """
+    flow. Sums only: the states of several processes, each with its own clips, add up to the state of one."""
 
     def __init__(self, pred_frames: int, protocol: ProtocolName = "paper") -> None:
         """pred_frames: P, the number of predicted frames of each clip. ValueError: P < 1, unknown protocol."""
@@ -180,8 +176,7 @@ class VideoMetrics:
     ) -> None:
         """Add clips: frames (B,P,C,H,W), flow (B,P,2,H,W) in pixels or None. The state moves to their device.
 
-        ValueError: as `ssim` and `end_point_error`, P not that of the constructor, one flow without the other.
-        """
+        ValueError: as `ssim` and `end_point_error`, P not that of the constructor, one flow without the other."""
         p = self.state.shape[1]
         if pred_frames.ndim != 5 or pred_frames.shape[1] != p:
             raise ValueError(f"pred_frames has shape {tuple(pred_frames.shape)}, expected (B, {p}, C, H, W)")

@@ -100,8 +100,7 @@ def score(
     """Score every predictor on frames K+1..T of every batch, in constant memory.
 
     With an accelerator of several processes each passes its own share of the batches (which may be none) and all get
-    the scores over all of them. ValueError: no batch at all, T <= K, predictions of another shape than the truth.
-    """
+    the scores over all of them. ValueError: no batch at all, T <= K, predictions of another shape than the truth."""
     metrics: dict[str, VideoMetrics] = {}
     pred_frames = 0
     with torch.inference_mode():

@@ -58,8 +58,7 @@ def format_tables(
     """Lay results out as the paper's Tables 1 and 5 (SSIM, PSNR) and Table 4 (AEPE), references below the models.
 
     The best model's value is bold in every column. ValueError: no results, results of several protocols, clip counts or
-    lengths, a frame number that was not predicted.
-    """
+    lengths, a frame number that was not predicted."""
     results = {**models, **references}
     if len({(r.protocol, r.clips, len(r.ssim)) for r in results.values()}) != 1:
         raise ValueError("models and references: expected results of one protocol, clip count and length")

@@ -115,8 +115,7 @@ class TrainConfig:
     def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
         """The content of a config.yaml, of any version, as the present TrainConfig has it.
 
-        The first version had the settings of both data sets, and those of the paper's stages among its own.
-        """
+        The first version had the settings of both data sets, and those of the paper's stages among its own."""
         values = dict(values)
         if "dataset" in values:
             name, clips = values.pop("dataset"), values.pop("clips", None)

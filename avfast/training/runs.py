@@ -114,8 +114,7 @@ class Run:
         Of that link's other checkpoints the newest `keep` - 1 of earlier steps stay. Those of this step or later ones
         were written by a run that was killed and went on from an earlier step: they are removed.
 
-        Raises InputError naming the folder when it cannot be written; what was there stays.
-        """
+        Raises InputError naming the folder when it cannot be written; what was there stays."""
         prefix = "step" if link == "last" else link
         name = f"{prefix}_{step:08d}"
         final = next(path for path in numbered(self.checkpoints / name) if not path.exists())
@@ -187,8 +186,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder that a path means: a checkpoint itself, RUN/best or RUN/last in short for that in
     RUN/checkpoints, or of a run folder the best, else the last.
 
-    Raises InputError when there is none.
-    """
+    Raises InputError when there is none."""
     path = Path(path)
     for checkpoint in (path, path.parent / "checkpoints" / path.name):
         if (checkpoint / "model.safetensors").is_file():
@@ -230,7 +228,6 @@ def read_data_parameters(checkpoint: str | Path) -> dict[str, Any]:
 def input_spec(checkpoint: Path, run: TrainConfig) -> InputSpec:
     """How the model of a run's checkpoint is fed: as the run's training data was read.
 
-    Raises InputError where the run does not tell, and where films cannot be read so.
-    """
+    Raises InputError where the run does not tell, and where films cannot be read so."""
     clips = run.data.clip_settings(lambda: read_data_parameters(checkpoint), run.model.image_channels)
     return InputSpec(run.context_frames, run.eval_frames, run.flow_preset, clips)

@@ -123,8 +123,7 @@ class _TransformedWeights(torch.autograd.Function):
     """The transformed weights as they are. Backward, their gradient in few large products over all calls.
 
     `count` is a scalar that every call takes and whose gradient every call gives as 1: autograd's sum of them is the
-    number of calls in this backward pass. An earlier pass that stopped before it came here may have left calls too.
-    """
+    number of calls in this backward pass. An earlier pass that stopped before it came here may have left calls too."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, calls: Calls, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -249,8 +248,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
     """Convolve x (B,C,H,W) by weight (O,C,3,3) with stride 1 and padding 1: (B,O,H,W). bias: (O).
 
     What `torch.nn.functional.conv2d` computes. Winograd's filtering runs on the CPU inside `shared_weights`, on small
-    maps; PyTorch's convolution runs elsewhere. Raises ValueError on a wrong shape or dtype.
-    """
+    maps; PyTorch's convolution runs elsewhere. Raises ValueError on a wrong shape or dtype."""
     checks.shape("x", x, "B C H W")
     checks.shape("weight", weight, "O C 3 3", {"C": x.shape[1]})
     checks.same_device(x=x, weight=weight, bias=bias)
@@ -265,8 +263,7 @@ def strided_conv(
 
     What `torch.nn.functional.conv2d` computes, which is what runs on CUDA, for small sizes and in compiled programs.
     Winograd's filtering gives channels-last maps and first derivatives only, in fp32 with a relative error of 0.4 to
-    2.3e-6 where the direct sum has 0.2 to 0.8e-6 (64 to 256 channels). Raises ValueError on a wrong shape or dtype.
-    """
+    2.3e-6 where the direct sum has 0.2 to 0.8e-6 (64 to 256 channels). Raises ValueError on a wrong shape or dtype."""
     checks.shape("x", x, "B C H W")
     checks.shape("weight", weight, "O C 4 4", {"C": x.shape[1]})
     checks.same_device(x=x, weight=weight, bias=bias)
@@ -281,8 +278,7 @@ def strided_conv_transpose(
     """Convolve x (B,C,H,W) by weight (C,O,4,4) transposed, with stride 2: (B,O,2H+2-2p,2W+2-2p), p = padding; bias:
     (O).
 
-    What `torch.nn.functional.conv_transpose2d` computes; otherwise as `strided_conv`.
-    """
+    What `torch.nn.functional.conv_transpose2d` computes; otherwise as `strided_conv`."""
     checks.shape("x", x, "B C H W")
     checks.shape("weight", weight, "C O 4 4", {"C": x.shape[1]})
     checks.same_device(x=x, weight=weight, bias=bias)
