@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rollouts import rollout_inputs
 
 from avfast import export as export_module
 from avfast.data.mmnist import MMNISTConfig
@@ -21,13 +22,6 @@ pytest.importorskip("onnxruntime")
 from avfast.export import TOLERANCE, ExportConfig, export, export_model, open_export, verify  # noqa: E402
 
 MakeModel = Callable[..., AVModel]
-
-
-def rollout_inputs(batch: int, size: int, channels: int, total: int = 35) -> list[np.ndarray]:
-    generator = np.random.default_rng(1)
-    frames = generator.random((batch, 5, channels, size, size), np.float32)
-    flow = generator.normal(0, 2, (batch, 5, 2, size, size)).astype(np.float32)
-    return [frames, flow, generator.random((batch, total, 1, 23, 21), np.float32)]
 
 
 def largest_difference(folder: Path, model: AVModel, batch: int, size: int) -> float:

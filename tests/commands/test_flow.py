@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+from flow_films import DX, H, W, extract, film, marker, scene, tree
 from PIL import Image
 
 from avfast import flow as program
@@ -23,37 +23,10 @@ from avfast.cli import main as cli
 from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.files.result_folder import ResultFolder
-from avfast.flow import FlowConfig, extract_flow
+from avfast.flow import FlowConfig
 from avfast.opticalflow import flow_pipeline
 from avfast.opticalflow.flow_files import bytes_to_flow
 from avfast.opticalflow.tvl1 import tvl1_flow
-
-H, W = 40, 56
-# moves per frame, in pixels: exact for whole ones, see the tests of TV-L1
-DX, DY = 1, -2
-
-
-def scene(i: int, h: int = H, w: int = W) -> np.ndarray:
-    """A smooth grey texture (h,w) uint8 that has moved i times by (DX, DY): a formula, nothing is interpolated."""
-    y, x = np.mgrid[:h, :w]
-    y, x = y - DY * i, x - DX * i
-    return (
-        127 + 36 * (np.sin(0.55 * x + 0.2 * y) + np.sin(0.13 * x - 0.47 * y) + np.sin(0.054 * x + 0.21 * y))
-    ).astype(np.uint8)
-
-
-def film(path: Path, frames: int = 6, h: int = H, w: int = W, start: int = 0) -> Path:
-    """Lossless, at 25 fps."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=25)
-        stream.height, stream.width, stream.pix_fmt = h, w, "gray"
-        for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(scene(start + i, h, w), format="gray")
-            frame.pts, frame.time_base = i, Fraction(1, 25)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
 
 
 def pictures(folder: Path, frames: int = 4) -> Path:
@@ -62,18 +35,6 @@ def pictures(folder: Path, frames: int = 4) -> Path:
         # without leading zeros: 10 comes after 9
         Image.fromarray(scene(i)).save(folder / f"frame{i + 8}.png")
     return folder
-
-
-def extract(*inputs: str | Path, out: Path, **settings: Any) -> dict[str, Any]:
-    return extract_flow(FlowConfig(inputs=tuple(map(str, inputs)), out=str(out), **settings))
-
-
-def marker(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "flow.done.json").read_text())
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def broken(folder: Path) -> dict[str, str]:

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
+from rollouts import rollout_inputs
 
 from avfast.deploy.folding import fold_batch_norms
 from avfast.models.avmodel import AVModel
 from avfast.models.networks import BatchNorm
 
 MakeModel = Callable[..., AVModel]
-
-
-def rollout_inputs(batch: int, size: int, channels: int, total: int = 35) -> list[np.ndarray]:
-    generator = np.random.default_rng(1)
-    frames = generator.random((batch, 5, channels, size, size), np.float32)
-    flow = generator.normal(0, 2, (batch, 5, 2, size, size)).astype(np.float32)
-    return [frames, flow, generator.random((batch, total, 1, 23, 21), np.float32)]
 
 
 def test_folded_model_predicts_the_same(random_model: MakeModel):
