@@ -173,35 +173,34 @@ _CLIPS = TrainConfig(
     pred_frames=15,
     eval_frames=30,
 )
+# two hours on 2 cores with AVX2. Small batches fail in the motion stage: on two predicted frames, after 60 s of
+# training, the squared flow error per step was 14.7 with batch 8 and 9.1 with 64 (no sound, 1e-3), 6.2 with 32
+# (sound, 5e-4); 18 is no motion at all. One seed each; batch, rate and sound were not separated
+_SMALL = replace(
+    _MMNIST,
+    name="small",
+    model=ModelConfig(unet_width=16),
+    data=MMNISTConfig(train_clips=4000),
+    training=PaperTraining(car_batch_size=8, mme_steps=1300, car_steps=1000, mme_lr=5e-4),
+    schedule="cosine",
+    curriculum=0.7,
+    eval_every=200,
+    eval_clips=64,
+    save_every=100,
+    bn_recalibrate=10,
+)
 PRESETS: dict[str, TrainConfig] = {
     "mmnist": _MMNIST,
-    # two hours on 2 cores with AVX2. Small batches fail in the motion stage: on two predicted frames, after 60 s of
-    # training, the squared flow error per step was 14.7 with batch 8 and 9.1 with 64 (no sound, 1e-3), 6.2 with 32
-    # (sound, 5e-4); 18 is no motion at all. One seed each; batch, rate and sound were not separated
-    "mmnist-small": replace(
-        _MMNIST,
-        name="small",
-        model=ModelConfig(unet_width=16),
-        data=MMNISTConfig(train_clips=4000),
-        training=PaperTraining(car_batch_size=8, mme_steps=1300, car_steps=1000, mme_lr=5e-4),
-        schedule="cosine",
-        curriculum=0.7,
-        eval_every=200,
-        eval_clips=64,
-        save_every=100,
-        bn_recalibrate=10,
-    ),
+    "mmnist-small": _SMALL,
     # minutes on 2 cores: shorter clips, a narrow U-Net
     "demo": replace(
-        _MMNIST,
+        _SMALL,
         name="demo",
         model=ModelConfig(unet_width=8),
         data=MMNISTConfig(clip_frames=20, train_clips=1000, val_clips=64, test_clips=128),
         training=PaperTraining(car_batch_size=8, mme_steps=250, car_steps=200, mme_lr=5e-4),
         pred_frames=10,
         eval_frames=15,
-        schedule="cosine",
-        curriculum=0.7,
         eval_every=50,
         eval_clips=32,
         save_every=50,
