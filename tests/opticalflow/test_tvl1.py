@@ -187,7 +187,7 @@ IMAGE = torch.zeros(8, 8)
         ((IMAGE.clone().requires_grad_(), IMAGE), {}, r"a requires a gradient.*a\.detach\(\)"),
         ((IMAGE, IMAGE), {"direction": "forward"}, "direction is 'forward', but applies to a clip only"),
         ((IMAGE[None, None],), {"direction": "up"}, "direction is 'up', expected 'backward' or 'forward'"),
-        ((IMAGE, IMAGE), {"preset": "slow"}, "preset is 'slow', expected 'fast', .*'chambolle-pock' or a TVL1Params"),
+        ((IMAGE, IMAGE), {"preset": "slow"}, "preset is 'slow', expected 'fast', .*'training' or a TVL1Params"),
         ((IMAGE, IMAGE), {"threads": 0}, "threads is 0, expected a whole number of at least 1"),
         ((IMAGE, IMAGE), {"backend": "cuda"}, "backend is 'cuda', expected one of triton, cpp, torch, sdpa, reference"),
     ],
