@@ -12,7 +12,7 @@ from pathlib import Path
 from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.report import write_report
-from avfast.training.config import CHOICES, PRESETS, TrainConfig
+from avfast.training.config import PRESETS, TrainConfig, flag_choices
 from avfast.training.runs import Run, find_run, load_run_config
 from avfast.training.trainer import Trainer
 
@@ -34,12 +34,14 @@ def _train(config: TrainConfig, run: Run | None) -> Trainer:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(TrainConfig, prog="avfast train", argv=argv, presets=PRESETS, choices=CHOICES)
+    config = parse(TrainConfig, prog="avfast train", argv=argv, presets=PRESETS, choices=flag_choices())
     run = find_run(config)
     if run is not None:
         # the run's own settings, with the flags given now on top
         own = load_run_config(run.checkpoints)
-        config = parse(TrainConfig, prog="avfast train", argv=argv, presets=PRESETS, default=own, choices=CHOICES)
+        config = parse(
+            TrainConfig, prog="avfast train", argv=argv, presets=PRESETS, default=own, choices=flag_choices()
+        )
         for name in (*_FIXED, *(f"training.{field}" for field in own.training.fixed)):
             if attrgetter(name)(config) != attrgetter(name)(own):
                 flag = name.rpartition(".")[2].replace("_", "-")

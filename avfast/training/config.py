@@ -17,14 +17,16 @@ from avfast.models.avmodel import ModelConfig, PaperTraining
 from avfast.models.base import ModelSettings, TrainingSettings
 from avfast.models.registry import MODELS
 
-CHOICES: dict[str, Choices] = {
-    "dataset": {"data": DATASETS},
-    "model": {
-        "model": {name: model.settings_class for name, model in MODELS.items()},
-        "training": {name: model.training_class for name, model in MODELS.items()},
-    },
-}
-"""What the flags `--dataset` and `--model` choose: {flag: {field: {name: settings class}}}."""
+
+def flag_choices() -> dict[str, Choices]:
+    """What the flags `--dataset` and `--model` choose among the registered ones: {flag: {field: {name: class}}}."""
+    return {
+        "dataset": {"data": DATASETS},
+        "model": {
+            "model": {name: model.settings_class for name, model in MODELS.items()},
+            "training": {name: model.training_class for name, model in MODELS.items()},
+        },
+    }
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from avfast.files.atomic import new_folder, numbered, read_records, replacing
 from avfast.files.result_folder import ResultFolder, remove_folder, sweep
 from avfast.files.settings import load_config, to_dict
 from avfast.models.base import VideoModel
-from avfast.training.config import CHOICES, TrainConfig
+from avfast.training.config import TrainConfig, flag_choices
 
 
 class Run:
@@ -209,7 +209,7 @@ def run_folder(checkpoint: str | Path) -> Path:
 
 def load_run_config(checkpoint: str | Path) -> TrainConfig:
     """The training config of the run that a checkpoint lies in. Raises InputError when there is none."""
-    choices = {field: classes for fields in CHOICES.values() for field, classes in fields.items()}
+    choices = {field: classes for fields in flag_choices().values() for field, classes in fields.items()}
     for folder in Path(checkpoint).absolute().parents:
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml", TrainConfig(), choices)

@@ -22,7 +22,7 @@ from avfast.files.settings import to_dict
 from avfast.models.avmodel import ModelConfig, PaperTraining
 from avfast.prepare import PrepareConfig, prepare
 from avfast.train import train
-from avfast.training.config import CHOICES, PRESETS, TrainConfig
+from avfast.training.config import PRESETS, TrainConfig, flag_choices
 from avfast.training.order import DataOrder
 from avfast.training.runs import load_run_config
 
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_one_line(change: dict, message: str, config: Train
 def test_presets_and_flags(folder: Path) -> None:
     for name, argv in (("painting", []), ("drums", ["--cache", "ram"]), ("painting96", [])):
         argv = ["--preset", name, "--data", str(folder), *argv]
-        given = parse(TrainConfig, prog="t", argv=argv, presets=PRESETS, choices=CHOICES)
+        given = parse(TrainConfig, prog="t", argv=argv, presets=PRESETS, choices=flag_choices())
         assert (given.context_frames, given.pred_frames, given.eval_frames) == (15, 15, 30)
         assert given.model.image_channels == 3 and given.model.audio_shape == ClipSettings().spectrogram.shape
         assert given.data == ClipsConfig(data=str(folder)) and given.cache == ("ram" if "ram" in argv else "none")

@@ -19,7 +19,7 @@ from avfast.data.store import ClipStore, write_store
 from avfast.errors import InputError
 from avfast.evaluate import EvaluateConfig, evaluate
 from avfast.train import train
-from avfast.training.config import CHOICES, PRESETS, TrainConfig
+from avfast.training.config import PRESETS, TrainConfig, flag_choices
 from avfast.training.runs import input_spec, load_run_config, resolve_checkpoint
 
 FRAMES, CLIPS = 5, ClipSettings(fps=10, size=(32, 32), channels=1, sample_rate=4400, n_fft=44, hop=22)
@@ -61,7 +61,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parsed(*line: str) -> TrainConfig:
-    return parse(TrainConfig, prog="avfast train", argv=[*line], presets=PRESETS, choices=CHOICES)
+    return parse(TrainConfig, prog="avfast train", argv=[*line], presets=PRESETS, choices=flag_choices())
 
 
 def test_the_command_line_has_its_settings(tmp_path: Path) -> None:

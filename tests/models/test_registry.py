@@ -28,7 +28,7 @@ from avfast.models.base import ModelSettings, Rollout, Stage, TrainingSettings, 
 from avfast.models.registry import MODELS, build_model, load_model, read_model
 from avfast.predict import PredictConfig, predict
 from avfast.train import train
-from avfast.training.config import CHOICES, PRESETS, TrainConfig
+from avfast.training.config import PRESETS, TrainConfig, flag_choices
 from avfast.training.runs import load_run_config, resolve_checkpoint
 from avfast.training.trainer import Trainer
 
@@ -107,10 +107,8 @@ class OnlyStage(Stage):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one more line in the registry would do; the choices of the command line are made of it on import."""
+    """What one more line in the registry would do."""
     monkeypatch.setitem(MODELS, "flicker", Flicker)
-    monkeypatch.setitem(CHOICES["model"]["model"], "flicker", FlickerSettings)  # type: ignore[arg-type]
-    monkeypatch.setitem(CHOICES["model"]["training"], "flicker", FlickerTraining)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -134,11 +132,11 @@ def config(tmp_path: Path) -> TrainConfig:
 
 def test_the_command_line_has_its_settings() -> None:
     line = ["--model", "flicker", "--strength", "0.5", "--flicker-steps", "7"]
-    config = parse(TrainConfig, prog="avfast train", argv=line, presets=PRESETS, choices=CHOICES)
+    config = parse(TrainConfig, prog="avfast train", argv=line, presets=PRESETS, choices=flag_choices())
     assert config.model == FlickerSettings(strength=0.5) and config.training == FlickerTraining(flicker_steps=7)
     assert config.stage_names == ("only",)
     with pytest.raises(InputError, match="unknown argument '--unet-width'"):
-        parse(TrainConfig, prog="", argv=[*line, "--unet-width", "4"], presets=PRESETS, choices=CHOICES)
+        parse(TrainConfig, prog="", argv=[*line, "--unet-width", "4"], presets=PRESETS, choices=flag_choices())
 
 
 def test_training_leaves_a_complete_run_folder(config: TrainConfig) -> None:
