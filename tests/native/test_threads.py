@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -57,3 +62,29 @@ def test_same_bits_for_any_number_of_threads(op: str, threads_restored: None) ->
     for threads in (2, 5):
         for found, wanted in zip(results(threads), expected, strict=True):
             assert torch.equal(found, wanted)
+
+
+_FORKS = """
+import os, torch
+from avfast.kernels import convlstm_gates
+torch.set_num_threads(2)
+gates, cell = torch.randn(5, 28, 60, 61), torch.randn(5, 7, 60, 61)
+# both PyTorch's threads and ours are at work before the fork
+expected = convlstm_gates(gates.sin(), cell, backend="cpp")[0].numpy().tobytes()
+gates = gates.sin()
+child = os.fork()
+if child == 0:
+    # of PyTorch's own ops none may run here: GNU's OpenMP would wait for threads that a forked child does not have
+    os._exit(convlstm_gates(gates, cell, backend="cpp")[0].numpy().tobytes() != expected)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_computes_the_same_bits() -> None:
+    # a child that hangs is ended with its parent's group
+    process = subprocess.Popen([sys.executable, "-c", _FORKS], start_new_session=True)
+    try:
+        assert process.wait(60) == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
