@@ -2,11 +2,11 @@
 
 Flow is (2,H,W) or (N,2,H,W) in pixels, x then y. N pairs give `flow.npy`, (N,2,H,W) float16, or numbered files, from 1:
 `flow_00001.flo`, `flow_x_00001.jpg` and `flow_y_00001.jpg` (or .png), `flow_hsv_00001.png`; or `flow_hsv.mp4`. A folder
-of `avfast flow` holds them, and a marker, flow.done.json, that says what they are of.
-"""
+of `avfast flow` holds them, and a marker, flow.done.json, that says what they are of."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import lzma
 import os
@@ -65,7 +65,6 @@ def refuse_foreign_files(folder: Path, out: Path) -> None:
 
 def read_flo(path: str | Path) -> np.ndarray:
     """Flow (2,H,W) float32 from a Middlebury .flo file, plain or .xz; where it is unknown it holds more than 1e9.
-
     Raises InputError for another kind of file or a truncated one. Source: Baker et al., IJCV 2011."""
     path = Path(path)
     try:
@@ -97,80 +96,41 @@ def flow_to_bytes(flow: np.ndarray, bound: float) -> Pixels:
 
 def bytes_to_flow(levels: np.ndarray, bound: float) -> np.ndarray:
     """What `flow_to_bytes` stored, float32: level * 2 * bound / 255 - bound, within bound / 255 pixels of the original.
-
     No level stands for exactly 0: no motion is stored as 127 or 128 and comes back as -+ bound / 255."""
     return (levels.astype(np.float64) * (2 * bound / 255) - bound).astype(np.float32)
 
 
 @contextmanager
 def flow_writer(folder: Path, formats: Sequence[Format], bound: float, fps: float) -> Iterator[Write]:
-    """Write the flow of one film into an existing folder, in several formats at once.
-
-    The block gets a function `write(flow, times)` and calls it with the next pairs: (N,2,H,W) float32 and N times in
-    seconds, all of one H and W. Nothing but the last call stays in memory. bound: pixels, for 8 bits and for full
-    colour. fps: of hsv-mp4, see `video_writer`."""
+    """Write the flow of one film into an existing folder, in several formats at once. The block gets a function
+    `write(flow, times)` and calls it with the next pairs: (N,2,H,W) float32 and N times in seconds, all of one H and W.
+    Only the last call stays in memory. bound: pixels, for 8 bits and for full colour. fps: of hsv-mp4, see
+    `video_writer`."""
+    numbers = itertools.count(1)
     with ExitStack() as stack:
-
-        def open_format(name: Format) -> Write:
-            match name:
-                case "npy":
-                    return stack.enter_context(_npy_writer(folder / "flow.npy"))
-                case "hsv-mp4":
-                    return stack.enter_context(_video_writer(folder / "flow_hsv.mp4", bound, fps))
-                case "flo":
-                    return _numbered_files(lambda number, flow: write_flo(folder / f"flow_{number}.flo", flow))
-                case "hsv-png":
-                    return _numbered_files(
-                        lambda number, flow: _write_colours(folder / f"flow_hsv_{number}.png", flow, bound)
-                    )
-                case "jpg" | "png":
-                    return _numbered_files(lambda number, flow: _write_levels(folder, f"{number}.{name}", flow, bound))
-
-        functions = [open_format(name) for name in formats]
+        append = stack.enter_context(npy_appender(folder / "flow.npy")) if "npy" in formats else None
+        show = stack.enter_context(video_writer(folder / "flow_hsv.mp4", fps)) if "hsv-mp4" in formats else None
 
         def write(flow: np.ndarray, times: Sequence[float]) -> None:
-            for function in functions:
-                function(flow, times)
-
-        yield write
-
-
-@contextmanager
-def _npy_writer(path: Path) -> Iterator[Write]:
-    with npy_appender(path) as append:
-        yield lambda flow, _times: append(flow.astype("<f2"))
-
-
-@contextmanager
-def _video_writer(path: Path, bound: float, fps: float) -> Iterator[Write]:
-    with video_writer(path, fps) as show:
-
-        def write(flow: np.ndarray, times: Sequence[float]) -> None:
+            if append is not None:
+                append(flow.astype("<f2"))
             for pair, time in zip(flow, times, strict=True):
-                show(flow_to_rgb(pair, bound), time)
+                if show is not None:
+                    show(flow_to_rgb(pair, bound), time)
+                _write_pair(folder, formats, f"{next(numbers):05d}", pair, bound)
 
         yield write
 
 
-def _numbered_files(write_one: Callable[[str, np.ndarray], None]) -> Write:
-    count = 0
-
-    def write(flow: np.ndarray, _times: Sequence[float]) -> None:
-        nonlocal count
-        for pair in flow:
-            count += 1
-            write_one(f"{count:05d}", pair)
-
-    return write
-
-
-def _write_levels(folder: Path, ending: str, flow: np.ndarray, bound: float) -> None:
-    for axis, levels in zip("xy", flow_to_bytes(flow, bound), strict=True):
-        _write_picture(folder / f"flow_{axis}_{ending}", levels)
-
-
-def _write_colours(path: Path, flow: np.ndarray, bound: float) -> None:
-    _write_picture(path, flow_to_rgb(flow, bound)[..., ::-1])
+def _write_pair(folder: Path, formats: Sequence[Format], number: str, flow: np.ndarray, bound: float) -> None:
+    """The files that a pair has for itself."""
+    if "flo" in formats:
+        write_flo(folder / f"flow_{number}.flo", flow)
+    if "hsv-png" in formats:
+        _write_picture(folder / f"flow_hsv_{number}.png", flow_to_rgb(flow, bound)[..., ::-1])
+    for ending in {"jpg", "png"}.intersection(formats):
+        for axis, levels in zip("xy", flow_to_bytes(flow, bound), strict=True):
+            _write_picture(folder / f"flow_{axis}_{number}.{ending}", levels)
 
 
 def _write_picture(path: Path, pixels: Pixels) -> None:
