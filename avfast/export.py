@@ -3,8 +3,7 @@
 The folder holds one file per graph of `avfast.deploy.graphs`: ONNX (run by `avfast.runtime`), torch.export programs, or
 AOTInductor packages, all of PyTorch's own ops alone. Every file says what it is: config, precision, versions, hash of
 the weights, and the meaning of each input and output. Before the folder gets its name a whole rollout is run through it
-and compared with PyTorch; where they differ too much nothing is left behind.
-"""
+and compared with PyTorch; where they differ too much nothing is left behind."""
 
 from __future__ import annotations
 
@@ -72,10 +71,9 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> dict[str, float]:
-    """Write the folder `out`. Returns the largest differences from PyTorch by name of what was compared.
-
-    Raises InputError for a run without a checkpoint or with one of the motion stage only, an existing `out`, and where
-    the exported graphs do not agree with PyTorch; nothing is left behind then."""
+    """Write the folder `out`. Returns the largest differences from PyTorch by name of what was compared. Raises
+    InputError for a run without a checkpoint or with one of the motion stage only, an existing `out`, and where the
+    exported graphs do not agree with PyTorch; nothing is left behind then."""
     if not config.run:
         raise InputError("RUN is missing, expected a run folder or a checkpoint")
     if config.unroll is not None and (config.unroll < 1 or not config.rollout):

@@ -3,8 +3,7 @@
     python -m avfast.flow clips/ --out flow
     avfast flow 'films/**/*.mp4' --out flow --recipe i3d
 
-avfast.opticalflow.flow_pipeline does the work and says what lies in the folders, avfast.opticalflow.flow_files how.
-"""
+avfast.opticalflow.flow_pipeline does the work and says what lies in the folders, avfast.opticalflow.flow_files how."""
 
 from __future__ import annotations
 
@@ -112,12 +111,11 @@ class FlowConfig:
 
 
 def extract_flow(config: FlowConfig) -> dict[str, Any]:
-    """Flow of every item of the inputs into `out`, see FlowConfig; what is finished there already is skipped.
-
-    Returns `out`, the counts `done`, `skipped` (finished before) and `elsewhere` (another run is at it), `pairs`,
-    `seconds` (of which `decode_seconds`, `flow_seconds`, `write_seconds`, which overlap), and `failed`, a list of
-    {"input", "reason"} that failed.json in `out` holds too. Raises InputError when nothing could be done and for
-    settings that do not work, OSError when the results cannot be written."""
+    """Flow of every item of the inputs into `out`, see FlowConfig; what is finished there already is skipped. Returns
+    `out`, the counts `done`, `skipped` (finished before) and `elsewhere` (another run is at it), `pairs`, `seconds` (of
+    which `decode_seconds`, `flow_seconds`, `write_seconds`, which overlap), and `failed`, a list of {"input", "reason"}
+    that failed.json in `out` holds too. Raises InputError when nothing could be done and for settings that do not work,
+    OSError when the results cannot be written."""
     config = config.resolved()
     config.check()
     assert config.out is not None

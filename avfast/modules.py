@@ -2,8 +2,7 @@
 
 Shape legend: B batch, T time, C D channels, H W image, M memory tokens. They are built on the
 functions of `avfast.kernels`, whose docstrings have the formulas. `from_reference` takes the layers that such code
-usually has and copies their weights; `to_reference` gives them back.
-"""
+usually has and copies their weights; `to_reference` gives them back."""
 
 from __future__ import annotations
 
@@ -76,11 +75,9 @@ class ConvLSTMCell(nn.Conv2d):
 
     @classmethod
     def from_reference(cls, conv: nn.Conv2d, *, order: str = "ifog") -> ConvLSTMCell:
-        """A cell with the weights of another implementation's convolution.
-
-        conv: from concat(x, hidden), C + D channels, to the four gates, 4 D channels, at the same height and width.
-        order: the order of its gates: i input, f forget, o output, g candidate. Raises ValueError for another
-        convolution or order."""
+        """A cell with the weights of another implementation's convolution. conv: from concat(x, hidden), C + D
+        channels, to the four gates, 4 D channels, at the same height and width. order: the order of its gates: i input,
+        f forget, o output, g candidate. Raises ValueError for another convolution or order."""
         hidden, kernel = conv.out_channels // 4, conv.kernel_size[0]
         fits = conv.out_channels == 4 * hidden < 4 * conv.in_channels and conv.groups == 1
         if not fits or conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding != (kernel // 2, kernel // 2):
@@ -114,12 +111,11 @@ def _checked(order: str) -> str:
 
 
 class ConvLSTM(nn.Module):
-    """Stacked ConvLSTM cells: forward(x (B,C,H,W), states) -> (top hidden (B,D,H,W), states), one step.
-
-    states: None for zeros, or one (hidden, cell) per layer. A recurrence on the CPU is faster inside
-    `with avfast.kernels.shared_weights():`, which transforms the weights of its convolutions once for all steps: for 19
-    steps of 32x128x3x3, forward and backward, half the time that is taken where a layer's inputs are convolved in one
-    call and only its hidden state step by step (one core with AVX-512)."""
+    """Stacked ConvLSTM cells: forward(x (B,C,H,W), states) -> (top hidden (B,D,H,W), states), one step. states: None
+    for zeros, or one (hidden, cell) per layer. A recurrence on the CPU is faster inside `with
+    avfast.kernels.shared_weights():`, which transforms the weights of its convolutions once for all steps: for 19 steps
+    of 32x128x3x3, forward and backward, half the time that is taken where a layer's inputs are convolved in one call
+    and only its hidden state step by step (one core with AVX-512)."""
 
     def __init__(self, in_channels: int, hidden_channels: Sequence[int], kernel_size: int = 3) -> None:
         super().__init__()
@@ -161,11 +157,10 @@ class Condense(nn.Module):
 
 
 class Recall(nn.Module):
-    """Eq. 2: a feature map (B,C,H,W) recalls from a memory.
-
-    `project(memory (B,M,C))` gives the keys and values of every token once, before a recurrence; `forward` recalls from
-    any slice of them. With `single` the memory is always one token: the softmax over one key is identically 1, its
-    query and key have exactly zero gradient, and they are not created."""
+    """Eq. 2: a feature map (B,C,H,W) recalls from a memory. `project(memory (B,M,C))` gives the keys and values of
+    every token once, before a recurrence; `forward` recalls from any slice of them. With `single` the memory is always
+    one token: the softmax over one key is identically 1, its query and key have exactly zero gradient, and they are not
+    created."""
 
     def __init__(self, channels: int, *, single: bool) -> None:
         super().__init__()
@@ -182,9 +177,8 @@ class Recall(nn.Module):
 
     @classmethod
     def from_reference(cls, query: Projection | None, key: Projection | None, value: Projection) -> Recall:
-        """A layer with the weights of three linear layers or 1x1 convolutions C -> C.
-
-        query and key None: the memory is always one token, see the class."""
+        """A layer with the weights of three linear layers or 1x1 convolutions C -> C. query and key None: the memory is
+        always one token, see the class."""
         module = cls(value.weight.shape[0], single=query is None or key is None)
         module.to(value.weight.device, value.weight.dtype)
         for own, layer in ((module.query, query), (module.key, key), (module.value, value)):

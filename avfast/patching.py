@@ -1,8 +1,7 @@
 """`avfast.patch(model, *inputs)`: replace the ConvLSTM cells and flow warps of another project's model by fused ones.
 
 A module is recognised by what it computes, not by its name: a candidate is called with random inputs and replaced only
-if a fused layer gives the same outputs. Candidates that fail, and grid_sample calls elsewhere, are listed.
-"""
+if a fused layer gives the same outputs. Candidates that fail, and grid_sample calls elsewhere, are listed."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@
     rollout = predictor.predict(frames, sound)  # frames (B,K,C,H,W), sound of T frames -> frames K+1..T
 
 `Predictor.stream()` does the same piece by piece: push frames and sound as they arrive, get the next frame at any time.
-The folder is what `python -m avfast.export RUN --out model/` writes. Shape legend: avfast.deploy.graphs.
-"""
+The folder is what `python -m avfast.export RUN --out model/` writes. Shape legend: avfast.deploy.graphs."""
 
 from __future__ import annotations
 
@@ -61,11 +60,9 @@ class Film(NamedTuple):
 
 
 class Predictor:
-    """An exported model.
-
-    device: "cpu", "cuda", or "auto", which is CUDA where onnxruntime can use it. threads: CPU threads within an
-    operator, default all cores. Raises InputError for a folder that holds no whole model, and for "cuda" where it
-    cannot be used, with the reason."""
+    """An exported model. device: "cpu", "cuda", or "auto", which is CUDA where onnxruntime can use it. threads: CPU
+    threads within an operator, default all cores. Raises InputError for a folder that holds no whole model, and for
+    "cuda" where it cannot be used, with the reason."""
 
     metadata: dict[str, Any]
     """What the export says of itself: config, precision, hash of the weights, spectrogram, flow."""
@@ -126,9 +123,8 @@ class Predictor:
         return InputSpec.from_dict(self.metadata["usage"])
 
     def read(self, path: str | Path, *, max_frames: int | None = None) -> Film:
-        """A film as the model was trained to see and hear it, as far as its sound covers it. Needs av.
-
-        Raises InputError for a film that cannot be read, has no sound, or has more than `max_frames` frames."""
+        """A film as the model was trained to see and hear it, as far as its sound covers it. Needs av. Raises
+        InputError for a film that cannot be read, has no sound, or has more than `max_frames` frames."""
         from avfast.data.clips import read_film
 
         clip = read_film(path, self.input_spec.clips, max_frames=max_frames)
@@ -142,11 +138,10 @@ class Predictor:
         return None if sound is None else sound.sample_rate / sound.samples_per_frame
 
     def predict(self, frames: Array, sound: Array, *, flow: Array | None = None) -> Rollout:
-        """Predict frames K+1..T from K given frames and the sound of all T.
-
-        frames (B,K,C,H,W): float in [0,1] or uint8, H and W multiples of 16. sound: spectrograms (B,T,1,F,S), or the
-        waveform (B, T * samples per frame), int16 or floating in [-1,1]. flow (B,K,2,H,W): backward, in pixels; without
-        it TV-L1 flow as in training. Raises ValueError naming the argument, its value and what was expected."""
+        """Predict frames K+1..T from K given frames and the sound of all T. frames (B,K,C,H,W): float in [0,1] or
+        uint8, H and W multiples of 16. sound: spectrograms (B,T,1,F,S), or the waveform (B, T * samples per frame),
+        int16 or floating in [-1,1]. flow (B,K,2,H,W): backward, in pixels; without it TV-L1 flow as in training. Raises
+        ValueError naming the argument, its value and what was expected."""
         stream = self.stream()
         frames = self._images("frames", frames, 5)
         stream.push_sound(sound)
@@ -204,11 +199,10 @@ class Predictor:
 
 
 class Stream:
-    """A batch of clips that grows by given frames and by sound, and predicts the frame that comes next.
-
-    Frames are numbered from 1. The state is that after the given frames: predicted ones are forgotten as soon as a
-    given one arrives. To predict frame t + 1, or to take in a frame after t, the sound of frame t + 1 must have been
-    pushed (a model without sound needs none)."""
+    """A batch of clips that grows by given frames and by sound, and predicts the frame that comes next. Frames are
+    numbered from 1. The state is that after the given frames: predicted ones are forgotten as soon as a given one
+    arrives. To predict frame t + 1, or to take in a frame after t, the sound of frame t + 1 must have been pushed (a
+    model without sound needs none)."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor, self._run = predictor, predictor.graphs

@@ -12,8 +12,7 @@ is folded into the convolutions. In half precision the convolutions and the hidd
 warp, the ConvLSTM's cell, attention and D_m's last layer stay float32 (`folding.half_precision`).
 
 Shape legend: B batch, C image channels, h w the feature maps' size, H W = 16h 16w, F S spectrogram, D = 128 feature
-channels, L ConvLSTM layers, N new frames or windows, P earlier windows, M memory tokens, K given frames of T in all.
-"""
+channels, L ConvLSTM layers, N new frames or windows, P earlier windows, M memory tokens, K given frames of T in all."""
 
 from __future__ import annotations
 

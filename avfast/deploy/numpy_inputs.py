@@ -3,8 +3,7 @@
 Each equals its counterpart in `avfast.media.spectrogram` and `avfast.opticalflow.tvl1`. `avfast.runtime` uses them
 where nothing but onnxruntime, numpy and av is installed.
 
-Shape legend: B clips, T K frames, C channels, H W pixels, F S the spectrogram of one frame.
-"""
+Shape legend: B clips, T K frames, C channels, H W pixels, F S the spectrogram of one frame."""
 
 from __future__ import annotations
 
@@ -39,7 +38,6 @@ def spectrogram(waveform: NDArray[Any], config: SpectrogramConfig) -> NDArray[np
 
 def backward_flow(frames: NDArray[np.float32], params: dict[str, Any], threads: int = 0) -> NDArray[np.float32]:
     """`avfast.tvl1_flow(frames)` of numpy frames (B,T,C,H,W) in [0, 1], C = 1 or 3 -> (B,T,2,H,W), flow[:, 0] = 0.
-
     params: the fields of a TVL1Params. threads: 0 for as many as there are cores. Raises InputError where the compiled
     engine is not installed."""
     engine = _engine()

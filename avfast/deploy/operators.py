@@ -13,11 +13,10 @@ from avfast.kernels import load_all, registry
 
 def border_warp(image: Tensor, flow: Tensor) -> Tensor:
     """`kernels.reference.backward_warp` with padding "border" in values, without a gradient, image and flow in float32:
-    74 ONNX nodes where the definition, much of which is about gradients, becomes 109.
-
-    A gather of four pixels, not ONNX's GridSample (29 nodes): in onnxruntime on one CPU thread the gather takes 0.35 to
-    0.61 times as long (1 and 16 images of 48, 64 and 96 pixels, 1 of 256) and equals the definition bit for bit, while
-    GridSample, whose coordinates are a share of the image, is off by 4e-6 at 48 and 3e-5 at 256 pixels."""
+    74 ONNX nodes where the definition, much of which is about gradients, becomes 109. A gather of four pixels, not
+    ONNX's GridSample (29 nodes): in onnxruntime on one CPU thread the gather takes 0.35 to 0.61 times as long (1 and 16
+    images of 48, 64 and 96 pixels, 1 of 256) and equals the definition bit for bit, while GridSample, whose coordinates
+    are a share of the image, is off by 4e-6 at 48 and 3e-5 at 256 pixels."""
     c, h, w = image.shape[1:]
     x = (flow[:, 0] + torch.arange(w, dtype=flow.dtype, device=flow.device)).clamp(0, w - 1)
     y = (flow[:, 1] + torch.arange(h, dtype=flow.dtype, device=flow.device)[:, None]).clamp(0, h - 1)

@@ -4,8 +4,7 @@ A model is one file: its settings, the module, its training stages; and one line
 lie in `baselines`. docs/extending.md adds one, step by step.
 
 Shape legend: B batch, K given frames of T in all, P = T - K predicted ones, C channels, H W image, F S spectrogram of
-one frame.
-"""
+one frame."""
 
 from __future__ import annotations
 

@@ -22,10 +22,9 @@ _MODEL_OF_FORMAT_2 = "mme-car"
 def read_pretrained(
     folder: str | Path, models: Mapping[str, type[VideoModel]]
 ) -> tuple[ModelSettings, dict[str, Tensor]]:
-    """Settings and weights of a saved model, which is one of `models`, by name.
-
-    A setting that the file does not have, because it was added later, has its default. Raises InputError when the files
-    cannot be read, and for a model that `models` does not have."""
+    """Settings and weights of a saved model, which is one of `models`, by name. A setting that the file does not have,
+    because it was added later, has its default. Raises InputError when the files cannot be read, and for a model that
+    `models` does not have."""
     folder = Path(folder)
     try:
         fields = json.loads((folder / "config.json").read_text())
@@ -49,9 +48,8 @@ def read_pretrained(
 def load_pretrained(
     folder: str | Path, models: Mapping[str, type[VideoModel]], *, device: str | torch.device = "cpu"
 ) -> Any:
-    """A saved model in evaluation mode, one of `models`, by name.
-
-    Raises InputError as `read_pretrained` and `load_weights` do."""
+    """A saved model in evaluation mode, one of `models`, by name. Raises InputError as `read_pretrained` and
+    `load_weights` do."""
     settings, weights = read_pretrained(folder, models)
     model = models[settings.name](settings)
     load_weights(model, weights, str(folder))

@@ -10,8 +10,7 @@ A film's results are a folder, which appears when it is complete (avfast.files.r
     flow/clip/flow.npy ...        the formats that were asked for, see avfast.opticalflow.flow_files
 
 A killed run leaves hidden folders only, and the next run removes them. Runs may share a folder: each takes the films
-that no other holds.
-"""
+that no other holds."""
 
 from __future__ import annotations
 
@@ -124,10 +123,9 @@ class FlowRun(ItemRun):
         self._begun = self._begun_pairs = 0
 
     def extract(self, devices: Sequence[str], threads: int) -> None:
-        """Do all items with a pipeline per entry of `devices`, which share the CPU threads for flow.
-
-        Raises OSError when results cannot be written, InputError where flow cannot be computed. Items that cannot be
-        read are in `failed`."""
+        """Do all items with a pipeline per entry of `devices`, which share the CPU threads for flow. Raises OSError
+        when results cannot be written, InputError where flow cannot be computed. Items that cannot be read are in
+        `failed`."""
         each = max(1, threads // len(devices))
         self.run([partial(self._pipeline, torch.device(device), each) for device in devices])
 
@@ -184,9 +182,8 @@ class FlowRun(ItemRun):
         return _Film(item, result, formats, source, fps, expected)
 
     def _formats_to_write(self, item: Item, folder: Path, source: dict[str, Any]) -> tuple[Format, ...]:
-        """All formats that the folder will hold, or none where those that are asked for are there already.
-
-        Raises InputError where the folder holds the results of another item."""
+        """All formats that the folder will hold, or none where those that are asked for are there already. Raises
+        InputError where the folder holds the results of another item."""
         wanted = self._formats
         marker = read_marker(folder)
         if marker is None or self._overwrite:

@@ -2,8 +2,7 @@
 
 `tvl1_flow` runs the compiled engine (csrc/tvl1, on the CPU and on CUDA devices, with the same bits), or its definition
 in plain PyTorch (`avfast.kernels.tvl1_reference`) where the extension was not built. All presets but `opencv` do the
-same work for every pair, whatever the content.
-"""
+same work for every pair, whatever the content."""
 
 from __future__ import annotations
 
