@@ -49,8 +49,7 @@ class _Cast(nn.Module):
         self.module, self.inside, self.outside = module.to(inside), inside, outside
 
     def forward(self, *arguments: Any) -> Any:
-        result = self.module(*_cast(list(arguments), self.inside))
-        return _cast(result, self.outside)
+        return _cast(self.module(*_cast(list(arguments), self.inside)), self.outside)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -93,10 +93,6 @@ class Graph(nn.Module):
         """float32 or float16, the type of what is `half`."""
         return self.mme.lstm.cells[0].weight.dtype  # type: ignore[return-value]
 
-    def _memory(self) -> list[TensorSpec]:
-        """The memory of a step, as inputs."""
-        return [MEMORY[name] for name in self.mme.memory_names]
-
     def _state(self, prefix: str, when: str) -> list[TensorSpec]:
         shape = ("B", self.settings.convlstm_layers, FEATURES, "h", "w")
         return [
@@ -149,23 +145,16 @@ class ObserveGraph(Graph):
         super().__init__(model)
         self.inputs = [
             TensorSpec("frames", ("B", "N", self.settings.image_channels, "16h", "16w"), "given frames, in [0, 1]"),
-            TensorSpec(
-                "flow", ("B", "N", 2, "16h", "16w"), "their backward flow in pixels, x then y; 0 for a first frame"
-            ),
+            TensorSpec("flow", ("B", "N", 2, "16h", "16w"), "backward flow in pixels, x then y; 0 for a first frame"),
             *self._state("", "before them, zeros at the start"),
         ]
-        for spec in self._memory():
-            if "M" not in spec.shape:
-                shape = ("B", "N", *spec.shape[1:])
-                spec = TensorSpec(spec.name, shape, f"rows t + 1 of audio's {spec.name} for frames t")
-            self.inputs.append(spec)
+        for spec in [MEMORY[name] for name in self.mme.memory_names]:
+            rows = TensorSpec(spec.name, ("B", "N", *spec.shape[1:]), f"rows t + 1 of audio's {spec.name} for frames t")
+            self.inputs.append(spec if "M" in spec.shape else rows)
         self.outputs = self._state("next_", "after the last frame")
 
-    def forward(
-        self, frames: Tensor, flow: Tensor, hidden: Tensor, cell: Tensor, *memory: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        features = self.mme.encoder(flow, frames)
-        items = [features.transpose(0, 1), *self.mme.loop_items(memory, frames.shape[1])]
+    def forward(self, frames: Tensor, flow: Tensor, hidden: Tensor, cell: Tensor, *memory: Tensor) -> State:
+        items = [self.mme.encoder(flow, frames).transpose(0, 1), *self.mme.loop_items(memory, frames.shape[1])]
         (hidden, cell), _ = scan(observing(self, memory), [hidden, cell], items)
         return hidden, cell
 
@@ -210,7 +199,7 @@ class StepGraph(Graph):
             TensorSpec("image", image, "MME's V_t: given for t <= K, else the step before's next_image"),
             TensorSpec("flow", flow, "F_t in pixels, x then y: given for t <= K, else the step before's next_flow"),
             *self._state("", "before the step"),
-            *self._memory(),
+            *[MEMORY[name] for name in self.mme.memory_names],
         ]
         if model.car is not None:
             self.inputs.append(TensorSpec("previous", image, "V_K for t = K, else the step before's prediction"))
@@ -249,9 +238,7 @@ class RolloutGraph(Graph):
         image = (self.settings.image_channels, "16h", "16w")
         self.inputs = [
             TensorSpec("frames", ("B", given, *image), "the K given frames, in [0, 1]"),
-            TensorSpec(
-                "flow", ("B", given, 2, "16h", "16w"), "their backward flow in pixels, x then y; flow[:, 0] = 0"
-            ),
+            TensorSpec("flow", ("B", given, 2, "16h", "16w"), "backward flow in pixels, x then y; flow[:, 0] = 0"),
             TensorSpec("audio", ("B", total, 1, *self.settings.audio_shape), "spectrograms of all T frames, in [0, 1]"),
         ]
         steps = "T-K" if unroll is None else unroll[1]
@@ -284,22 +271,19 @@ class RolloutGraph(Graph):
 
         (hidden, cell), _ = loop(observe, [hidden, cell], [is_real, features.transpose(0, 1), *observed_items])
 
-        uses_sound = car is not None and car.uses_sound
         vector_items = []
-        if uses_sound:
+        if car is not None and car.uses_sound:
             assert vectors is not None
             vector_items = [vectors[:, given - 1 : -1].transpose(0, 1)]
         memory_items = mme.loop_items(memory, total - given)
 
         def predict(carry: list[Tensor], items: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             image, flow, hidden, cell, previous = carry
-            vector = items[0] if uses_sound else None
-            step_memory = mme.loop_memory(memory, *items[len(vector_items) : len(vector_items) + len(memory_items)])
+            vector = items[0] if vector_items else None
+            step_memory = mme.loop_memory(memory, *items[len(vector_items) : -1])
             image, flow, states = mme.step(image, flow, _layers(hidden, cell), *step_memory)
-            if car is None:
-                previous = image.clamp(0, 1)
-            else:
-                previous = car.step(previous, flow, vector, contexts, mme.encoder).clamp(0, 1)
+            rendered = image if car is None else car.step(previous, flow, vector, contexts, mme.encoder)
+            previous = rendered.clamp(0, 1)
             # a scan's outputs may not share memory
             return [image, flow, *_stacked(states), previous], [previous.clone(), flow.clone()]
 
@@ -322,10 +306,10 @@ def context_specs(model: AVModel) -> list[TensorSpec]:
 
 def trace(graph: Graph, sizes: dict[str, int]) -> ExportedProgram:
     """A graph as a program of PyTorch's own ops alone, for any sizes. `sizes`: those of the example it is traced on."""
-    shapes = list(graph.dynamic_shapes())
+    shapes = graph.dynamic_shapes()
     named = len([p for p in inspect.signature(graph.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD])
     # arguments after a `*` are one tuple
-    dynamic = (*shapes[:named], *([tuple(shapes[named:])] if shapes[named:] else []))
+    dynamic = (*shapes[:named], tuple(shapes[named:])) if shapes[named:] else tuple(shapes)
     # with gradients torch's scan would keep what a backward pass wants, and that cannot be exported
     with torch.no_grad():
         program = torch.export.export(graph, graph.example(**sizes), dynamic_shapes=dynamic, strict=False)

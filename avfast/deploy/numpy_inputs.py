@@ -40,9 +40,14 @@ def backward_flow(frames: NDArray[np.float32], params: dict[str, Any], threads: 
     """`avfast.tvl1_flow(frames)` of numpy frames (B,T,C,H,W) in [0, 1], C = 1 or 3 -> (B,T,2,H,W), flow[:, 0] = 0.
     params: the fields of a TVL1Params. threads: 0 for as many as there are cores. Raises InputError where the compiled
     engine is not installed."""
-    engine = _engine()
-    grey = frames.astype(np.float32) * np.float32(255)
-    grey = grey[:, :, 0] if frames.shape[2] == 1 else _luma(grey)
+    try:
+        engine = importlib.import_module("avfast._C")
+    except ImportError as error:
+        reason = f"flow is missing, and to compute it avfast._C is needed, which does not load: {error}"
+        raise InputError(reason) from None
+    channels = np.moveaxis(frames.astype(np.float32) * np.float32(255), 2, 0)
+    # plain numbers leave float32 as it is
+    grey = channels[0] if len(channels) == 1 else 0.299 * channels[0] + 0.587 * channels[1] + 0.114 * channels[2]
     b, t, h, w = grey.shape
     flow = np.zeros((b, t, 2, h, w), np.float32)
     if t > 1:
@@ -54,18 +59,3 @@ def backward_flow(frames: NDArray[np.float32], params: dict[str, Any], threads: 
         )  # fmt: skip
         flow[:, 1:] = found
     return flow
-
-
-def _luma(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
-    red, green, blue = (rgb[..., i, :, :] for i in range(3))
-    # plain numbers leave float32 as it is
-    return 0.299 * red + 0.587 * green + 0.114 * blue
-
-
-def _engine() -> Any:
-    try:
-        return importlib.import_module("avfast._C")
-    except ImportError as error:
-        raise InputError(
-            f"flow is missing, and to compute it avfast._C is needed, which does not load: {error}"
-        ) from None

@@ -47,13 +47,11 @@ class Session:
         if not self._bind:
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(feed)), strict=True))
         binding = self._session.io_binding()
-        # held by name until the run is over: the binding is not known to keep them
-        arrays = {name: np.ascontiguousarray(x) for name, x in feed.items() if isinstance(x, np.ndarray)}
+        # `feed` holds the arrays until the run is over: the binding is not known to keep them
+        feed = {name: np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x for name, x in feed.items()}
         for name, value in feed.items():
-            if name in arrays:
-                binding.bind_cpu_input(name, arrays[name])
-            else:
-                binding.bind_ortvalue_input(name, value)
+            bind = binding.bind_cpu_input if isinstance(value, np.ndarray) else binding.bind_ortvalue_input
+            bind(name, value)
         for name in self._outputs:
             binding.bind_output(name, self.device)
         self._session.run_with_iobinding(binding)
@@ -84,11 +82,9 @@ def choose_providers(device: str) -> tuple[list[str], str | None]:
         reason = "this onnxruntime is built without CUDA: install onnxruntime-gpu in its place"
     elif not os.path.exists("/dev/nvidiactl"):
         reason = "there is no NVIDIA driver"
-    if reason is None:
-        return [cuda, cpu], None
-    if device == "cuda":
+    if reason is not None and device == "cuda":
         raise InputError(f"device is 'cuda', but {reason}")
-    return [cpu], reason
+    return [cuda, cpu] if reason is None else [cpu], reason
 
 
 def _installed(distribution: str) -> bool:
