@@ -15,7 +15,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -80,7 +80,10 @@ def export(config: ExportConfig) -> dict[str, float]:
         raise InputError(f"unroll is {config.unroll}, expected at least 1 predicted frame, and not with --no-rollout")
     checkpoint = resolve_checkpoint(config.run)
     model = load_model(checkpoint)
-    run = _run_config(checkpoint)
+    run: TrainConfig | None = None
+    # a checkpoint alone is a model too; only the settings of the sound and the flow are not known then
+    with suppress(InputError):
+        run = load_run_config(checkpoint)
     spec = None if run is None else input_spec(checkpoint, run)
     stages = model.stage_names(model.settings)
     if run is not None and run.stage_names != stages and not config.motion_only:
@@ -117,10 +120,10 @@ def export_model(
     with _new_folder(Path(out)) as folder:
         for done, graph in enumerate(graphs):
             progress(done, len(graphs) + 1, graph.name)
-            own = {**metadata, "graph": graph.name, **_inputs_and_outputs(graph)}
+            own = json.dumps({**metadata, "graph": graph.name, **_inputs_and_outputs(graph)})
             with _quiet():
                 program = trace(graph, sizes)
-                _WRITERS[config.format](graph, program, folder / f"{graph.name}{_SUFFIX[config.format]}", own)
+                _write(config.format, graph, program, folder / f"{graph.name}{_SUFFIX[config.format]}", own)
         progress(len(graphs), len(graphs) + 1, "comparing with PyTorch")
         differences = verify(folder, model, given=given, unroll=config.unroll, run=run)
         limit = TOLERANCE[config.precision]
@@ -148,14 +151,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _run_config(checkpoint: Path) -> TrainConfig | None:
-    try:
-        return load_run_config(checkpoint)
-    except InputError:
-        # a checkpoint alone is a model too; only the sound's and the flow's settings are not known then
-        return None
-
-
 def _metadata(model: VideoModel, config: ExportConfig, spec: InputSpec | None, graphs: list[str]) -> dict[str, Any]:
     """What every file of an export says of the whole."""
     digest = hashlib.sha256()
@@ -179,14 +174,27 @@ def _metadata(model: VideoModel, config: ExportConfig, spec: InputSpec | None, g
 def _inputs_and_outputs(graph: Graph) -> dict[str, Any]:
     def described(spec: TensorSpec) -> dict[str, Any]:
         dtype = "float16" if spec.half and graph.dtype == torch.float16 else "float32"
-        return {"name": spec.name, "shape": list(spec.shape), "dtype": dtype, "meaning": spec.meaning}
+        return {"name": spec.name, "shape": spec.shape, "dtype": dtype, "meaning": spec.meaning}
 
     return {"inputs": [described(s) for s in graph.inputs], "outputs": [described(s) for s in graph.outputs]}
 
 
-def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
+def _write(kind: Format, graph: Graph, program: ExportedProgram, path: Path, metadata: str) -> None:
+    """Write a graph's program as a file of that kind, with what it says of itself."""
+    if kind == "onnx":
+        _write_onnx(graph, program, path, metadata)
+    elif kind == "pt2":
+        torch.export.save(program, path, extra_files={METADATA: metadata})
+    else:
+        configs = {"aot_inductor.metadata": {METADATA: metadata}}
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+
+
+def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, metadata: str) -> None:
     try:
         import onnx
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"format onnx needs the extra `onnx` ({error}): pip install 'avfast[onnx]'") from None
@@ -204,37 +212,9 @@ def _write_onnx(graph: Graph, program: ExportedProgram, path: Path, metadata: di
     # sizes within the graph are known by torch's names for them, which are gone now
     del proto.graph.value_info[:]
     proto.producer_name, proto.producer_version = "avfast", __version__
-    onnx.helper.set_model_props(proto, {METADATA: json.dumps(metadata)})
+    onnx.helper.set_model_props(proto, {METADATA: metadata})
     onnx.save(proto, path)
     onnx.checker.check_model(str(path), full_check=True)
-
-
-def _write_pt2(graph: Graph, program: ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
-
-
-def _write_aoti(graph: Graph, program: ExportedProgram, path: Path, metadata: dict[str, Any]) -> None:
-    configs = {"aot_inductor.metadata": {METADATA: json.dumps(metadata)}}
-    with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
-
-
-_WRITERS = {"onnx": _write_onnx, "pt2": _write_pt2, "aoti": _write_aoti}
-
-
-class TorchPredictor(runtime.Predictor):
-    """`runtime.Predictor` over torch.export programs or AOTInductor packages, whichever a folder holds."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.device, self.note = "cpu", None
-        opened = {name: found for name in runtime.GRAPHS if (found := open_graph(folder, name)) is not None}
-        if "step" not in opened:
-            raise InputError(f"{folder} holds no exported model: step is missing")
-        self._set(
-            {name: run for name, (run, _) in opened.items()},
-            {name: metadata for name, (_, metadata) in opened.items()},
-            str(folder),
-        )
 
 
 def open_graph(folder: str | Path, name: str) -> tuple[runtime.Run, dict[str, Any]] | None:
@@ -245,16 +225,16 @@ def open_graph(folder: str | Path, name: str) -> tuple[runtime.Run, dict[str, An
         session = Session(paths["onnx"], ["CPUExecutionProvider"], None)
         return session, session.metadata
     call: Callable[..., Any]
+    extra = {METADATA: ""}
     try:
         if paths["aoti"].exists():
-            package = torch._inductor.aoti_load_package(str(paths["aoti"]))
-            call, text = package, package.get_metadata()[METADATA]
+            call = torch._inductor.aoti_load_package(str(paths["aoti"]))
+            extra = call.get_metadata()
         elif paths["pt2"].exists():
-            extra = {METADATA: ""}
-            call, text = torch.export.load(paths["pt2"], extra_files=extra).module(), extra[METADATA]
+            call = torch.export.load(paths["pt2"], extra_files=extra).module()
         else:
             return None
-        metadata = json.loads(text)
+        metadata = json.loads(extra[METADATA])
     except Exception as error:
         # whatever torch finds wrong with a file, to the user it is one
         raise InputError(f"{name} in {folder} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
@@ -267,10 +247,15 @@ def open_graph(folder: str | Path, name: str) -> tuple[runtime.Run, dict[str, An
     return run, metadata
 
 
-def open_export(folder: str | Path) -> runtime.Predictor:
+class ExportPredictor(runtime.Predictor):
     """The runner of an exported folder of any format, on the CPU."""
-    onnx = (Path(folder) / f"step{_SUFFIX['onnx']}").exists()
-    return runtime.Predictor(folder, device="cpu") if onnx else TorchPredictor(folder)
+
+    def __init__(self, folder: str | Path) -> None:
+        self.device, self.note = "cpu", None
+        opened = {name: found for name in runtime.GRAPHS if (found := open_graph(folder, name)) is not None}
+        if "step" not in opened:
+            raise InputError(f"{folder} holds no exported model: step is missing")
+        self._set(opened, str(folder))
 
 
 def verify(
@@ -279,7 +264,7 @@ def verify(
     """Largest differences between a folder's graphs and PyTorch over whole rollouts: on random inputs in two sizes that
     are not those of the export, and on real clips where the run's data set is there. Of frames in their unit, of flow
     relative to its largest value (at least 1 pixel)."""
-    predictor, whole = open_export(folder), open_graph(folder, "rollout")
+    predictor, whole = ExportPredictor(folder), open_graph(folder, "rollout")
     cases = {
         "random 1x48x48": _random_inputs(model, 1, given, 48, 48),
         "random 2x64x32": _random_inputs(model, 2, given, 64, 32),
@@ -310,11 +295,10 @@ def _random_inputs(model: VideoModel, batch: int, given: int, height: int, width
 
 def _real_inputs(run: TrainConfig, given: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """Two test clips, where the run's test split has been built already."""
-    try:
+    store = None
+    # the digits may have been moved since
+    with suppress(InputError):
         store = run.built_split("test")
-    except InputError:
-        # the digits have been moved since
-        return None
     if store is None:
         return None
     clips = list(range(min(2, len(store))))

@@ -47,31 +47,24 @@ class Rollout(NamedTuple):
 
 
 class Film(NamedTuple):
-    """What a model sees and hears of a film."""
+    """What a model sees and hears of a film: frames (1,T,C,H,W) in [0,1]; sound (1, T * samples per frame); fps, the
+    model's frames per second, or the film's own where they are fewer; start, the time of the first frame on the file's
+    clock, in seconds."""
 
     frames: NDArray[np.float32]
-    """(1,T,C,H,W) in [0,1]."""
     sound: NDArray[np.int16]
-    """(1, T * samples per frame)."""
     fps: float
-    """Frames per second: the model's, or the film's own where that is lower."""
     start: float
-    """Time of the first frame on the file's clock, in seconds."""
 
 
 class Predictor:
     """An exported model. device: "cpu", "cuda", or "auto", which is CUDA where onnxruntime can use it. threads: CPU
     threads within an operator, default all cores. Raises InputError for a folder that holds no whole model, and for
-    "cuda" where it cannot be used, with the reason."""
+    "cuda" where it cannot be used, with the reason.
 
-    metadata: dict[str, Any]
-    """What the export says of itself: config, precision, hash of the weights, spectrogram, flow."""
-    graphs: Mapping[str, Run]
-    """The graphs by name; `inputs` says what each takes."""
-    device: str
-    """Where it runs: "cpu" or "cuda"."""
-    note: str | None
-    """Why "auto" did not choose CUDA, if it did not."""
+    Attributes: `metadata`, what the export says of itself (config, precision, hash of the weights, spectrogram, flow);
+    `graphs` by name, and `inputs`, what each takes; `device`, "cpu" or "cuda"; `note`, why "auto" did not choose CUDA,
+    if it did not."""
 
     def __init__(
         self, folder: str | Path, *, device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = None
@@ -84,26 +77,26 @@ class Predictor:
         }
         self.device = sessions["step"].device
         if len(providers) > 1 and self.device == "cpu":
-            self.note = (
-                "onnxruntime could not load its CUDA provider: the CUDA and cuDNN libraries it needs are missing"
-            )
+            self.note = "onnxruntime could not load its CUDA provider: the CUDA or cuDNN libraries for it are missing"
             if device == "cuda":
                 raise InputError(f"device is 'cuda', but {self.note}")
-        self._set(sessions, {name: session.metadata for name, session in sessions.items()}, str(folder))
+        self._set({name: (session, session.metadata) for name, session in sessions.items()}, str(folder))
 
-    def _set(self, graphs: Mapping[str, Run], metadata: dict[str, dict[str, Any]], source: str) -> None:
-        """Take graphs that belong together. Raises InputError where one is missing or of another export."""
-        self.graphs, self.metadata, self.source = graphs, metadata["step"], source
+    def _set(self, opened: Mapping[str, tuple[Run, dict[str, Any]]], source: str) -> None:
+        """Take graphs that belong together, each with what it says of itself. Raises InputError where one is missing or
+        of another export."""
+        self.graphs: Mapping[str, Run] = {name: run for name, (run, _) in opened.items()}
+        self.metadata, self.source = opened["step"][1], source
         if self.metadata.get("format") != FORMAT:
             raise InputError(f"{source} is of format {self.metadata.get('format')}, this avfast runs format {FORMAT}")
         for name in self.metadata["graphs"]:
-            if name in GRAPHS and name not in graphs:
+            if name in GRAPHS and name not in opened:
                 raise InputError(f"{source} lacks {name}.onnx, which its step.onnx needs")
-        for name, found in metadata.items():
+        for name, (_, found) in opened.items():
             if found.get("hash") != self.metadata["hash"] or found.get("precision") != self.metadata["precision"]:
                 raise InputError(f"{source}: {name}.onnx and step.onnx are of different exports")
         self.config = self.metadata["config"]
-        self.inputs: dict[str, list[dict[str, Any]]] = {name: found["inputs"] for name, found in metadata.items()}
+        self.inputs: dict[str, list[dict[str, Any]]] = {name: found["inputs"] for name, (_, found) in opened.items()}
         for name in ("observe", "step"):
             unknown = {spec["name"] for spec in self.inputs.get(name, [])} - _KNOWN_INPUTS
             if unknown:
@@ -169,12 +162,11 @@ class Predictor:
     def _images(self, name: str, images: Array, ndim: int) -> NDArray[np.float32]:
         """Images as float32 in [0,1]. Raises ValueError for what does not fit the model."""
         channels = self.config["image_channels"]
-        expected = "(B, K, C, H, W)" if ndim == 5 else "(B, C, H, W)"
         shape = _shape(name, images)
         if len(shape) != ndim or shape[-3] != channels or 0 in shape or shape[-2] % 16 or shape[-1] % 16:
-            raise ValueError(
-                f"{name} has shape {shape}, expected {expected} with C = {channels}, H and W multiples of 16"
-            )
+            axes = "(B, K, C, H, W)" if ndim == 5 else "(B, C, H, W)"
+            sizes = f"C = {channels}, H and W multiples of 16"
+            raise ValueError(f"{name} has shape {shape}, expected {axes} with {sizes}")
         if images.dtype == np.uint8:
             return images.astype(np.float32) / np.float32(255)
         values = _finite(name, images)
@@ -187,14 +179,12 @@ class Predictor:
         shape = _shape("sound", sound)
         expected = tuple(self.config["audio_shape"])
         if len(shape) == 2 and self.spectrogram is not None:
-            if sound.dtype != np.int16:
-                sound = _finite("sound", sound)
-            return numpy_inputs.spectrogram(sound, self.spectrogram)
+            waveform = sound if sound.dtype == np.int16 else _finite("sound", sound)
+            return numpy_inputs.spectrogram(waveform, self.spectrogram)
         if len(shape) != 5 or shape[2:] != (1, *expected) or 0 in shape:
-            waveform = f", or a waveform (B, T * {self.spectrogram.samples_per_frame})" if self.spectrogram else ""
-            raise ValueError(
-                f"sound has shape {shape}, expected spectrograms (B, T, 1, {expected[0]}, {expected[1]}){waveform}"
-            )
+            other = f", or a waveform (B, T * {self.spectrogram.samples_per_frame})" if self.spectrogram else ""
+            axes = f"(B, T, 1, {expected[0]}, {expected[1]})"
+            raise ValueError(f"sound has shape {shape}, expected spectrograms {axes}{other}")
         return _finite("sound", sound)
 
 
@@ -206,7 +196,6 @@ class Stream:
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor, self._run = predictor, predictor.graphs
-        self._config = predictor.config
         self.batch = 0
         """Clips, known from the first frame or sound on."""
         self.sound_frames = 0
@@ -232,10 +221,9 @@ class Stream:
         if "audio" not in self._run:
             return
         empty = np.zeros((self.batch, 0, FEATURES), np.float32)
-        past = {name: self._sound.get(name, empty) for name in ("key", "value")}
-        feed = {"windows": windows, **{f"past_{name}": past[name] for name in past}}
+        past = {f"past_{name}": self._sound.get(name, empty) for name in ("key", "value")}
         # a few hundred numbers per frame, cut differently at every step: they stay with the host
-        new = {name: to_numpy(x) for name, x in self._run["audio"](feed).items()}
+        new = {name: to_numpy(x) for name, x in self._run["audio"]({"windows": windows, **past}).items()}
         for name in ("vectors", "condensed"):
             if name in new:
                 new[name] = np.concatenate((self._sound.get(name, empty), new[name]), axis=1)
@@ -249,10 +237,8 @@ class Stream:
         frames = frames[:, None] if one else frames
         self._one_batch("frames", len(frames))
         b, n, _, h, w = frames.shape
-        if self._last is not None and self._last.shape[-2:] != (h, w):
-            raise ValueError(
-                f"frames are {h}x{w}, those before {self._last.shape[-2]}x{self._last.shape[-1]}: expected one size"
-            )
+        if self._last is not None and (last := self._last.shape[-2:]) != (h, w):
+            raise ValueError(f"frames are {h}x{w}, those before {last[0]}x{last[1]}: expected one size")
         # every frame but the last one is taken in here
         self._need_sound(self.given + n - (0 if self.given or n > 1 else 1), "to take frames in")
         if flow is None:
@@ -266,13 +252,9 @@ class Stream:
             flow = flow[:, None] if one else flow
 
         if not self._state:
-            layers = self._config["convlstm_layers"]
-            shape = (b, layers, FEATURES, h // 16, w // 16)
-            half = self._predictor.metadata["precision"] == "fp16"
-            self._state = {
-                "hidden": np.zeros(shape, np.float16 if half else np.float32),
-                "cell": np.zeros(shape, np.float32),
-            }
+            shape = (b, self._predictor.config["convlstm_layers"], FEATURES, h // 16, w // 16)
+            hidden_type = np.float16 if self._predictor.metadata["precision"] == "fp16" else np.float32
+            self._state = {"hidden": np.zeros(shape, hidden_type), "cell": np.zeros(shape, np.float32)}
         earlier, moved = frames[:, :-1], flow[:, :-1]
         if self._after_given is not None:
             self._state = self._after_given
@@ -281,9 +263,12 @@ class Stream:
             earlier, moved = (
                 np.concatenate((x[:, None], y), 1) for x, y in ((self._image, earlier), (self._flow, moved))
             )
-        if earlier.shape[1]:
+        count = earlier.shape[1]
+        if count:
             # all but the newest one, which the next step reads
-            self._observe(earlier, moved, first=self.given + n - 1 - earlier.shape[1])
+            memory = self._memory("observe", self.given + n - count, self.given + n - 1)
+            arrays = {"frames": earlier, "flow": moved, **memory}
+            self._advance("observe", self._state | {name: np.ascontiguousarray(x) for name, x in arrays.items()})
         self.given += n
         self.newest = self.given
         self._image = self._previous = self._last = np.ascontiguousarray(frames[:, -1])
@@ -299,31 +284,22 @@ class Stream:
         self._need_sound(t + 1, "to predict it")
         if "context" in self._run and not self._contexts:
             self._contexts = self._run["context"]({"frame": self._last})
-        available = {
-            "image": self._image,
-            "flow": self._flow,
-            **self._state,
-            "previous": self._previous,
-            **self._contexts,
-            **self._memory("step", t, t),
-        }
+        available = {"image": self._image, "flow": self._flow, "previous": self._previous, **self._state}
+        available |= self._contexts | self._memory("step", t, t)
         if "vectors" in self._sound:
             available["vector"] = self._sound["vectors"][:, t - 1]
-        out = self._run["step"]({spec["name"]: available[spec["name"]] for spec in self._predictor.inputs["step"]})
-        self._state = {name: out[f"next_{name}"] for name in ("hidden", "cell")}
+        out = self._advance("step", {spec["name"]: available[spec["name"]] for spec in self._predictor.inputs["step"]})
         if t == self.given:
             self._after_given = self._state
         self._image, self._flow, self._previous = out["next_image"], out["next_flow"], out["prediction"]
         self.newest += 1
         return to_numpy(self._previous), to_numpy(self._flow)
 
-    def _observe(self, frames: Array, flow: Array, first: int) -> None:
-        """Take in frames first+1 .. first+N."""
-        memory = self._memory("observe", first + 1, first + frames.shape[1])
-        arrays = {"frames": frames, "flow": flow, **memory}
-        feed = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-        out = self._run["observe"]({**feed, **self._state})
+    def _advance(self, graph: str, feed: dict[str, Any]) -> dict[str, Any]:
+        """Run a graph that moves the state on; its outputs."""
+        out = self._run[graph](feed)
         self._state = {name: out[f"next_{name}"] for name in ("hidden", "cell")}
+        return out
 
     def _memory(self, graph: str, first: int, last: int) -> dict[str, Array]:
         """What a graph's frames first..last recall from. With a dimension M an input is all tokens up to the last

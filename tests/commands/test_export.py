@@ -19,7 +19,7 @@ from avfast.training.config import TrainConfig
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from avfast.export import TOLERANCE, ExportConfig, export, export_model, open_export, verify  # noqa: E402
+from avfast.export import TOLERANCE, ExportConfig, ExportPredictor, export, export_model, verify  # noqa: E402
 
 MakeModel = Callable[..., AVModel]
 
@@ -28,7 +28,7 @@ def largest_difference(folder: Path, model: AVModel, batch: int, size: int) -> f
     """Of the frames of a 30-step rollout."""
     arrays = rollout_inputs(batch, size, model.settings.image_channels)
     expected = model.predict(*map(torch.from_numpy, arrays)).frames.numpy()
-    found = open_export(folder).rollout(*arrays).frames
+    found = ExportPredictor(folder).rollout(*arrays).frames
     assert found.shape == expected.shape == (batch, 30, model.settings.image_channels, size, size)
     # a rollout that ends in one colour would hide every difference
     assert expected[:, -1].std() > 0.01
@@ -91,7 +91,7 @@ def test_another_model_is_told_apart(exported: tuple[Path, AVModel], random_mode
 
 def test_a_mismatch_fails_and_leaves_nothing(random_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(export_module, "trace", lambda graph, sizes: None)
-    monkeypatch.setitem(export_module._WRITERS, "onnx", lambda graph, program, path, about: path.write_text(graph.name))
+    monkeypatch.setattr(export_module, "_write", lambda kind, graph, program, path, about: path.write_text(graph.name))
     for difference in (3e-4, float("nan")):
         monkeypatch.setattr(export_module, "verify", lambda *_, d=difference, **__: {"frames": d, "flow": 0.0})
         with pytest.raises(
