@@ -83,31 +83,25 @@ class ConvLSTMCell(nn.Conv2d):
         if not fits or conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding != (kernel // 2, kernel // 2):
             raise ValueError(f"conv is {conv}, expected one from C + D to 4 D channels that keeps the size")
         cell = cls(conv.in_channels - hidden, hidden, kernel, bias=conv.bias is not None)
-        cell.to(conv.weight.device, conv.weight.dtype)
-        cell._copy(conv, cell, [_checked(order).index(gate) for gate in "ifog"])
+        cell.to(conv.weight.device, conv.weight.dtype).load_state_dict(_reordered(conv, order, "ifog"))
         return cell
 
     def to_reference(self, *, order: str = "ifog") -> nn.Conv2d:
         """The cell's weights as a convolution from concat(x, hidden) to the gates in the given order."""
         kernel = self.kernel_size[0]
         conv = nn.Conv2d(self.in_channels, self.out_channels, kernel, padding=kernel // 2, bias=self.bias is not None)
-        conv.to(self.weight.device, self.weight.dtype)
-        self._copy(self, conv, ["ifog".index(gate) for gate in _checked(order)])
+        conv.to(self.weight.device, self.weight.dtype).load_state_dict(_reordered(self, "ifog", order))
         return conv
 
-    @staticmethod
-    @torch.no_grad()
-    def _copy(source: nn.Conv2d, target: nn.Conv2d, gates: list[int]) -> None:
-        for theirs, ours in ((source.weight, target.weight), (source.bias, target.bias)):
-            if theirs is not None and ours is not None:
-                parts = theirs.chunk(4)
-                ours.copy_(torch.cat([parts[i] for i in gates]))
 
-
-def _checked(order: str) -> str:
-    if sorted(order) != sorted("ifog"):
-        raise ValueError(f"order is {order!r}, expected the letters i, f, o and g, each once")
-    return order
+def _reordered(conv: nn.Conv2d, order: str, wanted: str) -> dict[str, Tensor]:
+    """A convolution's weights with its gates in another order."""
+    for letters in (order, wanted):
+        if sorted(letters) != sorted("ifog"):
+            raise ValueError(f"order is {letters!r}, expected the letters i, f, o and g, each once")
+    gates = [order.index(gate) for gate in wanted]
+    weights = {"weight": conv.weight, "bias": conv.bias}
+    return {name: torch.cat([x.chunk(4)[i] for i in gates]) for name, x in weights.items() if x is not None}
 
 
 class ConvLSTM(nn.Module):
@@ -145,9 +139,8 @@ class Condense(nn.Module):
     def from_reference(cls, query: Projection, key: Projection, value: Projection) -> Condense:
         """A layer with the weights of three linear layers or 1x1 convolutions C -> C."""
         module = cls(value.weight.shape[0]).to(value.weight.device, value.weight.dtype)
-        parts = zip(module.qkv.weight.chunk(3), module.qkv.bias.chunk(3), (query, key, value), strict=True)
-        for weight, bias, layer in parts:
-            _copy_projection(layer, weight, bias)
+        weights, biases = zip(*map(_weight_and_bias, (query, key, value)), strict=True)
+        module.qkv.load_state_dict({"weight": torch.cat(weights), "bias": torch.cat(biases)})
         return module
 
     def to_reference(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
@@ -183,7 +176,8 @@ class Recall(nn.Module):
         module.to(value.weight.device, value.weight.dtype)
         for own, layer in ((module.query, query), (module.key, key), (module.value, value)):
             if own is not None and layer is not None:
-                _copy_projection(layer, own.weight, own.bias)
+                weight, bias = _weight_and_bias(layer)
+                own.load_state_dict({"weight": weight.view_as(own.weight), "bias": bias})
         return module
 
     def to_reference(self) -> tuple[nn.Linear | None, nn.Linear | None, nn.Linear]:
@@ -193,19 +187,15 @@ class Recall(nn.Module):
         return query, key, _linear(self.value.weight, self.value.bias)
 
 
-@torch.no_grad()
-def _copy_projection(layer: Projection, weight: Tensor, bias: Tensor | None) -> None:
-    weight.copy_(layer.weight.view_as(weight))
-    if bias is not None:
-        bias.zero_() if layer.bias is None else bias.copy_(layer.bias)
+def _weight_and_bias(layer: Projection) -> tuple[Tensor, Tensor]:
+    """The weight as a matrix, and the bias, zeros where there is none."""
+    weight = layer.weight.flatten(1)
+    return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
 
 
-@torch.no_grad()
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None).to(weight.device, weight.dtype)
-    layer.weight.copy_(weight.view_as(layer.weight))
-    if bias is not None:
-        layer.bias.copy_(bias)
+    layer = nn.Linear(weight.shape[1], weight.shape[0]).to(weight.device, weight.dtype)
+    layer.load_state_dict({"weight": weight.flatten(1), "bias": bias})
     return layer
 
 
