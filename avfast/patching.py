@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,15 +124,14 @@ def _recognise_cell(module: nn.Module, conv: nn.Conv2d) -> tuple[nn.Module | Non
     except ValueError:
         return None, ""
     hidden = conv.out_channels // 4
-    size = (2, hidden, 5, 6)
-    x = _random(conv.weight, 2, conv.in_channels - hidden, 5, 6)
-    state = _random(conv.weight, *size), _random(conv.weight, *size)
-    expected = _try(module, (x, state)) or _try(module, (x, *state))
-    if expected is None or [t.shape for t in expected] != [torch.Size(size)] * 2:
+    channels = (conv.in_channels - hidden, hidden, hidden)
+    x, *state = (torch.randn(2, c, 5, 6, dtype=conv.weight.dtype, device=conv.weight.device) for c in channels)
+    expected = _try(module, (x, tuple(state))) or _try(module, (x, *state))
+    if expected is None or [t.shape for t in expected] != [t.shape for t in state]:
         return None, "one convolution with four parts, but not called as a ConvLSTM cell"
     for order in itertools.permutations("ifog"):
         cell = ConvLSTMCell.from_reference(conv, order="".join(order))
-        if _same(cell(x, state), expected):
+        if _same(cell(x, tuple(state)), expected):
             return PatchedCell(cell), f"a fused ConvLSTM cell (gates {', '.join(order)})"
     return None, "called as a ConvLSTM cell, but computes something else (peepholes, a norm, another activation?)"
 
@@ -150,10 +150,6 @@ def _recognise_warp(module: nn.Module) -> tuple[nn.Module | None, str]:
     return None, ""
 
 
-def _random(like: Tensor, *shape: int) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
-
-
 @torch.no_grad()
 def _try(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
     """The tensors that a module returns, or None if it does not take these arguments or returns something else."""
@@ -165,10 +161,9 @@ def _try(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, ...] | 
     return outputs if all(isinstance(t, Tensor) for t in outputs) else None
 
 
-def _same(found: Iterable[Tensor], expected: tuple[Tensor, ...]) -> bool:
-    pairs = list(zip(found, expected, strict=False))
-    return len(pairs) == len(expected) and all(
-        a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs
+def _same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return len(found) == len(expected) and all(
+        a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(found, expected, strict=True)
     )
 
 
@@ -187,11 +182,8 @@ def _compare(before: list[Tensor], after: list[Tensor]) -> float:
 @torch.no_grad()
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     """The floating-point tensors in the model's output. The random state is the same for every run."""
-    state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng(devices=[]):
         output = model(*inputs)
-    finally:
-        torch.set_rng_state(state)
     return [tensor.clone() for tensor in _tensors(output) if tensor.is_floating_point()]
 
 
@@ -220,27 +212,23 @@ def _swap(model: nn.Module, modules: dict[str, nn.Module]) -> None:
 
 def _count_grid_samples(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
     """{name of a module: how often it calls grid_sample itself}; the model's own name is ""."""
-    running: list[str] = []
-    counts: dict[str, int] = {}
+    running: list[str] = [""]
+    counts: Counter[str] = Counter()
 
     class Count(TorchFunctionMode):
         def __torch_function__(
             self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             if function is F.grid_sample:
-                name = running[-1] if running else ""
-                counts[name] = counts.get(name, 0) + 1
+                counts[running[-1]] += 1
             return function(*args, **(kwargs or {}))
 
-    def enter(name: str) -> Callable[..., None]:
-        return lambda module, arguments: running.append(name)
-
-    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
+    def leave(*_: Any) -> None:
         running.pop()
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(enter(name)).remove)
+            stack.callback(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         with Count():
             _run(model, inputs)
