@@ -134,13 +134,12 @@ class VideoModel(nn.Module, ABC):
     def check_inputs(self, frames: Tensor, flow: Tensor, audio: Tensor) -> None:
         """Raise ValueError, naming argument and value, unless the three fit each other and the model."""
         channels, audio_shape = self.settings.image_channels, self.settings.audio_shape
+        given = f"frames has shape {tuple(frames.shape)}"
         if frames.dim() != 5 or frames.shape[2] != channels:
-            raise ValueError(f"frames has shape {tuple(frames.shape)}, expected (B, K, {channels}, H, W)")
+            raise ValueError(f"{given}, expected (B, K, {channels}, H, W)")
         b, k, _, h, w = frames.shape
         if h % 16 or w % 16 or 0 in (b, k, h, w):
-            raise ValueError(
-                f"frames has shape {tuple(frames.shape)}, expected H and W to be multiples of 16, none empty"
-            )
+            raise ValueError(f"{given}, expected H and W to be multiples of 16, none empty")
         if flow.shape != (b, k, 2, h, w):
             raise ValueError(f"flow has shape {tuple(flow.shape)}, expected {(b, k, 2, h, w)}")
         if audio.dim() != 5 or audio.shape[0] != b or tuple(audio.shape[2:]) != (1, *audio_shape):

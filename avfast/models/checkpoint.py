@@ -63,9 +63,8 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     missing, foreign = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
     if missing or foreign:
         what = f"lacks {missing[0]}" if missing else f"has {foreign[0]}, which this model does not"
-        raise InputError(
-            f"{source} is of another variant or stage: it {what} ({len(missing)} missing, {len(foreign)} foreign)"
-        )
+        counts = f"{len(missing)} missing, {len(foreign)} foreign"
+        raise InputError(f"{source} is of another variant or stage: it {what} ({counts})")
     for name, shape in own.items():
         if theirs[name] != shape:
             raise InputError(f"{source} is of another model: {name} has shape {theirs[name]}, expected {shape}")

@@ -64,8 +64,7 @@ class FlowParameters:
 
     def as_dict(self) -> dict[str, Any]:
         """These, and the values of the preset, as JSON gives them back."""
-        values = dataclasses.asdict(self) | {"tvl1": dataclasses.asdict(PRESETS[self.preset])}
-        return json.loads(json.dumps(values))
+        return json.loads(json.dumps({**dataclasses.asdict(self), "tvl1": dataclasses.asdict(PRESETS[self.preset])}))
 
 
 @dataclass(eq=False)
@@ -148,14 +147,12 @@ class FlowRun(ItemRun):
             if film is None:
                 continue
             try:
-                batches = self._decode(film, threads)
-                while True:
-                    began = time.perf_counter()
-                    batch = next(batches, None)
+                began = time.perf_counter()
+                for batch in self._decode(film, threads):
                     self._add_seconds("decode", began)
-                    if batch is None:
-                        break
                     yield batch
+                    began = time.perf_counter()
+                self._add_seconds("decode", began)
                 yield _Batch(film)
             except InputError as error:
                 yield _Batch(film, error=error)
@@ -294,7 +291,6 @@ class FlowRun(ItemRun):
             self._begun_pairs += film.pairs - film.expected_pairs
 
     def _marker(self, film: _Film, shape: tuple[int, ...]) -> dict[str, Any]:
-        packages = {"avfast": __version__, "torch": torch.__version__, "av": av.__version__}
         return {
             "source": film.source,
             "parameters": self._parameters.as_dict(),
@@ -304,7 +300,7 @@ class FlowRun(ItemRun):
             "width": shape[1],
             "fps": film.fps,
             "flow_of_8_bit_level": "level * 2 * bound / 255 - bound",
-            "versions": packages,
+            "versions": {"avfast": __version__, "torch": torch.__version__, "av": av.__version__},
             "frame_numbers": film.numbers.tolist(),
             "frame_times": [None if math.isnan(t) else round(t, 6) for t in film.times],
         }

@@ -67,7 +67,9 @@ def tvl1_flow(
     input that requires a gradient, for an unknown backend, and for backend "cpp" where it was not built; InputError
     (a ValueError) for an unknown direction or preset.
     Source: Zach, Pock and Bischof (DAGM 2007); Chambolle and Pock (JMIV 2011)."""
-    params = _params(preset)
+    if not isinstance(preset, TVL1Params) and preset not in PRESETS:
+        raise InputError(f"preset is {preset!r}, expected {', '.join(map(repr, PRESETS))} or a TVL1Params")
+    params = preset if isinstance(preset, TVL1Params) else PRESETS[preset]
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads is {threads}, expected a whole number of at least 1")
     if direction not in ("backward", "forward"):
@@ -93,14 +95,6 @@ def tvl1_flow(
     return tvl1_op(grey_a, grey_b.to(grey_a.device), params, threads or 0, backend)
 
 
-def _params(preset: str | TVL1Params) -> TVL1Params:
-    if isinstance(preset, TVL1Params):
-        return preset
-    if preset not in PRESETS:
-        raise InputError(f"preset is {preset!r}, expected {', '.join(map(repr, PRESETS))} or a TVL1Params")
-    return PRESETS[preset]
-
-
 def _grey(name: str, images: Tensor | np.ndarray, clip: bool = False) -> Tensor:
     """Images as grey levels 0..255 without the channel axis, (..., H, W): uint8 where they are grey already, else
     float32."""
@@ -119,12 +113,10 @@ def _grey(name: str, images: Tensor | np.ndarray, clip: bool = False) -> Tensor:
         raise ValueError(f"{name} is {images.dtype}, expected uint8 or floating point in [0, 1]")
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which TV-L1 has not: pass {name}.detach()")
-    if images.requires_grad:
-        images = images.detach()
-    grey = images
-    if images.dtype != torch.uint8:
-        _check_values(name, images)
-        grey = images.float() * 255
+    grey = images.detach() if images.requires_grad else images
+    if grey.dtype != torch.uint8:
+        _check_values(name, grey)
+        grey = grey.float() * 255
     if len(shape) == 2:
         return grey
     if shape[-3] == 1:
