@@ -304,12 +304,7 @@ def condense(memory: Tensor, weight: Tensor, bias: Tensor, *, backend: str | Non
     is x_t + softmax(q_t K^T) V over the rows up to and including t. Raises ValueError on a wrong shape or dtype.
     Source: paper, Eq. 1.
     """
-    checks.shape("memory", memory, "B T C")
-    c = memory.shape[-1]
-    sizes = {"C": c, "3C": 3 * c}
-    checks.shape("weight", weight, "3C C", sizes)
-    checks.shape("bias", bias, "3C", sizes)
-    checks.same_device(memory=memory, weight=weight, bias=bias)
+    checks.tensors(memory=(memory, "B T C"), weight=(weight, "3C C"), bias=(bias, "3C"))
     return _CONDENSE(memory, weight, bias, backend=backend)
 
 
@@ -322,18 +317,11 @@ def recall(
     feature + softmax(query key^T) value, (B,C,H,W). With M = 1 query and key have no influence and may be None. Raises
     ValueError on a wrong shape or dtype, an empty memory, or a missing query or key with M > 1. Source: paper, Eq. 2.
     """
-    checks.shape("feature", feature, "B C H W")
-    b, c, h, w = feature.shape
-    sizes = {"B": b, "C": c, "H": h, "W": w}
-    checks.shape("value", value, "B M C", sizes)
+    maps = {"feature": (feature, "B C H W"), "query": (query, "B C H W")}
+    checks.tensors(**maps, value=(value, "B M C"), key=(key, "B M C"))
     m = value.shape[1]
     if m == 0:
         raise ValueError(f"value has shape {tuple(value.shape)}, expected at least one memory token")
     if m > 1 and (query is None or key is None):
         raise ValueError(f"query and key are needed for a memory of {m} tokens; only with one token may they be None")
-    if query is not None:
-        checks.shape("query", query, "B C H W", sizes)
-    if key is not None:
-        checks.shape("key", key, "B M C", sizes | {"M": m})
-    checks.same_device(feature=feature, query=query, key=key, value=value)
     return _RECALL(feature, query, key, value, backend=backend)

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 
-def shape(name: str, tensor: Tensor, dims: str, sizes: Mapping[str, int] | None = None) -> None:
-    """Raise ValueError unless `tensor` is a floating-point tensor with the named dimensions, such as "B 2 H W". A
-    dimension whose name is a number, or is in `sizes`, has that size."""
-    names = dims.split()
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name} is {found}, expected a floating-point tensor ({', '.join(names)})")
-    known = sizes or {}
-    wanted = [int(n) if n.isdecimal() else known.get(n) for n in names]
-    if tensor.dim() != len(names) or any(w is not None and w != s for w, s in zip(wanted, tensor.shape, strict=True)):
-        expected = ", ".join(n if w is None else str(w) for n, w in zip(names, wanted, strict=True))
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({expected})")
-
-
-def same_device(**tensors: Tensor | None) -> None:
-    """Raise ValueError unless all tensors (None is left out) lie on one device."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if len({tensor.device for tensor in given.values()}) > 1:
-        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
+def tensors(**given: tuple[Tensor | None, str]) -> None:
+    """Raise ValueError unless all are floating-point tensors with the named dimensions, such as "B 2 H W", on one
+    device. A name stands for the size that the first tensor with it has, "4C" for four times C. None is left out."""
+    sizes: dict[str, int] = {}
+    devices = {name: tensor.device for name, (tensor, _) in given.items() if isinstance(tensor, Tensor)}
+    for name, (tensor, dims) in given.items():
+        names = dims.split()
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} is {found}, expected a floating-point tensor ({', '.join(names)})")
+        want = [_size(n, sizes) for n in names]
+        if tensor.dim() != len(names) or any(w is not None and w != s for w, s in zip(want, tensor.shape, strict=True)):
+            expected = ", ".join(n if w is None else str(w) for n, w in zip(names, want, strict=True))
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({expected})")
+        sizes.update(zip(names, tensor.shape, strict=True))
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"tensors lie on different devices: {places}")
+
+
+def _size(name: str, sizes: dict[str, int]) -> int | None:
+    if name[0].isdecimal():
+        return int(name[0]) * sizes.get(name[1:], 1)
+    return sizes.get(name)
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -174,8 +174,5 @@ def convlstm_gates(gates: Tensor, cell: Tensor, *, backend: str | None = None) -
     (hidden in the gates' dtype, new cell in the cell's dtype), both (B,C,H,W). Raises ValueError on a wrong shape or
     dtype. Source: Shi et al. 2015, without peepholes; paper, Eq. 3.
     """
-    checks.shape("cell", cell, "B C H W")
-    b, c, h, w = cell.shape
-    checks.shape("gates", gates, "B 4C H W", {"B": b, "4C": 4 * c, "H": h, "W": w})
-    checks.same_device(gates=gates, cell=cell)
+    checks.tensors(cell=(cell, "B C H W"), gates=(gates, "B 4C H W"))
     return _OP(gates, cell, backend=backend)

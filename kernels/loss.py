@@ -183,12 +183,8 @@ def flow_loss(
     the prediction. Raises ValueError on a wrong shape or dtype, or when target or frames require a gradient.
     Source: paper, Eq. 8 to 10 (reductions: `reference.flow_loss`).
     """
-    checks.shape("prediction", prediction, "B P 2 H W")
-    b, p, _, h, w = prediction.shape
-    sizes = {"B": b, "P": p, "H": h, "W": w}
-    checks.shape("target", target, "B P 2 H W", sizes)
-    checks.shape("frames", frames, "B P C H W", sizes)
-    checks.same_device(prediction=prediction, target=target, frames=frames)
+    flows = {"prediction": (prediction, "B P 2 H W"), "target": (target, "B P 2 H W")}
+    checks.tensors(**flows, frames=(frames, "B P C H W"))
     checks.no_gradient("target", target)
     checks.no_gradient("frames", frames)
     return _OP(prediction, target, frames, smooth_weight, backend=backend)

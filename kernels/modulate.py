@@ -258,13 +258,6 @@ def modulate(
     `before`: features (B,Ci,H,W) that the result is concatenated behind, in order, without a pass of its own. Raises
     ValueError on a wrong shape or dtype. Source: paper, Eq. 7.
     """
-    checks.shape("context", context, "B C H W")
-    b, c, h, w = context.shape
-    sizes = {"B": b, "C": c, "H": h, "W": w}
-    checks.shape("gamma", gamma, "B C", sizes)
-    checks.shape("beta", beta, "B C", sizes)
-    features = {f"before[{i}]": part for i, part in enumerate(before)}
-    for name, part in features.items():
-        checks.shape(name, part, "B Ci H W", sizes)
-    checks.same_device(context=context, gamma=gamma, beta=beta, **features)
+    features = {f"before[{i}]": (part, f"B C{i} H W") for i, part in enumerate(before)}
+    checks.tensors(context=(context, "B C H W"), gamma=(gamma, "B C"), beta=(beta, "B C"), **features)
     return _OP(context, gamma, beta, before, backend=backend)

@@ -63,7 +63,5 @@ def patch_conv(
     On the CPU it is one matrix product over all patches, and the result is channels-last. Raises ValueError on a wrong
     shape or dtype.
     """
-    checks.shape("x", x, "B C H W")
-    checks.shape("weight", weight, "O C kH kW", {"C": x.shape[1]})
-    checks.same_device(x=x, weight=weight, bias=bias)
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C kH kW"), bias=(bias, "O"))
     return _OP(x, weight, bias, stride, padding, backend=backend)

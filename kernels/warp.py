@@ -156,7 +156,6 @@ def _warp_bwd_kernel(
 
 _PIXELS = 256
 """Pixels and threads of a program."""
-_PADDINGS = ("border", "zeros")
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], **constants: Any) -> None:
@@ -303,9 +302,6 @@ def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backe
     NaN at its pixel. Raises ValueError on a wrong shape, dtype or padding, or a backend that cannot run it.
     Source: paper, Eq. 4.
     """
-    checks.shape("image", image, "B C H W")
-    b, _, h, w = image.shape
-    checks.shape("flow", flow, "B 2 H W", {"B": b, "H": h, "W": w})
-    checks.same_device(image=image, flow=flow)
-    checks.choice("padding", padding, _PADDINGS)
+    checks.tensors(image=(image, "B C H W"), flow=(flow, "B 2 H W"))
+    checks.choice("padding", padding, ("border", "zeros"))
     return _OP(image, flow, padding, backend=backend)

@@ -251,9 +251,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
     What `torch.nn.functional.conv2d` computes. Winograd's filtering runs on the CPU inside `shared_weights`, on small
     maps; PyTorch's convolution runs elsewhere. Raises ValueError on a wrong shape or dtype.
     """
-    checks.shape("x", x, "B C H W")
-    checks.shape("weight", weight, "O C 3 3", {"C": x.shape[1]})
-    checks.same_device(x=x, weight=weight, bias=bias)
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C 3 3"), bias=(bias, "O"))
     return _OP(x, weight, bias, Geometry(x.shape[2], x.shape[3], 3, 1, 1), False, backend=backend)
 
 
@@ -267,9 +265,7 @@ def strided_conv(
     Winograd's filtering gives channels-last maps and first derivatives only, in fp32 with a relative error of 0.4 to
     2.3e-6 where the direct sum has 0.2 to 0.8e-6 (64 to 256 channels). Raises ValueError on a wrong shape or dtype.
     """
-    checks.shape("x", x, "B C H W")
-    checks.shape("weight", weight, "O C 4 4", {"C": x.shape[1]})
-    checks.same_device(x=x, weight=weight, bias=bias)
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C 4 4"), bias=(bias, "O"))
     if min(x.shape[2:]) + 2 * padding < 4:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected at least {4 - 2 * padding} rows and columns")
     return _OP(x, weight, bias, Geometry(x.shape[2], x.shape[3], 4, 2, padding), False, backend=backend)
@@ -283,9 +279,7 @@ def strided_conv_transpose(
 
     What `torch.nn.functional.conv_transpose2d` computes; otherwise as `strided_conv`.
     """
-    checks.shape("x", x, "B C H W")
-    checks.shape("weight", weight, "C O 4 4", {"C": x.shape[1]})
-    checks.same_device(x=x, weight=weight, bias=bias)
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "C O 4 4"), bias=(bias, "O"))
     height, width = (2 * (n - 1) - 2 * padding + 4 for n in x.shape[2:])
     if min(height, width) < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, of which padding {padding} leaves no rows or columns")
