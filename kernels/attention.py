@@ -196,13 +196,7 @@ def _recall_torch(feature: Tensor, query: Tensor | None, key: Tensor | None, val
     return torch.baddbmm(feature.flatten(2), value.mT, weights).view(feature.shape)
 
 
-def _torch_unavailable(device: str) -> str | None:
-    return None if device == "cpu" else "made for the CPU"
-
-
 def _torch_unsupported(first: Tensor, *others: Tensor | None) -> str | None:
-    if not first.is_cpu:
-        return _torch_unavailable(first.device.type)
     if any(t is not None and t.dtype != first.dtype for t in others):
         return "its tensors are of different types"
     # the product of two weights would be rounded to a half type
@@ -246,16 +240,13 @@ def _recall_suits_triton(feature: Tensor, query: Tensor | None, key: Tensor | No
 
 
 def _recall_triton_unsupported(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> str | None:
-    missing = triton_utils.unsupported(feature)
     # one token is an addition, of any size and with any gradient
-    if missing is not None or value.shape[1] == 1:
-        return missing
+    if value.shape[1] == 1:
+        return None
     if registry.needs_gradient(feature, query, key, value):
         return "the kernel has no gradient"
-    channels, compute = (
-        feature.shape[1],
-        native.compute_type(*(t for t in (feature, query, key, value) if t is not None)),
-    )
+    channels = feature.shape[1]
+    compute = native.compute_type(*(t for t in (feature, query, key, value) if t is not None))
     if channels * compute.itemsize > _MAX_ROW_BYTES:
         return f"it has {channels} channels, the kernel takes {_MAX_ROW_BYTES // compute.itemsize} of {compute}"
     return None
@@ -266,8 +257,8 @@ _CONDENSE = registry.define(
     reference.condense,
     torch=registry.Backend(
         _condense_torch,
+        registry.cpu_only,
         _torch_unsupported,
-        _torch_unavailable,
         suits=_condense_suits_torch,
         condition="not compiled, 4 C rows or more",
     ),
@@ -278,8 +269,8 @@ _RECALL = registry.define(
     reference.recall,
     torch=registry.Backend(
         _recall_torch,
+        registry.cpu_only,
         _torch_unsupported,
-        _torch_unavailable,
         suits=_recall_suits_torch,
         condition="not compiled, up to 2^22 scores, 2^23 with a gradient",
     ),

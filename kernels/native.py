@@ -29,16 +29,9 @@ def unavailable(device: str) -> str | None:
     return NOT_BUILT or (None if device == "cpu" else "the C++ ops run on CPU tensors only")
 
 
-def unsupported(first: Tensor, *_others: Any) -> str | None:
-    """Why the C++ ops cannot run on `first` and other tensors of its device; None if they can."""
-    return unavailable(first.device.type)
-
-
-def backend(
-    function: Callable[..., Any], *, suits: Callable[..., bool] | None = None, condition: str | None = None
-) -> Backend:
-    """`function`, which calls the extension, as a backend of an op."""
-    return Backend(function, unsupported, unavailable, suits=suits, condition=condition)
+def backend(function: Callable[..., Any], **options: Any) -> Backend:
+    """`function`, which calls the extension, as a backend of an op. options: other fields of `Backend`."""
+    return Backend(function, unavailable, **options)
 
 
 def engine() -> Any:

@@ -32,21 +32,13 @@ def _reference(
     return F.conv2d(x, weight, bias, stride, padding)
 
 
-def _unavailable(device: str) -> str | None:
-    return None if device == "cpu" else "made for the CPU"
-
-
-_OP = registry.define(
-    "patch_conv",
-    _reference,
-    torch=registry.Backend(
-        _matrix_product,
-        lambda x, *_: _unavailable(x.device.type),
-        _unavailable,
-        suits=lambda *_: not torch.compiler.is_compiling(),
-        condition="not compiled",
-    ),
+_TORCH = registry.Backend(
+    _matrix_product,
+    registry.cpu_only,
+    suits=lambda *_: not torch.compiler.is_compiling(),
+    condition="not compiled",
 )
+_OP = registry.define("patch_conv", _reference, torch=_TORCH)
 
 
 def patch_conv(

@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .registry import Backend
 
@@ -47,21 +46,10 @@ def unavailable(device: str) -> str | None:
     return "Triton runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1"
 
 
-def unsupported(first: Tensor, *_others: Any) -> str | None:
-    """The same for a call whose first argument is `first`; public functions check that all lie on one device."""
-    return unavailable(first.device.type)
-
-
-def backend(
-    function: Callable[..., Any],
-    *,
-    unsupported: Callable[..., str | None] = unsupported,
-    suits: Callable[..., bool] | None = None,
-    condition: str | None = None,
-) -> Backend:
-    """`function`, which launches Triton kernels, as a backend of an op."""
+def backend(function: Callable[..., Any], **options: Any) -> Backend:
+    """`function`, which launches Triton kernels, as a backend of an op. options: other fields of `Backend`."""
     opt_in = "Triton's interpreter is for tests" if INTERPRETED else None
-    return Backend(function, unsupported, unavailable, opt_in, suits, condition)
+    return Backend(function, unavailable, opt_in=opt_in, **options)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -56,17 +56,13 @@ def _native_cuda(engine: Any, a: Tensor, b: Tensor, params: Any) -> Tensor:
     return flow
 
 
-def _not_built(*_arguments: object) -> str | None:
-    return native.NOT_BUILT
-
-
 def _reference(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
     # PyTorch has its own number of threads
     return tvl1_flow_reference(a.float(), b.float(), params)
 
 
 # the engine works where the images are, so it supports every device
-_OP = registry.define("tvl1_flow", _reference, cpp=registry.Backend(_native, _not_built, _not_built))
+_OP = registry.define("tvl1_flow", _reference, cpp=registry.Backend(_native, lambda device: native.NOT_BUILT))
 
 
 def _run(a: Tensor, b: Tensor, *params: Any, threads: int, backend: str | None) -> Tensor:

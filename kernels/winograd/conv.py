@@ -213,7 +213,7 @@ def _unsupported(x: Tensor, weight: Tensor, *_others: Any) -> str | None:
         return "compiled or exported programs have PyTorch's convolution"
     if x.dtype != weight.dtype:
         return f"x is {x.dtype} and weight is {weight.dtype}"
-    return native.unsupported(x)
+    return None
 
 
 def _suits_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, transposed: bool) -> bool:
@@ -232,17 +232,13 @@ def _suits_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
     return b * inputs.tiles >= (16 if shared else 128)
 
 
-_OP = registry.define(
-    "conv2d",
-    _reference,
-    cpp=registry.Backend(
-        _winograd,
-        _unsupported,
-        native.unavailable,
-        suits=_suits_winograd,
-        condition="float32, 32 channels or more and many tiles (stride 2), or shared weights on small maps (3x3)",
-    ),
+_WINOGRAD = native.backend(
+    _winograd,
+    unsupported=_unsupported,
+    suits=_suits_winograd,
+    condition="float32, 32 channels or more and many tiles (stride 2), or shared weights on small maps (3x3)",
 )
+_OP = registry.define("conv2d", _reference, cpp=_WINOGRAD)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
