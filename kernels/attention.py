@@ -133,12 +133,7 @@ def _forward_fake(feature: Tensor, query: Tensor, key: Tensor, value: Tensor) ->
     return registry.empty_as(feature, feature, torch.promote_types(feature.dtype, value.dtype))
 
 
-_RECALL_TRITON = registry.torch_op(
-    "_recall(Tensor feature, Tensor query, Tensor key, Tensor value) -> Tensor",
-    _forward,
-    _forward_fake,
-    reference=reference.recall,
-)
+_RECALL_TRITON = registry.torch_op("_recall", _forward, _forward_fake, reference=reference.recall)
 
 
 def _condense_sdpa(memory: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

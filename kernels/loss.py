@@ -110,22 +110,10 @@ def _run(
     else:
         grid, shape = triton_utils.tiles(b * steps, h, w, _PIXELS)
         partial_sums = torch.empty(math.prod(grid), dtype=compute, device=prediction.device)
-        triton_utils.launch(
-            _flow_loss_kernel,
-            grid,
-            *inputs.values(),
-            grad,
-            partial_sums,
-            h,
-            w,
-            *weights,
-            C=c,
-            WANT_GRAD=want_grad,
-            OFFSET=triton_utils.offsets(h * w),
-            COMPUTE=triton_utils.TYPES[compute],
-            **shape,
-            num_warps=_PIXELS // 32,
-        )
+        arguments = *inputs.values(), grad, partial_sums, h, w, *weights
+        types = {"OFFSET": triton_utils.offsets(h * w), "COMPUTE": triton_utils.TYPES[compute]}
+        constants = {"C": c, "WANT_GRAD": want_grad, **types, **shape}
+        triton_utils.launch(_flow_loss_kernel, grid, *arguments, **constants, num_warps=_PIXELS // 32)
         loss = partial_sums.sum()
     return loss.to(prediction.dtype), grad
 
@@ -136,12 +124,7 @@ def _fake(
     return prediction.new_empty(()), prediction.new_empty(prediction.shape if want_grad else (0,))
 
 
-_LOSS = registry.torch_op(
-    "_flow_loss(Tensor prediction, Tensor target, Tensor frames, float smooth_weight, bool want_grad, str backend)"
-    " -> (Tensor, Tensor)",
-    _run,
-    _fake,
-)
+_LOSS = registry.torch_op("_flow_loss", _run, _fake)
 
 
 class _FlowLoss(torch.autograd.Function):

@@ -102,15 +102,21 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def torch_op(
-    schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, reference: Callable[..., Any] | None = None
+    name: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    schema: str | None = None,
+    reference: Callable[..., Any] | None = None,
 ) -> Any:
-    """Register avfast::<schema> for CPU and CUDA tensors and return it; `fake` gives shapes, dtypes and strides alone.
+    """Register avfast::<name> for CPU and CUDA tensors and return it; `fake` gives shapes, dtypes and strides alone.
+    Its schema follows from the annotations of `run` unless it is given.
 
     The op has no gradient: an autograd.Function gives it one. It is one opaque node of a compiled or exported program.
     `reference` is what an exporter may put in its place; it takes the op's arguments, except a last one `backend`.
     """
-    _LIBRARY.define(schema)
-    name = schema[: schema.index("(")]
+    schema = schema or torch.library.infer_schema(run, mutates_args=())
+    _LIBRARY.define(name + schema)
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"avfast::{name}", fake, lib=_LIBRARY)

@@ -165,24 +165,13 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...
     spans = [triton_utils.extent((h, w), t.stride()[2:]) for t in strided]
     # the loads of so many channels are under way together; three spill the registers of the fixed-point sums
     at_once = 1 if constants.get("FIXED") else next(n for n in (4, 3, 2, 1) if channels % n == 0)
-    triton_utils.launch(
-        kernel,
-        grid,
-        *tensors,
-        *(step for t in strided for step in t.stride()),
-        h,
-        w,
-        C=channels,
-        AT_ONCE=at_once,
-        OFFSET=triton_utils.offsets(h * w, *spans),
-        **constants,
-        **shape,
-        num_warps=_PIXELS // 32,
-    )
+    constants |= {"C": channels, "AT_ONCE": at_once, "OFFSET": triton_utils.offsets(h * w, *spans), **shape}
+    strides = (step for t in strided for step in t.stride())
+    triton_utils.launch(kernel, grid, *tensors, *strides, h, w, **constants, num_warps=_PIXELS // 32)
 
 
 def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
-    out = _forward_fake(image, flow, padding, backend)
+    out = _forward_fake(image)
     if image.numel() == 0:
         return out
     b, c, h, w = image.shape
@@ -198,7 +187,7 @@ def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
     return out
 
 
-def _forward_fake(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
+def _forward_fake(image: Tensor, *_: Any) -> Tensor:
     return registry.empty_as(image, image)
 
 
@@ -251,18 +240,8 @@ def _backward_fake(
     return image.new_empty(image.shape if want_image else (0,)), flow.new_empty(flow.shape if want_flow else (0,))
 
 
-_FORWARD = registry.torch_op(
-    "_backward_warp(Tensor image, Tensor flow, str padding, str backend) -> Tensor",
-    _forward,
-    _forward_fake,
-    reference=reference.backward_warp,
-)
-_BACKWARD = registry.torch_op(
-    "_backward_warp_backward(Tensor image, Tensor flow, Tensor grad, str padding, bool want_image, bool want_flow, "
-    "str backend) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+_FORWARD = registry.torch_op("_backward_warp", _forward, _forward_fake, reference=reference.backward_warp)
+_BACKWARD = registry.torch_op("_backward_warp_backward", _backward, _backward_fake)
 
 
 class _BackwardWarp(torch.autograd.Function):

@@ -90,13 +90,9 @@ def _weight_gradient(inputs: list[Tensor], outputs: list[Tensor], weights: Tenso
     return torch.zeros_like(weights) if total is None else total
 
 
-_CONVOLVE = registry.torch_op(
-    "_winograd_conv(Tensor x, Tensor weights, int[] sizes, bool transposed) -> Tensor", _convolve, _convolve_fake
-)
+_CONVOLVE = registry.torch_op("_winograd_conv", _convolve, _convolve_fake)
 _WEIGHT_GRADIENT = registry.torch_op(
-    "_winograd_weight_gradient(Tensor[] inputs, Tensor[] outputs, Tensor weights, int[] sizes) -> Tensor",
-    _weight_gradient,
-    lambda inputs, outputs, weights, sizes: torch.empty_like(weights),
+    "_winograd_weight_gradient", _weight_gradient, lambda inputs, outputs, weights, sizes: torch.empty_like(weights)
 )
 
 
