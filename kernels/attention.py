@@ -110,22 +110,14 @@ def _rows(feature: Tensor) -> Tensor:
 
 def _forward(feature: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     out = _forward_fake(feature, query, key, value)
-    query, key, value = given = _rows(query), key, value
-    b, positions, c = query.shape
-    tensors = _rows(feature), *given, _rows(out)
-    triton_utils.launch(
-        _recall_fwd_kernel,
-        (b, triton.cdiv(positions, _BLOCK)),
-        *tensors,
-        *(t.stride() for t in tensors),
-        positions,
-        key.shape[1],
-        c,
-        CHANNELS=max(16, triton.next_power_of_2(c)),
-        BLOCK=_BLOCK,
-        PRECISION="tf32" if query.dtype.itemsize == 2 else "ieee",
-        COMPUTE=triton_utils.TYPES[native.compute_type(*given)],
-    )
+    rows = _rows(query)
+    b, positions, c = rows.shape
+    tensors = _rows(feature), rows, key, value, _rows(out)
+    grid, sizes = (b, triton.cdiv(positions, _BLOCK)), (positions, key.shape[1], c)
+    precision = "tf32" if query.dtype.itemsize == 2 else "ieee"
+    types = {"PRECISION": precision, "COMPUTE": triton_utils.TYPES[native.compute_type(query, key, value)]}
+    constants = {"CHANNELS": max(16, triton.next_power_of_2(c)), "BLOCK": _BLOCK, **types}
+    triton_utils.launch(_recall_fwd_kernel, grid, *tensors, *(t.stride() for t in tensors), *sizes, **constants)
     return out
 
 
@@ -218,15 +210,6 @@ def _many_scores(feature: Tensor, query: Tensor | None, key: Tensor | None, valu
     return scores > (1 << 23 if registry.needs_gradient(feature, query, key, value) else 1 << 22)
 
 
-# a compiled program's sizes are not asked: it would then hold for these sizes only
-def _recall_suits_torch(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and not _many_scores(feature, query, key, value)
-
-
-def _recall_suits_sdpa(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
-    return torch.compiler.is_compiling() or _many_scores(feature, query, key, value)
-
-
 def _recall_suits_triton(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
     if query is None or key is None or torch.compiler.is_compiling():
         return False
@@ -266,7 +249,8 @@ _RECALL = registry.define(
         _recall_torch,
         registry.cpu_only,
         _torch_unsupported,
-        suits=_recall_suits_torch,
+        # a compiled program's sizes are not asked: it would then hold for these sizes only
+        suits=lambda *given: not torch.compiler.is_compiling() and not _many_scores(*given),
         condition="not compiled, up to 2^22 scores, 2^23 with a gradient",
     ),
     triton=triton_utils.backend(
@@ -277,7 +261,7 @@ _RECALL = registry.define(
     ),
     sdpa=registry.Backend(
         _recall_sdpa,
-        suits=_recall_suits_sdpa,
+        suits=lambda *given: torch.compiler.is_compiling() or _many_scores(*given),
         condition="compiled, or more than 2^22 scores on the CPU, 2^23 with a gradient, 2^26 on a GPU",
     ),
 )

@@ -34,12 +34,6 @@ def _size(name: str, sizes: dict[str, int]) -> int | None:
     return sizes.get(name)
 
 
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless value is one of the allowed words."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, expected {' or '.join(map(repr, allowed))}")
-
-
 def no_gradient(name: str, tensor: Tensor) -> None:
     """Raise ValueError when a gradient is asked of an argument that has none."""
     if torch.is_grad_enabled() and tensor.requires_grad:

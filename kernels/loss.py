@@ -86,10 +86,6 @@ def _flow_loss_kernel(
     tl.store(partial_ptr + program, tl.sum(loss, 0))
 
 
-_PIXELS = 256
-"""Pixels and threads of a program."""
-
-
 def _run(
     prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float, want_grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -108,12 +104,11 @@ def _run(
         sizes = {"images": b * steps, "channels": c, "height": h, "width": w}
         native.call("flow_loss", compute, inputs, outputs, **sizes, data_weight=weights[0], smooth_weight=weights[1])
     else:
-        grid, shape = triton_utils.tiles(b * steps, h, w, _PIXELS)
+        grid, shape = triton_utils.tiles(b * steps, h, w)
         partial_sums = torch.empty(math.prod(grid), dtype=compute, device=prediction.device)
         arguments = *inputs.values(), grad, partial_sums, h, w, *weights
         types = {"OFFSET": triton_utils.offsets(h * w), "COMPUTE": triton_utils.TYPES[compute]}
-        constants = {"C": c, "WANT_GRAD": want_grad, **types, **shape}
-        triton_utils.launch(_flow_loss_kernel, grid, *arguments, **constants, num_warps=_PIXELS // 32)
+        triton_utils.launch(_flow_loss_kernel, grid, *arguments, C=c, WANT_GRAD=want_grad, **types, **shape)
         loss = partial_sums.sum()
     return loss.to(prediction.dtype), grad
 

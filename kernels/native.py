@@ -65,10 +65,7 @@ def call(
     for key, given in inputs.items():
         tensors[key] = given.to(compute) if isinstance(given, Tensor) else [tensor.to(compute) for tensor in given]
     for key, output in outputs.items():
-        if output is None or output.dtype == compute:
-            tensors[key] = output
-        else:
-            tensors[key] = torch.empty_like(output, dtype=compute)
+        tensors[key] = output if output is None or output.dtype == compute else torch.empty_like(output, dtype=compute)
     addresses = {key: _addresses(value) for key, value in tensors.items()}
     function = getattr(engine(), name)
     function(**addresses, **sizes, fp64=compute == torch.float64, threads=torch.get_num_threads())

@@ -154,20 +154,16 @@ def _warp_bwd_kernel(
         tl.store(at + plane, tl.where(moving_y, grad_y, 0.0), inside)
 
 
-_PIXELS = 256
-"""Pixels and threads of a program."""
-
-
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], **constants: Any) -> None:
     """Run a kernel over all pixels of the first tensor (B,C,H,W). It takes the strides of the tensors in `strided`."""
     batch, channels, h, w = tensors[0].shape
-    grid, shape = triton_utils.tiles(batch, h, w, _PIXELS)
+    grid, shape = triton_utils.tiles(batch, h, w)
     spans = [triton_utils.extent((h, w), t.stride()[2:]) for t in strided]
     # the loads of so many channels are under way together; three spill the registers of the fixed-point sums
     at_once = 1 if constants.get("FIXED") else next(n for n in (4, 3, 2, 1) if channels % n == 0)
     constants |= {"C": channels, "AT_ONCE": at_once, "OFFSET": triton_utils.offsets(h * w, *spans), **shape}
     strides = (step for t in strided for step in t.stride())
-    triton_utils.launch(kernel, grid, *tensors, *strides, h, w, **constants, num_warps=_PIXELS // 32)
+    triton_utils.launch(kernel, grid, *tensors, *strides, h, w, **constants)
 
 
 def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
@@ -282,5 +278,6 @@ def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backe
     Source: paper, Eq. 4.
     """
     checks.tensors(image=(image, "B C H W"), flow=(flow, "B 2 H W"))
-    checks.choice("padding", padding, ("border", "zeros"))
+    if padding not in ("border", "zeros"):
+        raise ValueError(f"padding is {padding!r}, expected 'border' or 'zeros'")
     return _OP(image, flow, padding, backend=backend)
