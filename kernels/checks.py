@@ -10,7 +10,7 @@ def tensors(**given: tuple[Tensor | None, str]) -> None:
     """Raise ValueError unless all are floating-point tensors with the named dimensions, such as "B 2 H W", on one
     device. A name stands for the size that the first tensor with it has, "4C" for four times C. None is left out."""
     sizes: dict[str, int] = {}
-    devices = {name: tensor.device for name, (tensor, _) in given.items() if isinstance(tensor, Tensor)}
+    devices = {}
     for name, (tensor, dims) in given.items():
         names = dims.split()
         if tensor is None:
@@ -18,20 +18,17 @@ def tensors(**given: tuple[Tensor | None, str]) -> None:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{name} is {found}, expected a floating-point tensor ({', '.join(names)})")
-        want = [_size(n, sizes) for n in names]
-        if tensor.dim() != len(names) or any(w is not None and w != s for w, s in zip(want, tensor.shape, strict=True)):
+        shape = tensor.shape
+        # a function and a generator in place of the comprehensions: 7.3 instead of 5.7 us for two tensors
+        want = [int(n[0]) * sizes.get(n[1:], 1) if n[0].isdecimal() else sizes.get(n) for n in names]
+        if len(shape) != len(names) or [w for w, s in zip(want, shape, strict=True) if w is not None and w != s]:
             expected = ", ".join(n if w is None else str(w) for n, w in zip(names, want, strict=True))
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({expected})")
-        sizes.update(zip(names, tensor.shape, strict=True))
+            raise ValueError(f"{name} has shape {tuple(shape)}, expected ({expected})")
+        sizes.update(zip(names, shape, strict=True))
+        devices[name] = tensor.device
     if len(set(devices.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"tensors lie on different devices: {places}")
-
-
-def _size(name: str, sizes: dict[str, int]) -> int | None:
-    if name[0].isdecimal():
-        return int(name[0]) * sizes.get(name[1:], 1)
-    return sizes.get(name)
 
 
 def no_gradient(name: str, tensor: Tensor) -> None:
