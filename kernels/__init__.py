@@ -9,14 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import condense, recall
-    from .convlstm import convlstm_gates
-    from .loss import flow_loss
-    from .modulate import modulate
-    from .patches import patch_conv
-    from .tvl1 import tvl1_flow_reference
-    from .warp import backward_warp
-    from .winograd.conv import conv3x3, shared_weights, strided_conv, strided_conv_transpose
+    from .attention import condense as condense
+    from .attention import recall as recall
+    from .convlstm import convlstm_gates as convlstm_gates
+    from .loss import flow_loss as flow_loss
+    from .modulate import modulate as modulate
+    from .patches import patch_conv as patch_conv
+    from .tvl1 import tvl1_flow_reference as tvl1_flow_reference
+    from .warp import backward_warp as backward_warp
+    from .winograd.conv import conv3x3 as conv3x3
+    from .winograd.conv import shared_weights as shared_weights
+    from .winograd.conv import strided_conv as strided_conv
+    from .winograd.conv import strided_conv_transpose as strided_conv_transpose
 
 # function -> the file it is in, loaded on first use: TV-L1 alone needs no Triton, which takes a while to import
 _HOME = {
@@ -34,20 +38,7 @@ _HOME = {
     "tvl1_flow_reference": "tvl1",
 }
 
-__all__ = [
-    "backward_warp",
-    "condense",
-    "conv3x3",
-    "convlstm_gates",
-    "flow_loss",
-    "modulate",
-    "patch_conv",
-    "recall",
-    "shared_weights",
-    "strided_conv",
-    "strided_conv_transpose",
-    "tvl1_flow_reference",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

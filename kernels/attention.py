@@ -110,22 +110,14 @@ def _rows(feature: Tensor) -> Tensor:
 
 def _forward(feature: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     out = _forward_fake(feature, query, key, value)
-    query, key, value = given = _rows(query), key, value
-    b, positions, c = query.shape
-    tensors = _rows(feature), *given, _rows(out)
-    triton_utils.launch(
-        _recall_fwd_kernel,
-        (b, triton.cdiv(positions, _BLOCK)),
-        *tensors,
-        *(t.stride() for t in tensors),
-        positions,
-        key.shape[1],
-        c,
-        CHANNELS=max(16, triton.next_power_of_2(c)),
-        BLOCK=_BLOCK,
-        PRECISION="tf32" if query.dtype.itemsize == 2 else "ieee",
-        COMPUTE=triton_utils.TYPES[native.compute_type(*given)],
-    )
+    rows = _rows(query)
+    b, positions, c = rows.shape
+    tensors = _rows(feature), rows, key, value, _rows(out)
+    grid, sizes = (b, triton.cdiv(positions, _BLOCK)), (positions, key.shape[1], c)
+    precision = "tf32" if query.dtype.itemsize == 2 else "ieee"
+    types = {"PRECISION": precision, "COMPUTE": triton_utils.TYPES[native.compute_type(query, key, value)]}
+    constants = {"CHANNELS": max(16, triton.next_power_of_2(c)), "BLOCK": _BLOCK, **types}
+    triton_utils.launch(_recall_fwd_kernel, grid, *tensors, *(t.stride() for t in tensors), *sizes, **constants)
     return out
 
 
@@ -133,12 +125,7 @@ def _forward_fake(feature: Tensor, query: Tensor, key: Tensor, value: Tensor) ->
     return registry.empty_as(feature, feature, torch.promote_types(feature.dtype, value.dtype))
 
 
-_RECALL_TRITON = registry.torch_op(
-    "_recall(Tensor feature, Tensor query, Tensor key, Tensor value) -> Tensor",
-    _forward,
-    _forward_fake,
-    reference=reference.recall,
-)
+_RECALL_TRITON = registry.torch_op("_recall", _forward, _forward_fake, reference=reference.recall)
 
 
 def _condense_sdpa(memory: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -196,13 +183,7 @@ def _recall_torch(feature: Tensor, query: Tensor | None, key: Tensor | None, val
     return torch.baddbmm(feature.flatten(2), value.mT, weights).view(feature.shape)
 
 
-def _torch_unavailable(device: str) -> str | None:
-    return None if device == "cpu" else "made for the CPU"
-
-
 def _torch_unsupported(first: Tensor, *others: Tensor | None) -> str | None:
-    if not first.is_cpu:
-        return _torch_unavailable(first.device.type)
     if any(t is not None and t.dtype != first.dtype for t in others):
         return "its tensors are of different types"
     # the product of two weights would be rounded to a half type
@@ -229,15 +210,6 @@ def _many_scores(feature: Tensor, query: Tensor | None, key: Tensor | None, valu
     return scores > (1 << 23 if registry.needs_gradient(feature, query, key, value) else 1 << 22)
 
 
-# a compiled program's sizes are not asked: it would then hold for these sizes only
-def _recall_suits_torch(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and not _many_scores(feature, query, key, value)
-
-
-def _recall_suits_sdpa(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
-    return torch.compiler.is_compiling() or _many_scores(feature, query, key, value)
-
-
 def _recall_suits_triton(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> bool:
     if query is None or key is None or torch.compiler.is_compiling():
         return False
@@ -246,16 +218,13 @@ def _recall_suits_triton(feature: Tensor, query: Tensor | None, key: Tensor | No
 
 
 def _recall_triton_unsupported(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> str | None:
-    missing = triton_utils.unsupported(feature)
     # one token is an addition, of any size and with any gradient
-    if missing is not None or value.shape[1] == 1:
-        return missing
+    if value.shape[1] == 1:
+        return None
     if registry.needs_gradient(feature, query, key, value):
         return "the kernel has no gradient"
-    channels, compute = (
-        feature.shape[1],
-        native.compute_type(*(t for t in (feature, query, key, value) if t is not None)),
-    )
+    channels = feature.shape[1]
+    compute = native.compute_type(*(t for t in (feature, query, key, value) if t is not None))
     if channels * compute.itemsize > _MAX_ROW_BYTES:
         return f"it has {channels} channels, the kernel takes {_MAX_ROW_BYTES // compute.itemsize} of {compute}"
     return None
@@ -266,8 +235,8 @@ _CONDENSE = registry.define(
     reference.condense,
     torch=registry.Backend(
         _condense_torch,
+        registry.cpu_only,
         _torch_unsupported,
-        _torch_unavailable,
         suits=_condense_suits_torch,
         condition="not compiled, 4 C rows or more",
     ),
@@ -278,9 +247,10 @@ _RECALL = registry.define(
     reference.recall,
     torch=registry.Backend(
         _recall_torch,
+        registry.cpu_only,
         _torch_unsupported,
-        _torch_unavailable,
-        suits=_recall_suits_torch,
+        # a compiled program's sizes are not asked: it would then hold for these sizes only
+        suits=lambda *given: not torch.compiler.is_compiling() and not _many_scores(*given),
         condition="not compiled, up to 2^22 scores, 2^23 with a gradient",
     ),
     triton=triton_utils.backend(
@@ -291,7 +261,7 @@ _RECALL = registry.define(
     ),
     sdpa=registry.Backend(
         _recall_sdpa,
-        suits=_recall_suits_sdpa,
+        suits=lambda *given: torch.compiler.is_compiling() or _many_scores(*given),
         condition="compiled, or more than 2^22 scores on the CPU, 2^23 with a gradient, 2^26 on a GPU",
     ),
 )
@@ -303,12 +273,7 @@ def condense(memory: Tensor, weight: Tensor, bias: Tensor, *, backend: str | Non
     memory (B,T,C); weight (3C,C) and bias (3C): the q, k, v projections stacked in that order. Returns (B,T,C): row t
     is x_t + softmax(q_t K^T) V over the rows up to and including t. Raises ValueError on a wrong shape or dtype.
     Source: paper, Eq. 1."""
-    checks.shape("memory", memory, "B T C")
-    c = memory.shape[-1]
-    sizes = {"C": c, "3C": 3 * c}
-    checks.shape("weight", weight, "3C C", sizes)
-    checks.shape("bias", bias, "3C", sizes)
-    checks.same_device(memory=memory, weight=weight, bias=bias)
+    checks.tensors(memory=(memory, "B T C"), weight=(weight, "3C C"), bias=(bias, "3C"))
     return _CONDENSE(memory, weight, bias, backend=backend)
 
 
@@ -321,18 +286,11 @@ def recall(
     feature + softmax(query key^T) value, (B,C,H,W). With M = 1 query and key have no influence and may be None. Raises
     ValueError on a wrong shape or dtype, an empty memory, or a missing query or key with M > 1. Source: paper, Eq. 2.
     """
-    checks.shape("feature", feature, "B C H W")
-    b, c, h, w = feature.shape
-    sizes = {"B": b, "C": c, "H": h, "W": w}
-    checks.shape("value", value, "B M C", sizes)
+    maps = {"feature": (feature, "B C H W"), "query": (query, "B C H W")}
+    checks.tensors(**maps, value=(value, "B M C"), key=(key, "B M C"))
     m = value.shape[1]
     if m == 0:
         raise ValueError(f"value has shape {tuple(value.shape)}, expected at least one memory token")
     if m > 1 and (query is None or key is None):
         raise ValueError(f"query and key are needed for a memory of {m} tokens; only with one token may they be None")
-    if query is not None:
-        checks.shape("query", query, "B C H W", sizes)
-    if key is not None:
-        checks.shape("key", key, "B M C", sizes | {"M": m})
-    checks.same_device(feature=feature, query=query, key=key, value=value)
     return _RECALL(feature, query, key, value, backend=backend)

@@ -87,58 +87,38 @@ def _run(kernel: Any, name: str, inputs: dict[str, Tensor], outputs: dict[str, T
         return
     total = rows * area
     block = triton_utils.block(total, 256)
-    triton_utils.launch(
-        kernel,
-        (triton.cdiv(total, block),),
-        *inputs.values(),
-        *outputs.values(),
-        total,
-        area,
-        BLOCK=block,
-        OFFSET=triton_utils.offsets(4 * total + block),
-        COMPUTE=triton_utils.TYPES[compute],
-    )
+    grid, sizes = (triton.cdiv(total, block),), {"BLOCK": block, "OFFSET": triton_utils.offsets(4 * total + block)}
+    tensors = *inputs.values(), *outputs.values()
+    triton_utils.launch(kernel, grid, *tensors, total, area, COMPUTE=triton_utils.TYPES[compute], **sizes)
 
 
 def _forward(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    hidden, new_cell = _forward_fake(gates, cell, backend)
+    hidden, new_cell = _forward_fake(gates, cell)
     inputs, outputs = {"gates": gates, "cell": cell}, {"hidden": hidden, "new_cell": new_cell}
     _run(_gates_fwd_kernel, "gates_forward", inputs, outputs, backend)
     return hidden, new_cell
 
 
-def _forward_fake(gates: Tensor, cell: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _forward_fake(gates: Tensor, cell: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return registry.empty_as(gates, cell, gates.dtype), registry.empty_as(gates, cell)
 
 
 def _backward(
     gates: Tensor, cell: Tensor, grad_hidden: Tensor, grad_new_cell: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    grad_gates, grad_cell = _backward_fake(gates, cell, grad_hidden, grad_new_cell, backend)
+    grad_gates, grad_cell = _backward_fake(gates, cell)
     inputs = {"gates": gates, "cell": cell, "grad_hidden": grad_hidden, "grad_new_cell": grad_new_cell}
     outputs = {"grad_gates": grad_gates, "grad_cell": grad_cell}
     _run(_gates_bwd_kernel, "gates_backward", inputs, outputs, backend)
     return grad_gates, grad_cell
 
 
-def _backward_fake(
-    gates: Tensor, cell: Tensor, grad_hidden: Tensor, grad_new_cell: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(gates: Tensor, cell: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return registry.empty_as(gates, gates), registry.empty_as(gates, cell)
 
 
-_FORWARD = registry.torch_op(
-    "_convlstm_gates(Tensor gates, Tensor cell, str backend) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    reference=reference.convlstm_gates,
-)
-_BACKWARD = registry.torch_op(
-    "_convlstm_gates_backward(Tensor gates, Tensor cell, Tensor grad_hidden, Tensor grad_new_cell, str backend)"
-    " -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+_FORWARD = registry.torch_op("_convlstm_gates", _forward, _forward_fake, reference=reference.convlstm_gates)
+_BACKWARD = registry.torch_op("_convlstm_gates_backward", _backward, _backward_fake)
 
 
 class _ConvLSTMGates(torch.autograd.Function):
@@ -173,8 +153,5 @@ def convlstm_gates(gates: Tensor, cell: Tensor, *, backend: str | None = None) -
     gates (B,4C,H,W): the convolution's output, order i, f, o, g. cell (B,C,H,W): may be fp32 beside half gates. Returns
     (hidden in the gates' dtype, new cell in the cell's dtype), both (B,C,H,W). Raises ValueError on a wrong shape or
     dtype. Source: Shi et al. 2015, without peepholes; paper, Eq. 3."""
-    checks.shape("cell", cell, "B C H W")
-    b, c, h, w = cell.shape
-    checks.shape("gates", gates, "B 4C H W", {"B": b, "4C": 4 * c, "H": h, "W": w})
-    checks.same_device(gates=gates, cell=cell)
+    checks.tensors(cell=(cell, "B C H W"), gates=(gates, "B 4C H W"))
     return _OP(gates, cell, backend=backend)

@@ -86,10 +86,6 @@ def _flow_loss_kernel(
     tl.store(partial_ptr + program, tl.sum(loss, 0))
 
 
-_PIXELS = 256
-"""Pixels and threads of a program."""
-
-
 def _run(
     prediction: Tensor, target: Tensor, frames: Tensor, smooth_weight: float, want_grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -108,24 +104,11 @@ def _run(
         sizes = {"images": b * steps, "channels": c, "height": h, "width": w}
         native.call("flow_loss", compute, inputs, outputs, **sizes, data_weight=weights[0], smooth_weight=weights[1])
     else:
-        grid, shape = triton_utils.tiles(b * steps, h, w, _PIXELS)
+        grid, shape = triton_utils.tiles(b * steps, h, w)
         partial_sums = torch.empty(math.prod(grid), dtype=compute, device=prediction.device)
-        triton_utils.launch(
-            _flow_loss_kernel,
-            grid,
-            *inputs.values(),
-            grad,
-            partial_sums,
-            h,
-            w,
-            *weights,
-            C=c,
-            WANT_GRAD=want_grad,
-            OFFSET=triton_utils.offsets(h * w),
-            COMPUTE=triton_utils.TYPES[compute],
-            **shape,
-            num_warps=_PIXELS // 32,
-        )
+        arguments = *inputs.values(), grad, partial_sums, h, w, *weights
+        types = {"OFFSET": triton_utils.offsets(h * w), "COMPUTE": triton_utils.TYPES[compute]}
+        triton_utils.launch(_flow_loss_kernel, grid, *arguments, C=c, WANT_GRAD=want_grad, **types, **shape)
         loss = partial_sums.sum()
     return loss.to(prediction.dtype), grad
 
@@ -136,12 +119,7 @@ def _fake(
     return prediction.new_empty(()), prediction.new_empty(prediction.shape if want_grad else (0,))
 
 
-_LOSS = registry.torch_op(
-    "_flow_loss(Tensor prediction, Tensor target, Tensor frames, float smooth_weight, bool want_grad, str backend)"
-    " -> (Tensor, Tensor)",
-    _run,
-    _fake,
-)
+_LOSS = registry.torch_op("_flow_loss", _run, _fake)
 
 
 class _FlowLoss(torch.autograd.Function):
@@ -182,12 +160,8 @@ def flow_loss(
     prediction and target (B,P,2,H,W) in pixels; frames (B,P,C,H,W) the true frames at the same steps. Differentiable in
     the prediction. Raises ValueError on a wrong shape or dtype, or when target or frames require a gradient.
     Source: paper, Eq. 8 to 10 (reductions: `reference.flow_loss`)."""
-    checks.shape("prediction", prediction, "B P 2 H W")
-    b, p, _, h, w = prediction.shape
-    sizes = {"B": b, "P": p, "H": h, "W": w}
-    checks.shape("target", target, "B P 2 H W", sizes)
-    checks.shape("frames", frames, "B P C H W", sizes)
-    checks.same_device(prediction=prediction, target=target, frames=frames)
+    flows = {"prediction": (prediction, "B P 2 H W"), "target": (target, "B P 2 H W")}
+    checks.tensors(**flows, frames=(frames, "B P C H W"))
     checks.no_gradient("target", target)
     checks.no_gradient("frames", frames)
     return _OP(prediction, target, frames, smooth_weight, backend=backend)

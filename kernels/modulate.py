@@ -74,17 +74,13 @@ _BLOCK = 1024
 
 
 def _forward(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Tensor, backend: str) -> Tensor:
-    out = _forward_fake(before, context, gamma, beta, backend)
+    out = _forward_fake(before, context)
     if backend == "triton":
         _forward_triton(before, context, gamma, beta, out)
     elif out.numel() > 0:
         b, c, h, w = context.shape
-        inputs: dict[str, Tensor | list[Tensor]] = {
-            "before": [t.contiguous() for t in before],
-            "context": context.contiguous(),
-            "gamma": gamma.contiguous(),
-            "beta": beta.contiguous(),
-        }
+        single = {"context": context.contiguous(), "gamma": gamma.contiguous(), "beta": beta.contiguous()}
+        inputs: dict[str, Any] = {"before": [t.contiguous() for t in before], **single}
         compute = native.compute_type(*before, context, gamma, beta)
         sizes = {"before_channels": [t.shape[1] for t in before], "batch": b, "channels": c, "area": h * w}
         native.call("modulate_forward", compute, inputs, {"out": out}, **sizes)
@@ -99,21 +95,15 @@ def _forward_triton(before: Sequence[Tensor], context: Tensor, gamma: Tensor, be
     ends = [0, *accumulate(t.shape[1] for t in before)]
     for begin, part in zip(ends[2:], before[2:], strict=False):
         out[:, begin : begin + part.shape[1]].copy_(part)
-    context = _dense_channels(context)
+    context, compute = _dense_channels(context), native.compute_type(context, gamma, beta)
     first, second = ends[min(1, len(copied))], ends[len(copied)]
     # a feature that is not there is not read: any pointer will do
     one, two = (*copied, context, context)[:2]
     block = triton_utils.block(area, min(_BLOCK, max(64, triton.next_power_of_2(area))))
     across, many = triton.cdiv(area, block), b > triton_utils.MAX_GRID_YZ
-    triton_utils.launch(
-        _modulate_fwd_kernel,
-        (b, second + c, across) if many else (across, second + c, b),
-        one,
-        two,
-        context,
-        gamma.contiguous(),
-        beta.contiguous(),
-        out,
+    grid = (b, second + c, across) if many else (across, second + c, b)
+    tensors = one, two, context, gamma.contiguous(), beta.contiguous(), out
+    numbers = (
         *one.stride()[:2],
         *two.stride()[:2],
         *context.stride()[:2],
@@ -123,12 +113,10 @@ def _forward_triton(before: Sequence[Tensor], context: Tensor, gamma: Tensor, be
         ends[-1],
         c,
         area,
-        IMAGES=0 if many else 2,
-        BLOCK=block,
-        OFFSET=triton_utils.offsets(area + block),
-        COMPUTE=triton_utils.TYPES[native.compute_type(context, gamma, beta)],
-        num_warps=min(4, max(1, block // 256)),
     )
+    types = {"OFFSET": triton_utils.offsets(area + block), "COMPUTE": triton_utils.TYPES[compute]}
+    constants = {"IMAGES": 0 if many else 2, "BLOCK": block, "num_warps": min(4, max(1, block // 256)), **types}
+    triton_utils.launch(_modulate_fwd_kernel, grid, *tensors, *numbers, **constants)
 
 
 def _dense_channels(t: Tensor) -> Tensor:
@@ -136,7 +124,7 @@ def _dense_channels(t: Tensor) -> Tensor:
     return t if t.stride()[2:] == (t.shape[3], 1) else t.contiguous()
 
 
-def _forward_fake(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta: Tensor, backend: str) -> Tensor:
+def _forward_fake(before: Sequence[Tensor], context: Tensor, *_: Any) -> Tensor:
     b, c, h, w = context.shape
     dtype = context.dtype
     for part in before:
@@ -148,7 +136,7 @@ def _forward_fake(before: Sequence[Tensor], context: Tensor, gamma: Tensor, beta
 def _backward(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     b, c, h, w = context.shape
     area = h * w
-    grad_context, grad_gamma, grad_beta = _backward_fake(context, gamma, grad, backend)
+    grad_context, grad_gamma, grad_beta = _backward_fake(context, gamma)
     if context.numel() == 0:
         return grad_context, grad_gamma.zero_(), grad_beta.zero_()
     compute = native.compute_type(context, gamma)
@@ -167,41 +155,23 @@ def _backward(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tup
     # 1080 x 1920, 1.02 at 256 x 256
     warps = 4 if area <= 1 << 14 else 16 if area <= 1 << 18 else 32
     block = triton_utils.block(area, min(256 * warps, 4096))
-    triton_utils.launch(
-        _modulate_bwd_kernel,
-        (b * c,),
-        context,
-        gamma,
-        grad,
-        grad_context,
-        grad_gamma,
-        grad_beta,
-        c,
-        area,
-        grad.stride(0),
-        BLOCKS=triton.cdiv(area, block),
-        BLOCK=block,
-        COMPUTE=triton_utils.TYPES[compute],
-        num_warps=warps,
-    )
+    tensors = context, gamma, grad, grad_context, grad_gamma, grad_beta
+    constants = {"BLOCKS": triton.cdiv(area, block), "BLOCK": block, "COMPUTE": triton_utils.TYPES[compute]}
+    triton_utils.launch(_modulate_bwd_kernel, (b * c,), *tensors, c, area, grad.stride(0), **constants, num_warps=warps)
     return grad_context, grad_gamma, grad_beta
 
 
-def _backward_fake(context: Tensor, gamma: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(context: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return context.new_empty(context.shape), gamma.new_empty(gamma.shape), gamma.new_empty(gamma.shape)
 
 
 _FORWARD = registry.torch_op(
-    "_modulate(Tensor[] before, Tensor context, Tensor gamma, Tensor beta, str backend) -> Tensor",
+    "_modulate",
     _forward,
     _forward_fake,
     reference=lambda before, context, gamma, beta: reference.modulate(context, gamma, beta, before),
 )
-_BACKWARD = registry.torch_op(
-    "_modulate_backward(Tensor context, Tensor gamma, Tensor grad, str backend) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+_BACKWARD = registry.torch_op("_modulate_backward", _backward, _backward_fake)
 
 
 class _Modulate(torch.autograd.Function):
@@ -257,13 +227,6 @@ def modulate(
 
     `before`: features (B,Ci,H,W) that the result is concatenated behind, in order, without a pass of its own. Raises
     ValueError on a wrong shape or dtype. Source: paper, Eq. 7."""
-    checks.shape("context", context, "B C H W")
-    b, c, h, w = context.shape
-    sizes = {"B": b, "C": c, "H": h, "W": w}
-    checks.shape("gamma", gamma, "B C", sizes)
-    checks.shape("beta", beta, "B C", sizes)
-    features = {f"before[{i}]": part for i, part in enumerate(before)}
-    for name, part in features.items():
-        checks.shape(name, part, "B Ci H W", sizes)
-    checks.same_device(context=context, gamma=gamma, beta=beta, **features)
+    features = {f"before[{i}]": (part, f"B C{i} H W") for i, part in enumerate(before)}
+    checks.tensors(context=(context, "B C H W"), gamma=(gamma, "B C"), beta=(beta, "B C"), **features)
     return _OP(context, gamma, beta, before, backend=backend)

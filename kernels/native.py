@@ -29,16 +29,9 @@ def unavailable(device: str) -> str | None:
     return NOT_BUILT or (None if device == "cpu" else "the C++ ops run on CPU tensors only")
 
 
-def unsupported(first: Tensor, *_others: Any) -> str | None:
-    """Why the C++ ops cannot run on `first` and other tensors of its device; None if they can."""
-    return unavailable(first.device.type)
-
-
-def backend(
-    function: Callable[..., Any], *, suits: Callable[..., bool] | None = None, condition: str | None = None
-) -> Backend:
-    """`function`, which calls the extension, as a backend of an op."""
-    return Backend(function, unsupported, unavailable, suits=suits, condition=condition)
+def backend(function: Callable[..., Any], **options: Any) -> Backend:
+    """`function`, which calls the extension, as a backend of an op. options: other fields of `Backend`."""
+    return Backend(function, unavailable, **options)
 
 
 def engine() -> Any:
@@ -71,10 +64,7 @@ def call(
     for key, given in inputs.items():
         tensors[key] = given.to(compute) if isinstance(given, Tensor) else [tensor.to(compute) for tensor in given]
     for key, output in outputs.items():
-        if output is None or output.dtype == compute:
-            tensors[key] = output
-        else:
-            tensors[key] = torch.empty_like(output, dtype=compute)
+        tensors[key] = output if output is None or output.dtype == compute else torch.empty_like(output, dtype=compute)
     addresses = {key: _addresses(value) for key, value in tensors.items()}
     function = getattr(engine(), name)
     function(**addresses, **sizes, fp64=compute == torch.float64, threads=torch.get_num_threads())

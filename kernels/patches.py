@@ -26,27 +26,13 @@ def _matrix_product(
     return (out if bias is None else out + bias).permute(0, 3, 1, 2)
 
 
-def _reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
-) -> Tensor:
-    return F.conv2d(x, weight, bias, stride, padding)
-
-
-def _unavailable(device: str) -> str | None:
-    return None if device == "cpu" else "made for the CPU"
-
-
-_OP = registry.define(
-    "patch_conv",
-    _reference,
-    torch=registry.Backend(
-        _matrix_product,
-        lambda x, *_: _unavailable(x.device.type),
-        _unavailable,
-        suits=lambda *_: not torch.compiler.is_compiling(),
-        condition="not compiled",
-    ),
+_TORCH = registry.Backend(
+    _matrix_product,
+    registry.cpu_only,
+    suits=lambda *_: not torch.compiler.is_compiling(),
+    condition="not compiled",
 )
+_OP = registry.define("patch_conv", F.conv2d, torch=_TORCH)
 
 
 def patch_conv(
@@ -62,7 +48,5 @@ def patch_conv(
 
     On the CPU it is one matrix product over all patches, and the result is channels-last. Raises ValueError on a wrong
     shape or dtype."""
-    checks.shape("x", x, "B C H W")
-    checks.shape("weight", weight, "O C kH kW", {"C": x.shape[1]})
-    checks.same_device(x=x, weight=weight, bias=bias)
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C kH kW"), bias=(bias, "O"))
     return _OP(x, weight, bias, stride, padding, backend=backend)

@@ -23,8 +23,13 @@ NAMES = ("triton", "cpp", "torch", "sdpa", "reference")
 OPS: dict[str, Op] = {}
 
 
-def _no_reason(*_args: Any, **_kwargs: Any) -> None:
+def _no_reason(*_arguments: Any) -> None:
     return None
+
+
+def cpu_only(device: str) -> str | None:
+    """`Backend.unavailable` of a backend that was made for the CPU."""
+    return None if device == "cpu" else "made for the CPU"
 
 
 @dataclass(frozen=True)
@@ -32,22 +37,26 @@ class Backend:
     """One implementation of an op."""
 
     function: Callable[..., Any]
-    unsupported: Callable[..., str | None] = _no_reason
-    """`unsupported(*args, **kwargs)`: None, or the reason why it cannot run with these arguments."""
     unavailable: Callable[[str], str | None] = _no_reason
     """`unavailable(device_type)`: None, or the reason why it cannot run on such a device on this machine."""
+    unsupported: Callable[..., str | None] = _no_reason
+    """`unsupported(*args)`: None, or the reason why it cannot run with these arguments on a device that it runs on."""
     opt_in: str | None = None
     """The reason why it runs on request only; None: it may be chosen automatically."""
     suits: Callable[..., bool] | None = None
-    """`suits(*args, **kwargs)`: whether it is the fastest backend for these arguments; None: it always is."""
+    """`suits(*args)`: whether it is the fastest backend for these arguments; None: it always is."""
     condition: str | None = None
     """`suits` in words."""
 
-    def chosen(self, *args: Any, **kwargs: Any) -> bool:
+    def obstacle(self, first: Tensor, *others: Any) -> str | None:
+        """None, or the reason why it cannot run with these arguments, all on the device of the first."""
+        return self.unavailable(first.device.type) or self.unsupported(first, *others)
+
+    def chosen(self, *args: Any) -> bool:
         """Whether it may run with these arguments without a request."""
         # `suits` is asked last: a size that it compares would become a constant of an exported program
-        able = self.opt_in is None and self.unsupported(*args, **kwargs) is None
-        return able and (self.suits is None or self.suits(*args, **kwargs))
+        able = self.opt_in is None and self.obstacle(*args) is None
+        return able and (self.suits is None or self.suits(*args))
 
 
 @dataclass
@@ -57,18 +66,18 @@ class Op:
     name: str
     backends: dict[str, Backend]
 
-    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, backend: str | None = None) -> Any:
         requested = os.environ.get("AVFAST_BACKEND") if backend is None else backend
         if requested:
             source = "AVFAST_BACKEND" if backend is None else "backend"
             chosen = self._requested(requested, source)
             if chosen is not None:
-                if (reason := chosen.unsupported(*args, **kwargs)) is not None:
+                if (reason := chosen.obstacle(*args)) is not None:
                     raise InputError(f"{source} is {requested!r}, which cannot run this {self.name}: {reason}")
-                return chosen.function(*args, **kwargs)
+                return chosen.function(*args)
         for candidate in self.backends.values():
-            if candidate.chosen(*args, **kwargs):
-                return candidate.function(*args, **kwargs)
+            if candidate.chosen(*args):
+                return candidate.function(*args)
         raise AssertionError(f"{self.name}: the reference supports everything")
 
     def _requested(self, name: str, source: str) -> Backend | None:
@@ -93,14 +102,20 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def torch_op(
-    schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, reference: Callable[..., Any] | None = None
+    name: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    schema: str | None = None,
+    reference: Callable[..., Any] | None = None,
 ) -> Any:
-    """Register avfast::<schema> for CPU and CUDA tensors and return it; `fake` gives shapes, dtypes and strides alone.
+    """Register avfast::<name> for CPU and CUDA tensors and return it; `fake` gives shapes, dtypes and strides alone.
+    Its schema follows from the annotations of `run` unless it is given.
 
     The op has no gradient: an autograd.Function gives it one. It is one opaque node of a compiled or exported program.
     `reference` is what an exporter may put in its place; it takes the op's arguments, except a last one `backend`."""
-    _LIBRARY.define(schema)
-    name = schema[: schema.index("(")]
+    schema = schema or torch.library.infer_schema(run, mutates_args=())
+    _LIBRARY.define(name + schema)
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"avfast::{name}", fake, lib=_LIBRARY)

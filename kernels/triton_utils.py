@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .registry import Backend
 
@@ -47,21 +46,10 @@ def unavailable(device: str) -> str | None:
     return "Triton runs on CUDA tensors; on CPU tensors only with TRITON_INTERPRET=1"
 
 
-def unsupported(first: Tensor, *_others: Any) -> str | None:
-    """The same for a call whose first argument is `first`; public functions check that all lie on one device."""
-    return unavailable(first.device.type)
-
-
-def backend(
-    function: Callable[..., Any],
-    *,
-    unsupported: Callable[..., str | None] = unsupported,
-    suits: Callable[..., bool] | None = None,
-    condition: str | None = None,
-) -> Backend:
-    """`function`, which launches Triton kernels, as a backend of an op."""
+def backend(function: Callable[..., Any], **options: Any) -> Backend:
+    """`function`, which launches Triton kernels, as a backend of an op. options: other fields of `Backend`."""
     opt_in = "Triton's interpreter is for tests" if INTERPRETED else None
-    return Backend(function, unsupported, unavailable, opt_in, suits, condition)
+    return Backend(function, unavailable, opt_in=opt_in, **options)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -91,12 +79,13 @@ def extent(size: Sequence[int], stride: Sequence[int]) -> int:
 
 
 @lru_cache(1024)
-def tiles(images: int, height: int, width: int, pixels: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Cover images by tiles of `pixels` pixels, one per thread: (grid, constants of `tile`).
+def tiles(images: int, height: int, width: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Cover images by tiles of 256 pixels, one per thread: (grid, constants of `tile` and number of warps).
 
     A tile is 16 to 128 columns wide. Of these widths the one with the fewest pixels outside the image is taken, and of
     equals the widest: 48x48 pixels are three by three tiles of 16x16. Only the first axis of a grid may have more than
     65535 programs: it counts the columns of tiles, or the images where there are more than 65535."""
+    pixels = 256
     if INTERPRETED:
         columns = triton.next_power_of_2(width)
         rows = triton.next_power_of_2(triton.cdiv(height, 8))
@@ -107,20 +96,15 @@ def tiles(images: int, height: int, width: int, pixels: int) -> tuple[tuple[int,
         wider = [narrowest << i for i in range(4) if narrowest << i <= min(pixels, triton.next_power_of_2(width))]
 
         def covered(columns: int) -> int:
-            rows = pixels // columns
-            return triton.cdiv(width, columns) * triton.cdiv(height, rows)
+            return triton.cdiv(width, columns) * triton.cdiv(height, pixels // columns)
 
-        columns = min(
-            (c for c in wider if triton.cdiv(height, pixels // c) <= MAX_GRID_YZ), key=lambda c: (covered(c), -c)
-        )
+        allowed = (c for c in wider if triton.cdiv(height, pixels // c) <= MAX_GRID_YZ)
+        columns = min(allowed, key=lambda c: (covered(c), -c))
         rows = pixels // columns
     across, down = triton.cdiv(width, columns), triton.cdiv(height, rows)
     many = images > MAX_GRID_YZ
-    return (images, down, across) if many else (across, down, images), {
-        "COLUMNS": columns,
-        "ROWS": rows,
-        "IMAGES": 0 if many else 2,
-    }
+    constants = {"COLUMNS": columns, "ROWS": rows, "IMAGES": 0 if many else 2, "num_warps": pixels // 32}
+    return (images, down, across) if many else (across, down, images), constants
 
 
 @jit

@@ -56,17 +56,13 @@ def _native_cuda(engine: Any, a: Tensor, b: Tensor, params: Any) -> Tensor:
     return flow
 
 
-def _not_built(*_arguments: object) -> str | None:
-    return native.NOT_BUILT
-
-
 def _reference(a: Tensor, b: Tensor, params: TVL1Params, threads: int) -> Tensor:
     # PyTorch has its own number of threads
     return tvl1_flow_reference(a.float(), b.float(), params)
 
 
 # the engine works where the images are, so it supports every device
-_OP = registry.define("tvl1_flow", _reference, cpp=registry.Backend(_native, _not_built, _not_built))
+_OP = registry.define("tvl1_flow", _reference, cpp=registry.Backend(_native, lambda device: native.NOT_BUILT))
 
 
 def _run(a: Tensor, b: Tensor, *params: Any, threads: int, backend: str | None) -> Tensor:
@@ -78,10 +74,9 @@ def _fake(a: Tensor, b: Tensor, *params: Any, threads: int, backend: str | None)
 
 
 # str, float and int are called the same in a schema
-_SCHEMA = ", ".join(f"{type(field.default).__name__} {field.name}" for field in fields(TVL1Params))
-_FLOW = registry.torch_op(
-    f"tvl1_flow(Tensor a, Tensor b, {_SCHEMA}, *, int threads, str? backend) -> Tensor", _run, _fake
-)
+_PARAMS = ", ".join(f"{type(field.default).__name__} {field.name}" for field in fields(TVL1Params))
+_SCHEMA = f"(Tensor a, Tensor b, {_PARAMS}, *, int threads, str? backend) -> Tensor"
+_FLOW = registry.torch_op("tvl1_flow", _run, _fake, schema=_SCHEMA)
 
 
 def tvl1_op(a: Tensor, b: Tensor, params: TVL1Params, threads: int, backend: str | None) -> Tensor:

@@ -68,28 +68,24 @@ class TVL1Params:
     """Standard deviation of the Gaussian applied to both images first, in pixels; 0 is off."""
 
     def __post_init__(self) -> None:
-        if self.solver not in ("zach", "chambolle-pock"):
-            raise InputError(f"solver is {self.solver!r}, expected 'zach' or 'chambolle-pock'")
-        for name in ("tau", "lambda_", "theta"):
+        least = {"scales": 1, "warps": 1, "coarse_warps": 0, "outer_iterations": 1, "iterations": 1}
+        for name, lowest in least.items():
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} is {value}, expected a positive number")
-        if self.scheme not in ("avfast", "opencv"):
-            raise InputError(f"scheme is {self.scheme!r}, expected 'avfast' or 'opencv'")
-        if not 0.5 <= self.scale_step <= 0.95:
-            raise InputError(f"scale_step is {self.scale_step}, expected 0.5 to 0.95")
-        if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
-            raise InputError(f"epsilon is {self.epsilon}, expected 0 (off) or more pixels")
-        for name in ("scales", "warps", "outer_iterations", "iterations"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value}, expected a whole number of at least 1")
-        if not isinstance(self.coarse_warps, int) or self.coarse_warps < 0:
-            raise InputError(f"coarse_warps is {self.coarse_warps}, expected a whole number of at least 0")
-        if self.median not in (1, 3, 5):
-            raise InputError(f"median is {self.median}, expected 1 (off), 3 or 5")
-        if not 0 <= self.presmooth <= 10:
-            raise InputError(f"presmooth is {self.presmooth}, expected 0 (off) to 10 pixels")
+            if not isinstance(value, int) or value < lowest:
+                raise InputError(f"{name} is {value}, expected a whole number of at least {lowest}")
+        for name, valid, expected in (
+            ("solver", self.solver in ("zach", "chambolle-pock"), "'zach' or 'chambolle-pock'"),
+            ("scheme", self.scheme in ("avfast", "opencv"), "'avfast' or 'opencv'"),
+            ("tau", 0 < self.tau < math.inf, "a positive number"),
+            ("lambda_", 0 < self.lambda_ < math.inf, "a positive number"),
+            ("theta", 0 < self.theta < math.inf, "a positive number"),
+            ("scale_step", 0.5 <= self.scale_step <= 0.95, "0.5 to 0.95"),
+            ("epsilon", 0 <= self.epsilon < math.inf, "0 (off) or more pixels"),
+            ("median", self.median in (1, 3, 5), "1 (off), 3 or 5"),
+            ("presmooth", 0 <= self.presmooth <= 10, "0 (off) to 10 pixels"),
+        ):
+            if not valid:
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
 
 def tvl1_flow_reference(a: Tensor, b: Tensor, params: TVL1Params) -> Tensor:

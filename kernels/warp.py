@@ -154,36 +154,20 @@ def _warp_bwd_kernel(
         tl.store(at + plane, tl.where(moving_y, grad_y, 0.0), inside)
 
 
-_PIXELS = 256
-"""Pixels and threads of a program."""
-_PADDINGS = ("border", "zeros")
-
-
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], **constants: Any) -> None:
     """Run a kernel over all pixels of the first tensor (B,C,H,W). It takes the strides of the tensors in `strided`."""
     batch, channels, h, w = tensors[0].shape
-    grid, shape = triton_utils.tiles(batch, h, w, _PIXELS)
+    grid, shape = triton_utils.tiles(batch, h, w)
     spans = [triton_utils.extent((h, w), t.stride()[2:]) for t in strided]
     # the loads of so many channels are under way together; three spill the registers of the fixed-point sums
     at_once = 1 if constants.get("FIXED") else next(n for n in (4, 3, 2, 1) if channels % n == 0)
-    triton_utils.launch(
-        kernel,
-        grid,
-        *tensors,
-        *(step for t in strided for step in t.stride()),
-        h,
-        w,
-        C=channels,
-        AT_ONCE=at_once,
-        OFFSET=triton_utils.offsets(h * w, *spans),
-        **constants,
-        **shape,
-        num_warps=_PIXELS // 32,
-    )
+    constants |= {"C": channels, "AT_ONCE": at_once, "OFFSET": triton_utils.offsets(h * w, *spans), **shape}
+    strides = (step for t in strided for step in t.stride())
+    triton_utils.launch(kernel, grid, *tensors, *strides, h, w, **constants)
 
 
 def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
-    out = _forward_fake(image, flow, padding, backend)
+    out = _forward_fake(image)
     if image.numel() == 0:
         return out
     b, c, h, w = image.shape
@@ -199,7 +183,7 @@ def _forward(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
     return out
 
 
-def _forward_fake(image: Tensor, flow: Tensor, padding: str, backend: str) -> Tensor:
+def _forward_fake(image: Tensor, *_: Any) -> Tensor:
     return registry.empty_as(image, image)
 
 
@@ -252,18 +236,8 @@ def _backward_fake(
     return image.new_empty(image.shape if want_image else (0,)), flow.new_empty(flow.shape if want_flow else (0,))
 
 
-_FORWARD = registry.torch_op(
-    "_backward_warp(Tensor image, Tensor flow, str padding, str backend) -> Tensor",
-    _forward,
-    _forward_fake,
-    reference=reference.backward_warp,
-)
-_BACKWARD = registry.torch_op(
-    "_backward_warp_backward(Tensor image, Tensor flow, Tensor grad, str padding, bool want_image, bool want_flow, "
-    "str backend) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+_FORWARD = registry.torch_op("_backward_warp", _forward, _forward_fake, reference=reference.backward_warp)
+_BACKWARD = registry.torch_op("_backward_warp_backward", _backward, _backward_fake)
 
 
 class _BackwardWarp(torch.autograd.Function):
@@ -302,9 +276,7 @@ def backward_warp(image: Tensor, flow: Tensor, *, padding: str = "border", backe
     dtype; differentiable in both arguments (the flow's gradient at kinks: `reference.backward_warp`). A NaN flow gives
     NaN at its pixel. Raises ValueError on a wrong shape, dtype or padding, or a backend that cannot run it.
     Source: paper, Eq. 4."""
-    checks.shape("image", image, "B C H W")
-    b, _, h, w = image.shape
-    checks.shape("flow", flow, "B 2 H W", {"B": b, "H": h, "W": w})
-    checks.same_device(image=image, flow=flow)
-    checks.choice("padding", padding, _PADDINGS)
+    checks.tensors(image=(image, "B C H W"), flow=(flow, "B 2 H W"))
+    if padding not in ("border", "zeros"):
+        raise ValueError(f"padding is {padding!r}, expected 'border' or 'zeros'")
     return _OP(image, flow, padding, backend=backend)

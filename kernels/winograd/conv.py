@@ -90,13 +90,9 @@ def _weight_gradient(inputs: list[Tensor], outputs: list[Tensor], weights: Tenso
     return torch.zeros_like(weights) if total is None else total
 
 
-_CONVOLVE = registry.torch_op(
-    "_winograd_conv(Tensor x, Tensor weights, int[] sizes, bool transposed) -> Tensor", _convolve, _convolve_fake
-)
+_CONVOLVE = registry.torch_op("_winograd_conv", _convolve, _convolve_fake)
 _WEIGHT_GRADIENT = registry.torch_op(
-    "_winograd_weight_gradient(Tensor[] inputs, Tensor[] outputs, Tensor weights, int[] sizes) -> Tensor",
-    _weight_gradient,
-    lambda inputs, outputs, weights, sizes: torch.empty_like(weights),
+    "_winograd_weight_gradient", _weight_gradient, lambda inputs, outputs, weights, sizes: torch.empty_like(weights)
 )
 
 
@@ -212,7 +208,7 @@ def _unsupported(x: Tensor, weight: Tensor, *_others: Any) -> str | None:
         return "compiled or exported programs have PyTorch's convolution"
     if x.dtype != weight.dtype:
         return f"x is {x.dtype} and weight is {weight.dtype}"
-    return native.unsupported(x)
+    return None
 
 
 def _suits_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, transposed: bool) -> bool:
@@ -231,17 +227,13 @@ def _suits_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
     return b * inputs.tiles >= (16 if shared else 128)
 
 
-_OP = registry.define(
-    "conv2d",
-    _reference,
-    cpp=registry.Backend(
-        _winograd,
-        _unsupported,
-        native.unavailable,
-        suits=_suits_winograd,
-        condition="float32, 32 channels or more and many tiles (stride 2), or shared weights on small maps (3x3)",
-    ),
+_WINOGRAD = native.backend(
+    _winograd,
+    unsupported=_unsupported,
+    suits=_suits_winograd,
+    condition="float32, 32 channels or more and many tiles (stride 2), or shared weights on small maps (3x3)",
 )
+_OP = registry.define("conv2d", _reference, cpp=_WINOGRAD)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -249,9 +241,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
 
     What `torch.nn.functional.conv2d` computes. Winograd's filtering runs on the CPU inside `shared_weights`, on small
     maps; PyTorch's convolution runs elsewhere. Raises ValueError on a wrong shape or dtype."""
-    checks.shape("x", x, "B C H W")
-    checks.shape("weight", weight, "O C 3 3", {"C": x.shape[1]})
-    checks.same_device(x=x, weight=weight, bias=bias)
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C 3 3"), bias=(bias, "O"))
     return _OP(x, weight, bias, Geometry(x.shape[2], x.shape[3], 3, 1, 1), False, backend=backend)
 
 
@@ -264,9 +254,7 @@ def strided_conv(
     What `torch.nn.functional.conv2d` computes, which is what runs on CUDA, for small sizes and in compiled programs.
     Winograd's filtering gives channels-last maps and first derivatives only, in fp32 with a relative error of 0.4 to
     2.3e-6 where the direct sum has 0.2 to 0.8e-6 (64 to 256 channels). Raises ValueError on a wrong shape or dtype."""
-    checks.shape("x", x, "B C H W")
-    checks.shape("weight", weight, "O C 4 4", {"C": x.shape[1]})
-    checks.same_device(x=x, weight=weight, bias=bias)
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C 4 4"), bias=(bias, "O"))
     if min(x.shape[2:]) + 2 * padding < 4:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected at least {4 - 2 * padding} rows and columns")
     return _OP(x, weight, bias, Geometry(x.shape[2], x.shape[3], 4, 2, padding), False, backend=backend)
@@ -279,9 +267,7 @@ def strided_conv_transpose(
     (O).
 
     What `torch.nn.functional.conv_transpose2d` computes; otherwise as `strided_conv`."""
-    checks.shape("x", x, "B C H W")
-    checks.shape("weight", weight, "C O 4 4", {"C": x.shape[1]})
-    checks.same_device(x=x, weight=weight, bias=bias)
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "C O 4 4"), bias=(bias, "O"))
     height, width = (2 * (n - 1) - 2 * padding + 4 for n in x.shape[2:])
     if min(height, width) < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, of which padding {padding} leaves no rows or columns")

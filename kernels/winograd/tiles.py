@@ -46,36 +46,45 @@ class Geometry(NamedTuple):
         return [(winograd_transforms(size, self.taps), size, count) for size, count in tiles]
 
 
-AxisSizes = tuple[int, int, int, int, int]
-"""Of an axis: size of the map, tiles, pixels that a tile takes, products of a tile, step from tile to tile."""
+class Axis(NamedTuple):
+    """An axis of a map, cut into tiles."""
+
+    matrix: Tensor
+    """(products of a tile, pixels that a tile takes)."""
+    size: int
+    """Of the map."""
+    tiles: int
+    step: int
+    """From tile to tile."""
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """AxisSizes of csrc/fused/ops.h."""
+        products, pixels = self.matrix.shape
+        return self.size, self.tiles, pixels, products, self.step
 
 
 class TileGrid(NamedTuple):
     """How the input maps or the output maps of a convolution are cut into tiles: the arguments of the C++ functions."""
 
-    size: tuple[int, int]
-    """Height and width of a map."""
-    phases: int
-    """S"""
-    products: int
-    """N"""
-    tiles: int
-    """Tiles of one map."""
-    row_matrix: Tensor
-    column_matrix: Tensor
+    rows: Axis
+    columns: Axis
     stride: int
     padding: int
-    row_sizes: AxisSizes
-    column_sizes: AxisSizes
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of one map."""
+        return self.rows.tiles * self.columns.tiles
 
     def gather(self, *maps: Tensor) -> Tensor:
         """Cut channels-last batches (B,C,H,W), one after the other, into products (N,M,S*C)."""
-        values = self.phases * maps[0].shape[1]
+        count = len(self.rows.matrix) * len(self.columns.matrix)
+        values = self.stride**2 * maps[0].shape[1]
         tiles = self.tiles * sum(map(len, maps))
         # no power of two: the products of one tile would share one set of a cache
         product_stride = -(-tiles * values // 1024) * 1024 + 64
-        memory = maps[0].new_empty((self.products, product_stride))
-        products = memory.as_strided((self.products, tiles, values), (product_stride, values, 1))
+        memory = maps[0].new_empty((count, product_stride))
+        products = memory.as_strided((count, tiles, values), (product_stride, values, 1))
         first = 0
         for x in maps:
             last = first + len(x) * self.tiles
@@ -90,21 +99,10 @@ class TileGrid(NamedTuple):
     def _call(
         self, name: str, given: dict[str, Tensor], taken: dict[str, Tensor | None], maps: Tensor, product_stride: int
     ) -> None:
-        inputs = {**given, "rows": self.row_matrix, "columns": self.column_matrix}
-        batch, channels = maps.shape[:2]
-        native.call(
-            name,
-            maps.dtype,
-            inputs,
-            taken,
-            batch=batch,
-            channels=channels,
-            product_stride=product_stride,
-            stride=self.stride,
-            padding=self.padding,
-            row_sizes=self.row_sizes,
-            column_sizes=self.column_sizes,
-        )
+        inputs = {**given, "rows": self.rows.matrix, "columns": self.columns.matrix}
+        sizes = {"batch": maps.shape[0], "channels": maps.shape[1], "product_stride": product_stride}
+        axes = {"row_sizes": self.rows.sizes(), "column_sizes": self.columns.sizes()}
+        native.call(name, maps.dtype, inputs, taken, **sizes, stride=self.stride, padding=self.padding, **axes)
 
 
 # outside inference mode, whoever asks first: tensors made in inference mode could not serve training later
@@ -112,35 +110,12 @@ class TileGrid(NamedTuple):
 @torch.inference_mode(False)
 def tile_grids(geometry: Geometry, dtype: torch.dtype) -> tuple[TileGrid, TileGrid]:
     """The tiles of the convolution's inputs and of its outputs."""
-    input_sizes: list[AxisSizes] = []
-    output_sizes: list[AxisSizes] = []
-    input_matrices: list[Tensor] = []
-    output_matrices: list[Tensor] = []
-    for length, (transforms, step, tiles) in zip(geometry[:2], geometry.axes(), strict=True):
-        for sizes, matrices, size, matrix in (
-            (input_sizes, input_matrices, length, transforms.input_transform),
-            (output_sizes, output_matrices, geometry.output_size(length), transforms.output_transform.T),
-        ):
-            sizes.append((size, tiles, matrix.shape[1], matrix.shape[0], step))
-            matrices.append(matrix.to(dtype).contiguous())
-
-    def grid(sizes: list[AxisSizes], matrices: list[Tensor], stride: int, padding: int) -> TileGrid:
-        rows, columns = sizes
-        return TileGrid(
-            size=(rows[0], columns[0]),
-            phases=stride**2,
-            products=rows[3] * columns[3],
-            tiles=rows[1] * columns[1],
-            row_matrix=matrices[0],
-            column_matrix=matrices[1],
-            stride=stride,
-            padding=padding,
-            row_sizes=rows,
-            column_sizes=columns,
-        )
-
-    inputs = grid(input_sizes, input_matrices, geometry.stride, geometry.padding)
-    return inputs, grid(output_sizes, output_matrices, 1, 0)
+    inputs, outputs = [], []
+    for size, (transforms, step, tiles) in zip(geometry[:2], geometry.axes(), strict=True):
+        inputs.append(Axis(transforms.input_transform.to(dtype).contiguous(), size, tiles, step))
+        to_outputs = transforms.output_transform.T.to(dtype).contiguous()
+        outputs.append(Axis(to_outputs, geometry.output_size(size), tiles, step))
+    return TileGrid(inputs[0], inputs[1], geometry.stride, geometry.padding), TileGrid(outputs[0], outputs[1], 1, 0)
 
 
 @cache

@@ -7,6 +7,7 @@ Source: Winograd 1980; for convolutions Lavin and Gray, CVPR 2016.
 from __future__ import annotations
 
 from fractions import Fraction
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,7 @@ def winograd_transforms(outputs: int, taps: int) -> Transforms:
     filter_rows, input_rows = [], []
     for point in points:
         others = [p for p in points if p != point]
-        scale = Fraction(1)
-        for other in others:
-            scale *= point - other
+        scale = prod((point - other for other in others), start=Fraction(1))
         filter_rows.append([point**i / scale for i in range(taps)])
         input_rows.append([*_polynomial(others), Fraction(0)])
     # the point at infinity

@@ -279,40 +279,48 @@ def test_dispatch(monkeypatch):
     op = registry.Op(
         "probe",
         {
-            "cpp": registry.Backend(fast, lambda x: "x is too large" if x > 5 else None, lambda device: None),
-            "reference": registry.Backend(lambda x: calls.append("reference"), lambda x: None, lambda device: None),
+            "cpp": registry.Backend(fast, unsupported=lambda x: "x is too large" if x > 5 else None),
+            "reference": registry.Backend(lambda x: calls.append("reference")),
         },
     )
+    small, large = torch.tensor(1), torch.tensor(9)
     monkeypatch.delenv("AVFAST_BACKEND", raising=False)
-    op(1), op(9), op(1, backend="reference")
+    op(small), op(large), op(small, backend="reference")
     assert calls == ["cpp", "reference", "reference"]
     with pytest.raises(ValueError, match="backend is 'cpp', which cannot run this probe: x is too large"):
-        op(9, backend="cpp")
+        op(large, backend="cpp")
     with pytest.raises(ValueError, match="probe has only cpp, reference"):
-        op(1, backend="triton")
+        op(small, backend="triton")
     monkeypatch.setenv("AVFAST_BACKEND", "reference")
-    op(1)
+    op(small)
     assert calls[3:] == ["reference"]
-    op(1, backend="cpp")
+    op(small, backend="cpp")
     assert calls[4:] == ["cpp"]
     monkeypatch.setenv("AVFAST_BACKEND", "fast")
     with pytest.raises(
         InputError, match="AVFAST_BACKEND is 'fast', expected one of triton, cpp, torch, sdpa, reference"
     ):
-        op(1)
+        op(small)
+
+
+def test_a_backend_for_another_device_is_refused_with_its_reason():
+    op = registry.Op("probe", {"torch": registry.Backend(lambda x: x, registry.cpu_only)})
+    assert op(torch.zeros(1), backend="torch") == 0
+    with pytest.raises(ValueError, match="backend is 'torch', which cannot run this probe: made for the CPU"):
+        op(torch.zeros(1, device="meta"), backend="torch")
 
 
 def test_a_backend_runs_unasked_only_where_it_suits(monkeypatch):
-    able = (lambda x: None, lambda device: None)
     op = registry.Op(
         "probe",
         {
-            "triton": registry.Backend(lambda x: "triton", *able, suits=lambda x: x < 3, condition="x < 3"),
-            "reference": registry.Backend(lambda x: "reference", *able),
+            "triton": registry.Backend(lambda x: "triton", suits=lambda x: x < 3, condition="x < 3"),
+            "reference": registry.Backend(lambda x: "reference"),
         },
     )
     monkeypatch.delenv("AVFAST_BACKEND", raising=False)
-    assert [op(1), op(5), op(5, backend="triton")] == ["triton", "reference", "triton"]
+    small, large = torch.tensor(1), torch.tensor(5)
+    assert [op(small), op(large), op(large, backend="triton")] == ["triton", "reference", "triton"]
     monkeypatch.setattr(registry, "OPS", {"probe": op})
     _, _, chosen, others = registry.explain()[0]
     assert chosen == "triton" and others["reference"] == "triton is preferred where x < 3"

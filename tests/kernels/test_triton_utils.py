@@ -20,7 +20,7 @@ def test_tiles_cover_an_image_without_idle_threads() -> None:
             ((1, 1, 1_000_000), (7813, 1, 1), 128),
             ((2, 4_000_000, 100), (25, 62_500, 2), 4),
         ):
-            found, shape = tiles(*sizes, 256)
+            found, shape = tiles(*sizes)
             assert found == grid and shape["COLUMNS"] == columns and shape["ROWS"] * columns == 256
             assert shape["IMAGES"] == (0 if sizes[0] > 65_535 else 2) and max(found[1:]) <= 65_535
     finally:
