@@ -1,7 +1,6 @@
 """Motion and context-aware audio-visual conditioned video prediction (Xu, Hu and Lee, BMVC 2023).
 
-`import avfast` alone is instant: a name below loads its module, and with it PyTorch, on first use (PEP 562).
-"""
+`import avfast` alone is instant: a name below loads its module, and with it PyTorch, on first use (PEP 562)."""
 
 from __future__ import annotations
 

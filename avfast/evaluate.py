@@ -1,8 +1,7 @@
 """Score runs, or anyone's predictions, as the paper's tables do.
 
 python -m avfast.evaluate --checkpoint runs/mmnist-demo
-python -m avfast.evaluate --pred p.npy --true t.npy
-"""
+python -m avfast.evaluate --pred p.npy --true t.npy"""
 
 from __future__ import annotations
 

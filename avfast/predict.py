@@ -11,8 +11,7 @@ once everything in it is there:
     predictions/clip/strip.png curves.png     frames, flow and spectrogram over time; scores per frame
     predictions/clip/frames.npy flow.npy      predicted: (P,C,H,W) in [0,1], (P,2,H,W) backward, pixels; float32
     predictions/clip/true_frames.npy          (T',C,H,W) uint8, the given ones first; T' = K + P, or where the film ends
-    predictions/clip/prediction.json          every setting, and the scores where there are true frames
-"""
+    predictions/clip/prediction.json          every setting, and the scores where there are true frames"""
 
 from __future__ import annotations
 

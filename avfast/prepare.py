@@ -7,8 +7,7 @@ Every video becomes consecutive clips in a folder of its own (avfast.data.prepar
 clips are joined into the data set (avfast.data.joining; avfast.data.prepared shows its layout). A killed run leaves
 hidden folders only, which the next run removes, and no video is read twice. `--shard-index i --num-shards n` takes
 every n-th video. Any number of such runs may share a folder, on one machine or many (see the limits of locks in
-avfast.files.result_folder), and whichever finishes last joins.
-"""
+avfast.files.result_folder), and whichever finishes last joins."""
 
 from __future__ import annotations
 

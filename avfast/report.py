@@ -3,8 +3,7 @@
     python -m avfast.report runs/mmnist-demo
 
 `report.html` lies in the run folder. train writes it at its end, evaluate and predict whenever their results lie in the
-run folder. Parts that a run does not have are left out.
-"""
+run folder. Parts that a run does not have are left out."""
 
 from __future__ import annotations
 

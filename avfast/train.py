@@ -1,8 +1,7 @@
 """Train a model, stage after stage: by default the paper's, motion first (MME, Eq. 8), then appearance (CAR, Eq. 11).
 
 python -m avfast.train --preset demo
-torchrun --nproc_per_node 2 -m avfast.train --preset mmnist
-"""
+torchrun --nproc_per_node 2 -m avfast.train --preset mmnist"""
 
 from __future__ import annotations
 

@@ -23,8 +23,7 @@ so no keys and no values are formed, and what a row attends to is the memory its
 Recall over one token is a softmax over one key, which is identically 1: it adds the value at every position and never
 looks at query and key. Triton on an H200 takes 0.4 to 0.5 times as long as the definition in bf16, 0.8 to 0.9 in fp32
 up to 2048 positions; it loses beyond, and with 512 tokens. Its products of fp32 are fp32 (`ieee`: no tensor cores);
-those of half types are TF32, whose 10 bits of mantissa hold every bf16 and fp16 value.
-"""
+those of half types are TF32, whose 10 bits of mantissa hold every bf16 and fp16 value."""
 
 from __future__ import annotations
 

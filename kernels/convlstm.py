@@ -3,8 +3,7 @@
 Shapes: gates B 4C H W in the order i, f, o, g; cell B C H W. Bytes moved, in values per element of the state: forward
 7 (gates, cell; new cell, hidden), backward 12 (gates, cell, two gradients; gradients of gates and cell): the
 activations are computed anew. Contiguous and channels-last gates are taken as they lie, and the outputs lie likewise.
-Memory is [rows, 4, area] in both cases: rows B, area C H W, or rows B H W, area C.
-"""
+Memory is [rows, 4, area] in both cases: rows B, area C H W, or rows B H W, area C."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 Shapes: flows B P 2 H W in pixels, true frames B P C H W, P predicted steps. Values moved per pixel: 6 + C with the
 gradient (both flows, the frames; the gradient), 4 + C without. The gradient by the prediction is written in the same
-pass as the loss; the backward pass scales it. Sums have one order: partial sums per image (C++) or block (Triton).
-"""
+pass as the loss; the backward pass scales it. Sums have one order: partial sums per image (C++) or block (Triton)."""
 
 from __future__ import annotations
 

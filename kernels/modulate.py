@@ -3,8 +3,7 @@ features that the decoder concatenates it with.
 
 Shapes: context B C H W, gamma and beta B C, the features before it B Ci H W. Values moved per element of the context:
 forward 2, backward 3 (its gradient, the context; the context's gradient), and the sums for gamma and beta come from the
-same pass. A concatenation of its own would move 2 more each way.
-"""
+same pass. A concatenation of its own would move 2 more each way."""
 
 from __future__ import annotations
 

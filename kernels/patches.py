@@ -2,8 +2,7 @@
 
 Shapes: x B C H W, weight O C kH kW. Forward and backward of 320 images, on 2 cores with AVX2: 1.9 times as fast as
 PyTorch's for 1x23x21 to 64x20x18, 1.35 times for 256x5x4 to 512x2x2, 2.6 times for 512x2x2 to 128x1x1; with more
-channels, and from some twenty outputs on, copying the patches costs more than it gains.
-"""
+channels, and from some twenty outputs on, copying the patches costs more than it gains."""
 
 from __future__ import annotations
 

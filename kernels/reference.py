@@ -2,8 +2,7 @@
 
 Shape legend: B batch, T time, C channels, H W image, M memory tokens. Flow is in pixels, x then y. Nothing here checks
 its arguments (the public functions of the op files do) and nothing imports Triton. The definitions of the convolutions
-are in their op files, that of TV-L1 is in `tvl1_reference.py`.
-"""
+are in their op files, that of TV-L1 is in `tvl1_reference.py`."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ An `Op` holds its backends in order of preference; the last one, `reference`, is
 choice per call: the argument `backend=`, else the environment variable AVFAST_BACKEND, else the first backend that
 supports the arguments and suits them. A requested backend runs, or raises with the reason why it cannot; only the
 automatic choice falls back. AVFAST_BACKEND speaks to all ops at once, so an op without such a backend chooses as if it
-were not set. `explain` tells what would run on this machine, for `avfast env`.
-"""
+were not set. `explain` tells what would run on this machine, for `avfast env`."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 Kernels run on CUDA tensors, and on CPU tensors where TRITON_INTERPRET=1 was set before this package was imported: then
 NumPy executes them, for tests. Three rules that the interpreter does not enforce: every load has a mask, `other` and a
 cast to the compute type at once (bf16 arithmetic is integer arithmetic there); addresses are int64; atomics are fp32 or
-integer.
-"""
+integer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """TV-L1 optical flow as an op: the compiled engine (csrc/tvl1), or its definition in plain PyTorch (`tvl1_reference`).
 
 The engine runs on the CPU, and on CUDA devices with the same bits; scheme `opencv` and early stopping run on the CPU
-alone. Shapes: N pairs, H W pixels; flow in pixels, x then y. Grey levels 0..255.
-"""
+alone. Shapes: N pairs, H W pixels; flow in pixels, x then y. Grey levels 0..255."""
 
 from __future__ import annotations
 

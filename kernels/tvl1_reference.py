@@ -13,8 +13,7 @@ iy u2. Primal-dual iterations follow, and a median filter of the flow. Two schem
     opencv    bilinear         black there                      before every round          until converged, or fixed
 
 Shapes: N pairs, H W pixels; flow in pixels, x then y. Grey levels 0..255. Every step is elementwise and in the compiled
-engine's order, so that the two differ by rounding at most.
-"""
+engine's order, so that the two differ by rounding at most."""
 
 from __future__ import annotations
 

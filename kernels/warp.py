@@ -6,8 +6,7 @@ gradient of the image; flow and its gradient). Contiguous and channels-last imag
 
 The image's gradient is summed by atomics on CUDA; where torch.use_deterministic_algorithms(True) is on, in fixed point
 (int64, the largest value scaled to 2^62 over the number of pixels): integer sums do not depend on their order. On the
-CPU its order is always the same.
-"""
+CPU its order is always the same."""
 
 from __future__ import annotations
 

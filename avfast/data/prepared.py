@@ -5,8 +5,7 @@ D/
     index.json                   splits, sources, hashes, files that were not used; written last
     train/ val/ test/            a clip store each (avfast.data.store)
     contact.png                  some clips to look at
-    sources/<name>/              while the set is made: the clips of one video
-"""
+    sources/<name>/              while the set is made: the clips of one video"""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The paper's model, MME followed by CAR: motion first, then appearance (section 3), and its two training stages.
 
 Indices are the paper's, from 1; `mme` and `car` say what a step reads. Frames are not clamped in training; predicted
-frames are.
-"""
+frames are."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 Step t = K..T-1 warps V_t by F_{t+1}, reads A_t and renders V_{t+1}. V_t is the given frame for t = K and CAR's own last
 output after it, clamped to [0,1]; the loss sees the unclamped one.
 
-Shape legend: B batch, P predicted frames, C channels, H W image, D = 128 feature channels.
-"""
+Shape legend: B batch, P predicted frames, C channels, H W image, D = 128 feature channels."""
 
 from __future__ import annotations
 

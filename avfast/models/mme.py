@@ -9,8 +9,7 @@ recurrence, because the whole sound track is given; E_m takes the K given frames
 flow is used.
 
 Shape legend: B batch, K given frames of T in all, P = T - K, C channels, H W image, h w = H/16 W/16, D = 128 feature
-channels, M memory tokens, N frames.
-"""
+channels, M memory tokens, N frames."""
 
 from __future__ import annotations
 

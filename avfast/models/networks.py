@@ -2,8 +2,7 @@
 here). The layers that other models could use too are in `avfast.modules`.
 
 Shape legend: B batch, T time, C image channels, H W image, h w = H/16 W/16, F S spectrogram, D = 128 feature channels.
-Convolutions followed by BatchNorm carry no bias: BatchNorm subtracts it, so the functions are the same.
-"""
+Convolutions followed by BatchNorm carry no bias: BatchNorm subtracts it, so the functions are the same."""
 
 from __future__ import annotations
 

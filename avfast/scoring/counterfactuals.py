@@ -1,7 +1,6 @@
 """Sound conditions: what a model gets in place of a clip's own sound, so that the scores show whether it uses it.
 
-A model that scores as well with another clip's sound, or with none, predicts from the frames alone.
-"""
+A model that scores as well with another clip's sound, or with none, predicts from the frames alone."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@ setting is a frozen `MetricProtocol` in `PROTOCOLS`, and every number carries th
 
 All arithmetic is float64, whatever the input's type, because a window's variance is a difference of two nearly equal
 numbers: both functions agree with scikit-image in float64 to 1e-12, where float32 sums are off by 1e-5 on a flat bright
-frame.
-"""
+frame."""
 
 from __future__ import annotations
 

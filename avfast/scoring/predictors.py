@@ -2,8 +2,7 @@
 
 A predictor is a function of (batch, K) that sees what it likes of the batch and predicts frames K+1..T. Every table has
 the reference predictors beside the models, because absolute numbers depend on the data: a black frame scores an SSIM of
-0.77 on 48x48 MovingMNIST.
-"""
+0.77 on 48x48 MovingMNIST."""
 
 from __future__ import annotations
 

@@ -14,8 +14,7 @@ A checkpoint appears whole (`files.result_folder`), then its link is replaced at
 So whenever a run is killed, every link leads to a whole checkpoint, the old one or the new one, and every visible
 checkpoint is whole; what is left hidden is removed at the next save. Where a step's checkpoint is there already (after
 a resume) the new one is written beside it, with -2, -3 ... appended: were the old one moved away first, its link would
-lead nowhere until the new one is in its place.
-"""
+lead nowhere until the new one is in its place."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ the backward pass. The limit is the products' arithmetic, 2 N M S C O flops; the
 Exact in exact arithmetic. In fp32 the relative error is 0.4 to 2.8e-6 where the direct sum has 0.2 to 0.8e-6 (64 to 512
 channels). Results are channels-last; there are first derivatives only.
 
-Shape legend: x B C H W, weight O C k k, of a transposed convolution C O k k; N products, M tiles, S phases.
-"""
+Shape legend: x B C H W, weight O C k k, of a transposed convolution C O k k; N products, M tiles, S phases."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ N = (m + r - 1)^2 matrix products between all M tiles and S = stride^2 phases of
 map and a 3x3 kernel where the sum has 81, 40 % of them with padding; 2.25 to 2.8 times fewer than the sum's for a 4x4
 kernel of stride 2. C++ cuts maps into tiles and adds tiles up to maps (csrc/fused).
 
-Shape legend: C channels, N products, M tiles, S phases as above.
-"""
+Shape legend: C channels, N products, M tiles, S phases as above."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Winograd's minimal filtering F(m, r): m outputs of a filter of r taps from m + r - 1 products.
 
 The transforms are constructed by the Toom-Cook method: polynomials are evaluated at some points and at infinity.
-Source: Winograd 1980; for convolutions Lavin and Gray, CVPR 2016.
-"""
+Source: Winograd 1980; for convolutions Lavin and Gray, CVPR 2016."""
 
 from __future__ import annotations
 
