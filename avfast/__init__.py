@@ -11,25 +11,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from avfast.errors import InputError
-    from avfast.kernels import (
-        backward_warp,
-        condense,
-        conv3x3,
-        convlstm_gates,
-        flow_loss,
-        modulate,
-        patch_conv,
-        recall,
-        shared_weights,
-        strided_conv,
-        strided_conv_transpose,
-    )
-    from avfast.machine.environment import environment
-    from avfast.models.avmodel import AVModel, ModelConfig
-    from avfast.opticalflow.tvl1 import tvl1_flow
-    from avfast.patching import patch
-    from avfast.training.config import TrainConfig
+    from avfast.errors import InputError as InputError
+    from avfast.kernels import backward_warp as backward_warp
+    from avfast.kernels import condense as condense
+    from avfast.kernels import conv3x3 as conv3x3
+    from avfast.kernels import convlstm_gates as convlstm_gates
+    from avfast.kernels import flow_loss as flow_loss
+    from avfast.kernels import modulate as modulate
+    from avfast.kernels import patch_conv as patch_conv
+    from avfast.kernels import recall as recall
+    from avfast.kernels import shared_weights as shared_weights
+    from avfast.kernels import strided_conv as strided_conv
+    from avfast.kernels import strided_conv_transpose as strided_conv_transpose
+    from avfast.machine.environment import environment as environment
+    from avfast.models.avmodel import AVModel as AVModel
+    from avfast.models.avmodel import ModelConfig as ModelConfig
+    from avfast.opticalflow.tvl1 import tvl1_flow as tvl1_flow
+    from avfast.patching import patch as patch
+    from avfast.training.config import TrainConfig as TrainConfig
 
 _HOME = {
     "AVModel": "avfast.models.avmodel",
@@ -52,27 +51,7 @@ _HOME = {
     "tvl1_flow": "avfast.opticalflow.tvl1",
 }
 
-__all__ = [
-    "AVModel",
-    "InputError",
-    "ModelConfig",
-    "TrainConfig",
-    "__version__",
-    "backward_warp",
-    "condense",
-    "conv3x3",
-    "convlstm_gates",
-    "environment",
-    "flow_loss",
-    "modulate",
-    "patch",
-    "patch_conv",
-    "recall",
-    "shared_weights",
-    "strided_conv",
-    "strided_conv_transpose",
-    "tvl1_flow",
-]
+__all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

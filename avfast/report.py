@@ -10,13 +10,13 @@ from __future__ import annotations
 import base64
 import html
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from markdown_it import MarkdownIt
 
 from avfast import __version__
 from avfast.cli.parser import parse
@@ -111,7 +111,9 @@ def _evaluations(run: Path) -> Iterator[str]:
     for table in sorted(run.glob("eval*/table.md"), key=lambda path: path.stat().st_mtime):
         folder = table.parent
         yield f"<h2>Evaluation <code>{html.escape(folder.name)}</code></h2>"
-        yield from _markdown(table.read_text(encoding="utf-8"))
+        # names of runs and films stand in the table: none of them may load anything
+        text = MarkdownIt("js-default").disable(["link", "image"]).render(table.read_text(encoding="utf-8"))
+        yield text.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
         yield from _figure(folder / "curves.png", "Scores over the frame number; dashed: reference predictors")
         for picture in sorted(folder.glob("sample_*.png"))[:_MAX_SAMPLES]:
             yield from _figure(picture, picture.stem)
@@ -168,29 +170,6 @@ def _figure(path: Path, caption: str) -> Iterator[str]:
         kind = "curves" if path.stem == "curves" else "strip"
         media = f'<div class="wide {kind}">{media}</div>'
     yield f"<figure>{media}<figcaption>{caption}</figcaption></figure>"
-
-
-def _markdown(text: str) -> Iterator[str]:
-    """The Markdown that `avfast.scoring.tables` writes, tables and paragraphs, as HTML."""
-    for block in text.strip().split("\n\n"):
-        lines = block.split("\n")
-        if not block.startswith("|"):
-            yield f'<p class="note">{_inline(block)}</p>'
-            continue
-        head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-        yield '<div class="wide"><table>'
-        yield f"<thead><tr>{''.join(f'<th>{_inline(cell)}</th>' for cell in head)}</tr></thead>"
-        yield "<tbody>"
-        for row in rows:
-            yield f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>"
-        yield "</tbody></table></div>"
-
-
-def _inline(text: str) -> str:
-    text = html.escape(text)
-    for mark, tag in ((r"\*\*", "strong"), (r"\*", "em"), ("`", "code")):
-        text = re.sub(f"{mark}([^*`]+){mark}", rf"<{tag}>\1</{tag}>", text)
-    return text
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ KNOWN = {"html", "head", "title", "style", "body", "h1", "h2", "h3", "p", "ul", 
     *("table", "thead", "tbody", "tr", "th", "td", "strong", "em", "code", "details", "summary", "pre", "video", "img"),
     "meta",
 }
-ATTRIBUTES = {"lang", "charset", "name", "content", "class", "src", "alt", "controls", "loop", "playsinline"}
+ATTRIBUTES = {"style", "lang", "charset", "name", "content", "class", "src", "alt", "controls", "loop", "playsinline"}
 
 
 class Page(HTMLParser):
@@ -49,18 +49,7 @@ class Page(HTMLParser):
         if tag == "p":
             assert "p" not in self.open
         for name, value in attrs:
-            assert name in {
-                "lang",
-                "charset",
-                "name",
-                "content",
-                "class",
-                "src",
-                "alt",
-                "controls",
-                "loop",
-                "playsinline",
-            }
+            assert name in ATTRIBUTES
             if name == "src":
                 self.links.append((tag, value or ""))
         if tag == "img":
