@@ -25,13 +25,19 @@ def _matrix_product(
     return (out if bias is None else out + bias).permute(0, 3, 1, 2)
 
 
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+) -> Tensor:
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
 _TORCH = registry.Backend(
     _matrix_product,
     registry.cpu_only,
     suits=lambda *_: not torch.compiler.is_compiling(),
     condition="not compiled",
 )
-_OP = registry.define("patch_conv", F.conv2d, torch=_TORCH)
+_OP = registry.define("patch_conv", _reference, torch=_TORCH)
 
 
 def patch_conv(
