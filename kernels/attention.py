@@ -165,10 +165,9 @@ def _recall_sdpa(feature: Tensor, query: Tensor | None, key: Tensor | None, valu
 
 def _contiguous_head(rows: Tensor) -> Tensor:
     """(B,N,C) -> (B,1,N,C), contiguous, with the strides of a contiguous tensor also where N is 1: PyTorch's fused
-    kernels refuse other strides, or leave them to the slow definition."""
-    b, n, c = rows.shape
-    # through (B N, C): contiguous() alone leaves the strides of a dimension of 1 as they are
-    return rows.reshape(b * n, c).contiguous().view(b, 1, n, c)
+    kernels refuse other strides, or leave them to the slow definition. contiguous() would keep a stride of a dimension
+    of 1 as it is."""
+    return rows.clone(memory_format=torch.contiguous_format)[:, None]
 
 
 def _recall_torch(feature: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor) -> Tensor:

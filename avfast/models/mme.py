@@ -153,7 +153,7 @@ class RecallMotion(VisualMotion):
         key, value, visible = memory
         assert self.recall.query is not None
         query = self.recall.query(feature.to(value.dtype)).flatten(2).mT
-        scores = (query @ key.mT).masked_fill(~visible, float("-inf"))
+        scores = (query @ key.transpose(1, 2)).masked_fill(~visible, float("-inf"))
         return feature + (scores.softmax(dim=-1) @ value).mT.view_as(feature).to(feature.dtype)
 
     def extend(self, windows: Tensor, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, ...]:
@@ -166,8 +166,8 @@ class RecallMotion(VisualMotion):
 
     def loop_items(self, memory: Memory, count: int) -> list[Tensor]:
         # the number of the last token that a step sees
-        tokens = torch.arange(memory[0].shape[1], device=memory[0].device)
-        return [tokens[tokens.shape[0] - count :]]
+        tokens = memory[0].shape[1]
+        return [torch.arange(tokens - count, tokens, device=memory[0].device)]
 
     def loop_memory(self, memory: Memory, *items: Tensor) -> Memory:
         (last,) = items
