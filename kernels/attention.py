@@ -284,8 +284,8 @@ def recall(
     feature + softmax(query key^T) value, (B,C,H,W). With M = 1 query and key have no influence and may be None. Raises
     ValueError on a wrong shape or dtype, an empty memory, or a missing query or key with M > 1. Source: paper, Eq. 2.
     """
-    maps = {"feature": (feature, "B C H W"), "query": (query, "B C H W")}
-    checks.tensors(**maps, value=(value, "B M C"), key=(key, "B M C"))
+    maps = {"feature": (feature, "B C H W"), "query": (query, "B C H W ?")}
+    checks.tensors(**maps, value=(value, "B M C"), key=(key, "B M C ?"))
     m = value.shape[1]
     if m == 0:
         raise ValueError(f"value has shape {tuple(value.shape)}, expected at least one memory token")

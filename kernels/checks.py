@@ -8,13 +8,14 @@ from torch import Tensor
 
 def tensors(**given: tuple[Tensor | None, str]) -> None:
     """Raise ValueError unless all are floating-point tensors with the named dimensions, such as "B 2 H W", on one
-    device. A name stands for the size that the first tensor with it has, "4C" for four times C. None is left out."""
+    device. A name stands for the size that the first tensor with it has, "4C" for four times C. An argument may be None
+    where its dimensions end in " ?"."""
     sizes: dict[str, int] = {}
     devices = {}
     for name, (tensor, dims) in given.items():
-        names = dims.split()
-        if tensor is None:
+        if tensor is None and dims.endswith(" ?"):
             continue
+        names = dims.removesuffix(" ?").split()
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{name} is {found}, expected a floating-point tensor ({', '.join(names)})")

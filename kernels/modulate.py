@@ -226,6 +226,8 @@ def modulate(
 
     `before`: features (B,Ci,H,W) that the result is concatenated behind, in order, without a pass of its own. Raises
     ValueError on a wrong shape or dtype. Source: paper, Eq. 7."""
+    if isinstance(before, Tensor) or not isinstance(before, Sequence):
+        raise ValueError(f"before is {type(before).__name__}, expected a list or tuple of tensors")
     features = {f"before[{i}]": (part, f"B C{i} H W") for i, part in enumerate(before)}
     checks.tensors(context=(context, "B C H W"), gamma=(gamma, "B C"), beta=(beta, "B C"), **features)
     return _OP(context, gamma, beta, before, backend=backend)

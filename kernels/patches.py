@@ -52,6 +52,13 @@ def patch_conv(
     """Convolve x (B,C,H,W) by weight (O,C,kH,kW): what `torch.nn.functional.conv2d` computes. bias: (O).
 
     On the CPU it is one matrix product over all patches, and the result is channels-last. Raises ValueError on a wrong
-    shape or dtype."""
-    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C kH kW"), bias=(bias, "O"))
+    shape, stride or padding."""
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C kH kW"), bias=(bias, "O ?"))
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if not (isinstance(pair, tuple) and len(pair) == 2 and min(pair) >= least):
+            raise ValueError(f"{name} is {pair!r}, expected two whole numbers of at least {least}: rows, columns")
+    if any(x.shape[2 + i] + 2 * padding[i] < weight.shape[2 + i] for i in range(2)):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, smaller with padding {padding} than weight {tuple(weight.shape)}"
+        )
     return _OP(x, weight, bias, stride, padding, backend=backend)

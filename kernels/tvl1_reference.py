@@ -70,21 +70,20 @@ class TVL1Params:
         least = {"scales": 1, "warps": 1, "coarse_warps": 0, "outer_iterations": 1, "iterations": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < lowest:
-                raise InputError(f"{name} is {value}, expected a whole number of at least {lowest}")
-        for name, valid, expected in (
-            ("solver", self.solver in ("zach", "chambolle-pock"), "'zach' or 'chambolle-pock'"),
-            ("scheme", self.scheme in ("avfast", "opencv"), "'avfast' or 'opencv'"),
-            ("tau", 0 < self.tau < math.inf, "a positive number"),
-            ("lambda_", 0 < self.lambda_ < math.inf, "a positive number"),
-            ("theta", 0 < self.theta < math.inf, "a positive number"),
-            ("scale_step", 0.5 <= self.scale_step <= 0.95, "0.5 to 0.95"),
-            ("epsilon", 0 <= self.epsilon < math.inf, "0 (off) or more pixels"),
-            ("median", self.median in (1, 3, 5), "1 (off), 3 or 5"),
-            ("presmooth", 0 <= self.presmooth <= 10, "0 (off) to 10 pixels"),
-        ):
-            if not valid:
-                raise InputError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+            if type(value) is not int or not lowest <= value < 1 << 31:
+                raise InputError(f"{name} is {value!r}, expected a whole number of at least {lowest}")
+        # far inside what fp32 holds, also squared
+        ranges = {"tau": (1e-6, 1e6), "lambda_": (1e-6, 1e6), "theta": (1e-6, 1e6), "scale_step": (0.5, 0.95)}
+        ranges |= {"epsilon": (0, 1e6), "presmooth": (0, 10)}
+        for name, (lowest, highest) in ranges.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not lowest <= value <= highest:
+                raise InputError(f"{name} is {value!r}, expected a number from {lowest:g} to {highest:g}")
+        choices = {"solver": ("zach", "chambolle-pock"), "scheme": ("avfast", "opencv"), "median": (1, 3, 5)}
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if type(value) is not type(allowed[0]) or value not in allowed:
+                raise InputError(f"{name} is {value!r}, expected one of {', '.join(map(str, allowed))}")
 
 
 def tvl1_flow_reference(a: Tensor, b: Tensor, params: TVL1Params) -> Tensor:

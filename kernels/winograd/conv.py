@@ -164,14 +164,16 @@ class _Convolution(torch.autograd.Function):
         return grad_x, None, grad.new_ones(()) if want_weights else None, None, None, None
 
 
-_convs: ContextVar[dict[tuple[int, Geometry], _SharedConv] | None] = ContextVar("avfast_shared_weights", default=None)
+_convs: ContextVar[dict[tuple[int, Geometry, bool], _SharedConv] | None] = ContextVar(
+    "avfast_shared_weights", default=None
+)
 
 
 @contextmanager
 def shared_weights() -> Iterator[None]:
     """Within the block, convolutions by the same weight transform it once, and its gradient is one product at the end
-    of the backward pass. For recurrences: weights must not change within it. It changes no result but by rounding, and
-    does nothing in compiled or exported programs and on CUDA."""
+    of the backward pass, of which there may be one. For recurrences: weights must not change within it. It changes no
+    result but by rounding, and does nothing in compiled or exported programs and on CUDA."""
     if torch.compiler.is_compiling() or _convs.get() is not None:
         yield
         return
@@ -187,7 +189,8 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
         return _reference(x, weight, bias, geometry, transposed)
     compute = native.compute_type(x)
     convs = _convs.get()
-    key = id(weight), geometry
+    # a call without gradients leaves nothing that a later one with gradients could use
+    key = id(weight), geometry, torch.is_grad_enabled() and weight.requires_grad
     conv = None if convs is None else convs.get(key)
     if conv is None:
         conv = _SharedConv(weight, compute, geometry)
@@ -239,8 +242,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
     """Convolve x (B,C,H,W) by weight (O,C,3,3) with stride 1 and padding 1: (B,O,H,W). bias: (O).
 
     What `torch.nn.functional.conv2d` computes. Winograd's filtering runs on the CPU inside `shared_weights`, on small
-    maps; PyTorch's convolution runs elsewhere. Raises ValueError on a wrong shape or dtype."""
-    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C 3 3"), bias=(bias, "O"))
+    maps; PyTorch's convolution runs elsewhere. Raises ValueError on a wrong shape."""
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C 3 3"), bias=(bias, "O ?"))
     return _OP(x, weight, bias, Geometry(x.shape[2], x.shape[3], 3, 1, 1), False, backend=backend)
 
 
@@ -252,8 +255,11 @@ def strided_conv(
 
     What `torch.nn.functional.conv2d` computes, which is what runs on CUDA, for small sizes and in compiled programs.
     Winograd's filtering gives channels-last maps and first derivatives only, in fp32 with a relative error of 0.4 to
-    2.3e-6 where the direct sum has 0.2 to 0.8e-6 (64 to 256 channels). Raises ValueError on a wrong shape or dtype."""
-    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C 4 4"), bias=(bias, "O"))
+    2.3e-6 where the direct sum has 0.2 to 0.8e-6 (64 to 256 channels). Raises ValueError on a wrong shape or
+    padding."""
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "O C 4 4"), bias=(bias, "O ?"))
+    if padding < 0:
+        raise ValueError(f"padding is {padding}, expected 0 or more")
     if min(x.shape[2:]) + 2 * padding < 4:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected at least {4 - 2 * padding} rows and columns")
     return _OP(x, weight, bias, Geometry(x.shape[2], x.shape[3], 4, 2, padding), False, backend=backend)
@@ -266,8 +272,8 @@ def strided_conv_transpose(
     (O).
 
     What `torch.nn.functional.conv_transpose2d` computes; otherwise as `strided_conv`."""
-    checks.tensors(x=(x, "B C H W"), weight=(weight, "C O 4 4"), bias=(bias, "O"))
+    checks.tensors(x=(x, "B C H W"), weight=(weight, "C O 4 4"), bias=(bias, "O ?"))
     height, width = (2 * (n - 1) - 2 * padding + 4 for n in x.shape[2:])
-    if min(height, width) < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}, of which padding {padding} leaves no rows or columns")
+    if padding < 0 or min(height, width) < 1:
+        raise ValueError(f"padding is {padding}, expected 0 or more, and rows and columns left of {tuple(x.shape)}")
     return _OP(x, weight, bias, Geometry(height, width, 4, 2, padding), True, backend=backend)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from avfast.errors import InputError
-from avfast.kernels import backward_warp, condense, convlstm_gates, flow_loss, modulate, recall, registry
+from avfast.kernels import backward_warp, condense, convlstm_gates, flow_loss, modulate, patch_conv, recall, registry
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -260,6 +260,14 @@ def test_wrong_arguments_are_named():
             r"gates has shape \(1, 3, 4, 4\), expected \(1, 4, 4, 4\)",
         ),
         (lambda: modulate(image, torch.rand(1, 2), torch.rand(1, 1)), r"gamma has shape \(1, 2\), expected \(1, 1\)"),
+        (
+            lambda: modulate(image, image[..., 0, 0], image[..., 0, 0], before=image),
+            "before is Tensor, expected a list",
+        ),
+        (lambda: backward_warp(image, None), "flow is NoneType, expected a floating-point tensor"),  # type: ignore[arg-type]
+        (lambda: patch_conv(image, image, stride=2), "stride is 2, expected two whole numbers of at least 1"),  # type: ignore[arg-type]
+        (lambda: patch_conv(image, image, padding=(0, -1)), r"padding is \(0, -1\), expected two whole numbers of at"),
+        (lambda: patch_conv(image, torch.rand(1, 1, 5, 5)), r"x has shape \(1, 1, 4, 4\), smaller with padding"),
         (
             lambda: flow_loss(flow[None], flow[None].requires_grad_(), image[None]),
             "target requires a gradient, but the op has none",

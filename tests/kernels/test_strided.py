@@ -124,7 +124,11 @@ def test_compiled_and_exported_programs_have_pytorchs_convolution() -> None:
 def test_bad_input(x: tuple[int, ...], weight: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         strided_conv(torch.rand(x), torch.rand(weight))
-    with pytest.raises(ValueError, match="padding 3 leaves no rows or columns"):
+    with pytest.raises(
+        ValueError, match=r"padding is 3, expected 0 or more, and rows and columns left of \(1, 3, 2, 8\)"
+    ):
         strided_conv_transpose(torch.rand(1, 3, 2, 8), torch.rand(3, 2, 4, 4), padding=3)
+    with pytest.raises(ValueError, match="padding is -1, expected 0 or more"):
+        strided_conv(torch.rand(1, 3, 8, 8), torch.rand(2, 3, 4, 4), padding=-1)
     with pytest.raises(ValueError, match=r"x is torch.float32 and weight is torch.float64"):
         strided_conv(torch.rand(1, 3, 8, 8), torch.rand(2, 3, 4, 4).double(), backend="cpp")

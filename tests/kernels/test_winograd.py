@@ -40,6 +40,20 @@ def test_the_fewest_products() -> None:
 
 
 @native
+def test_a_shared_weight_has_its_gradient_after_a_call_without() -> None:
+    """Frames that only warm a recurrence up come first, under no_grad."""
+    geometry = Geometry(6, 6, 3, 1, 1)
+    x, weight = torch.randn(2, 5, 6, 6).double(), torch.randn(6, 5, 3, 3).double().requires_grad_()
+    with shared_weights():
+        with torch.no_grad():
+            warm = convolve(x, weight, geometry)
+        out = convolve(x, weight, geometry)
+    assert not warm.requires_grad
+    expected = torch.autograd.grad(F.conv2d(x, weight, padding=1).sin().sum(), weight)
+    torch.testing.assert_close(torch.autograd.grad(out.sin().sum(), weight), expected)
+
+
+@native
 @pytest.mark.parametrize("part_bytes", [1, 1 << 22])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("kernel", "stride", "padding"), KINDS)
