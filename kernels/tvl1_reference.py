@@ -68,13 +68,13 @@ class TVL1Params:
 
     def __post_init__(self) -> None:
         least = {"scales": 1, "warps": 1, "coarse_warps": 0, "outer_iterations": 1, "iterations": 1}
-        for name, lowest in least.items():
+        for name, smallest in least.items():
             value = getattr(self, name)
-            if type(value) is not int or not lowest <= value < 1 << 31:
-                raise InputError(f"{name} is {value!r}, expected a whole number of at least {lowest}")
+            if type(value) is not int or not smallest <= value < 1 << 31:
+                raise InputError(f"{name} is {value!r}, expected a whole number of at least {smallest}")
         # far inside what fp32 holds, also squared
-        ranges = {"tau": (1e-6, 1e6), "lambda_": (1e-6, 1e6), "theta": (1e-6, 1e6), "scale_step": (0.5, 0.95)}
-        ranges |= {"epsilon": (0, 1e6), "presmooth": (0, 10)}
+        ranges = {name: (1e-6, 1e6) for name in ("tau", "lambda_", "theta")}
+        ranges |= {"scale_step": (0.5, 0.95), "epsilon": (0.0, 1e6), "presmooth": (0.0, 10.0)}
         for name, (lowest, highest) in ranges.items():
             value = getattr(self, name)
             if not isinstance(value, int | float) or not lowest <= value <= highest:

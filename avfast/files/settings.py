@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from avfast.errors import InputError
 
 Config = TypeVar("Config")
 Choices = Mapping[str, Mapping[str, type]]
 """{field: {name: settings class}}: the classes of which one field of a config may hold an instance."""
+
+
+class Range(NamedTuple):
+    """The values that a numeric setting may have, as an annotation: Annotated[int, Range(1)]. Infinities and NaN are
+    never among them."""
+
+    low: float
+    high: float = math.inf
+    excludes_low: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        return math.isfinite(value) and self.low <= value <= self.high and not (self.excludes_low and value == self.low)
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"{self.low} to {self.high}"
+        return f"a number above {self.low}" if self.excludes_low else f"at least {self.low}"
+
+
+Count = Annotated[int, Range(1)]
+NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, excludes_low=True)]
+Share = Annotated[float, Range(0, 1)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 _EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
@@ -80,13 +107,28 @@ def setting_types(config: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(config)}
 
 
+def check_values(config: Any) -> None:
+    """Raise InputError, which names the flag, for a value that is not of its field's type or outside its range, in
+    nested settings too. Values from files and flags are right already; those set in Python may not be."""
+    for name, kind in setting_types(config).items():
+        value = getattr(config, name)
+        if is_dataclass(value):
+            check_values(value)
+        elif convert(kind, value, name.replace("_", "-")) != value:
+            raise InputError(f"{name.replace('_', '-')} is {value!r}, expected {_expected(kind)}")
+
+
 def convert(kind: Any, value: Any, where: str) -> Any:
     """A value from YAML or the text of a flag as the annotated type: Literal, T | None, tuple, bool, int, float, str.
     Text becomes a number where the type is one: YAML itself reads 1e-4 as text. Raises InputError, which begins with
     `where`, for a value that does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
-        return convert(arguments[0], value, where)
+    if origin is Annotated:
+        value = convert(arguments[0], value, where)
+        for mark in arguments[1:]:
+            if isinstance(mark, Range) and value not in mark:
+                raise InputError(f"{where} is {value}, expected {mark}")
+        return value
     if origin in (typing.Union, types.UnionType):
         optional = next(a for a in arguments if a is not type(None))
         return None if value in (None, "None") else convert(optional, value, where)
@@ -98,9 +140,11 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) == len(value):
             return tuple(convert(k, v, where) for k, v in zip(kinds, value, strict=True))
-    elif type(value) is kind:
+    elif type(value) is kind or (kind is str and isinstance(value, os.PathLike)):
         return value
-    elif kind in (int, float) and type(value) in (int, str):
+    elif (kind in (int, float) and type(value) in (int, str)) or (
+        kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool)
+    ):
         with suppress(ValueError):
             return kind(value)
     near = did_you_mean(value, map(str, arguments)) if origin is Literal and isinstance(value, str) else ""
@@ -109,6 +153,10 @@ def convert(kind: Any, value: Any, where: str) -> Any:
 
 def _expected(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _expected(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return _expected(next(a for a in arguments if a is not type(None)))
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
