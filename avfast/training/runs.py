@@ -28,8 +28,8 @@ import torch
 
 from avfast.data.clips import InputSpec
 from avfast.errors import InputError
-from avfast.files.atomic import new_folder, numbered, read_records, replacing
-from avfast.files.result_folder import ResultFolder, remove_folder, sweep
+from avfast.files.atomic import numbered, read_records, replacing
+from avfast.files.result_folder import ResultFolder, hidden_folder, publish, remove_folder, sweep
 from avfast.files.settings import load_config, to_dict
 from avfast.models.base import VideoModel
 from avfast.training.config import TrainConfig, flag_choices
@@ -47,14 +47,16 @@ class Run:
         """Make a new run folder; one that exists is never touched: -2, -3 ... is appended."""
         import yaml
 
+        folder = _base_folder(config)
+        sweep([folder])
         try:
-            run = cls(new_folder(_base_folder(config)))
+            with hidden_folder(folder) as unfinished:
+                for name in ("checkpoints", "samples"):
+                    (unfinished / name).mkdir()
+                (unfinished / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+                return cls(publish(unfinished, folder))
         except (FileExistsError, NotADirectoryError):
             raise InputError(f"output-dir is {config.output_dir}, which is not a folder") from None
-        run.checkpoints.mkdir()
-        (run.folder / "samples").mkdir()
-        run.write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
-        return run
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file under a temporary name, then rename."""
