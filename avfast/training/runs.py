@@ -21,6 +21,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,8 @@ def find_run(config: TrainConfig) -> Run | None:
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder that a path means: a checkpoint itself, RUN/best or RUN/last in short for that in
-    RUN/checkpoints, or of a run folder the best, else the last.
-
-    Raises InputError when there is none."""
+    RUN/checkpoints, or of a run folder the best, else the last; one line on stderr says where it is not the best of
+    the run's final stage. Raises InputError when there is none."""
     path = Path(path)
     for checkpoint in (path, path.parent / "checkpoints" / path.name):
         if (checkpoint / "model.safetensors").is_file():
@@ -198,6 +198,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     earlier.sort(key=lambda p: p.resolve().name[-8:], reverse=True)
     for checkpoint in (folder / "best", *earlier, folder / "last"):
         if (checkpoint / "model.safetensors").is_file():
+            if checkpoint.name != "best":
+                print(f"{path} has no best of its final stage: {checkpoint.name} is used", file=sys.stderr)
             return checkpoint
     raise InputError(f"{path} is neither a checkpoint (no model.safetensors) nor a run folder with one")
 
