@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from avfast.cli.command import run_command
 from avfast.machine.environment import environment
 
 Section = tuple[str, list[tuple[str, str]]]
@@ -97,6 +98,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli.command import run_command
-
     run_command(main)

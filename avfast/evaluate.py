@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from avfast.cli.command import run_command
 from avfast.cli.parser import parse
 from avfast.data.store import Batch, training_mean_image
 from avfast.errors import InputError
-from avfast.files.atomic import new_folder, replacing
+from avfast.files.result_folder import hidden_folder, publish, sweep
+from avfast.files.settings import check_least
 from avfast.machine.device import choose_device
 from avfast.machine.environment import commit
 from avfast.models.base import Rollout
@@ -96,10 +98,7 @@ class EvaluateConfig:
             raise InputError(f"audio is {' '.join(self.audio) or 'empty'}, expected every kind once at most")
         if self.pred is not None and self.audio != ("own",):
             raise InputError("audio goes with --checkpoint only: predictions are scored as they are")
-        for name, least in (("clips", 1), ("batch_size", 1), ("samples", 0), ("context_frames", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name.replace('_', '-')} is {value}, expected at least {least}")
+        check_least(self, clips=1, batch_size=1, samples=0, context_frames=0)
         choose_device(self.device)
 
 
@@ -128,7 +127,8 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
     check_conditions(config.audio, config.shift, length)
     rows = {_row(name, condition, config.shift): name for condition in config.audio for name in models}
     target = Path(config.out) if config.out else run_folder(next(iter(checkpoints.values()))) / "eval"
-    with _new_folder(target) if main else nullcontext() as out:
+    sweep([target])
+    with hidden_folder(target) if main else nullcontext() as unfinished:
         with accelerator.main_process_first() if accelerator else nullcontext():
             store = run.load_split(config.split, quiet=not main)
             mean = training_mean_image(run.load_split("train", quiet=not main))
@@ -171,15 +171,16 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
             regenerated=run.data.regenerated,
         )
         tables = format_tables({n: results[n] for n in rows}, {n: results[n] for n in references}, info)
-        if out is not None:
+        if unfinished is not None:
             samples = min(config.samples, count)
             for condition in config.audio if samples else ():
                 batch = load(range(samples), condition)
                 for name, predict in predictors.items():
-                    _save_samples(out, _row(name, condition, config.shift), batch, predict(batch, k), k)
-            _write(out, tables, results, references, k)
-            refresh_report(out)
-        return json.loads(tables.json) | {"out": str(out or target), "markdown": tables.markdown}
+                    _save_samples(unfinished, _row(name, condition, config.shift), batch, predict(batch, k), k)
+            _write(unfinished, tables, results, references, k)
+            target = publish(unfinished, target)
+            refresh_report(target)
+        return json.loads(tables.json) | {"out": str(target), "markdown": tables.markdown}
 
 
 def _scored_run(config: EvaluateConfig, run: TrainConfig) -> TrainConfig:
@@ -243,7 +244,9 @@ def _evaluate_arrays(config: EvaluateConfig) -> dict[str, Any]:
     # a file of that name must not hide the reference
     reference = "black" if name != "black" else "black (reference)"
     metrics[reference] = VideoMetrics(pred.shape[1], config.protocol)
-    with _new_folder(Path(config.out or "eval")) as out:
+    target = Path(config.out or "eval")
+    sweep([target])
+    with hidden_folder(target) as unfinished:
         with Progress("scoring, clips", total=count) as progress:
             for start in range(0, count, config.batch_size):
                 part = slice(start, min(start + config.batch_size, count))
@@ -258,8 +261,9 @@ def _evaluate_arrays(config: EvaluateConfig) -> dict[str, Any]:
         # pictures have one channel or three
         for i in range(min(config.samples, count) if pred.shape[2] in (1, 3) else 0):
             truth, guess = (_unit_frames(n, a, slice(i, i + 1))[0] for n, a in (("true", true), ("pred", pred)))
-            plots.save_strip(out / f"sample_{i + 1}.png", truth, guess, context_frames=0, first_frame=k + 1)
-        _write(out, tables, results, [reference], k)
+            plots.save_strip(unfinished / f"sample_{i + 1}.png", truth, guess, context_frames=0, first_frame=k + 1)
+        _write(unfinished, tables, results, [reference], k)
+        out = publish(unfinished, target)
     return json.loads(tables.json) | {"out": str(out), "markdown": tables.markdown}
 
 
@@ -308,18 +312,6 @@ def _clip_count(wanted: int | None, available: int) -> int:
     return wanted or available
 
 
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """`new_folder`, removed again when the block fails and left it empty."""
-    folder = new_folder(path)
-    try:
-        yield folder
-    except BaseException:
-        with suppress(OSError):
-            folder.rmdir()
-        raise
-
-
 def _save_samples(out: Path, name: str, batch: Batch, prediction: Rollout, k: int) -> None:
     frames, flow = prediction.frames.cpu(), None if prediction.flow is None else prediction.flow.cpu()
     true_frames, true_flow = batch.frames.cpu(), batch.flow.cpu()
@@ -335,8 +327,7 @@ def _write(
     out: Path, tables: Tables, results: dict[str, MetricResult], references: Collection[str], context_frames: int
 ) -> None:
     for name, text in (("table.md", tables.markdown), ("table.csv", tables.csv), ("results.json", tables.json)):
-        with replacing(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        (out / name).write_text(text, encoding="utf-8")
     plots.save_metric_curves(out / "curves.png", results, context_frames=context_frames, references=references)
 
 
@@ -347,6 +338,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli.command import run_command
-
     run_command(main)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from avfast import __version__, runtime
+from avfast.cli.command import run_command
 from avfast.cli.parser import parse
 from avfast.data.clips import InputSpec
 from avfast.deploy.graphs import Graph, TensorSpec, make_graphs, trace
@@ -333,6 +334,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli.command import run_command
-
     run_command(main)

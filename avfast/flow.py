@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from avfast.cli.command import print_failures
+from avfast.cli.command import print_failures, run_command
 from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.files.result_folder import sweep
+from avfast.files.settings import check_least, check_name
 from avfast.machine.device import choose_device
 from avfast.media.inputs import find_items, list_failures, write_failures
 from avfast.opticalflow.flow_files import MARKER, Format
@@ -87,10 +88,7 @@ class FlowConfig:
             raise InputError("--out is missing, expected a folder for the results")
         if Path(self.out).exists() and not Path(self.out).is_dir():
             raise InputError(f"out is {self.out}, which is not a folder")
-        for name in ("stride", "short_side", "threads", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name.replace('_', '-')} is {value}, expected at least 1")
+        check_least(self, stride=1, short_side=1, threads=1, workers=1)
         for name in ("fps", "bound"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -100,8 +98,7 @@ class FlowConfig:
                 raise InputError(f"size is {' '.join(map(str, self.size))}, expected at least 1 pixel each way")
             if self.short_side is not None:
                 raise InputError(f"short-side is {self.short_side} and size is given too, expected one of them")
-        if self.preset not in PRESETS:
-            raise InputError(f"preset is {self.preset!r}, expected one of {', '.join(PRESETS)}")
+        check_name(self.preset, PRESETS, "preset")
         # a backend that cannot run shall be said before anything is written
         tvl1_flow(torch.zeros(2, 1, 1, 1, device=choose_device(self.device)), preset=self.preset)
 
@@ -146,6 +143,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli.command import run_command
-
     run_command(main)

@@ -30,12 +30,13 @@ import torch
 import tyro
 
 from avfast import __version__, runtime
-from avfast.cli.command import print_failures
+from avfast.cli.command import print_failures, run_command
 from avfast.cli.parser import parse
 from avfast.data.clips import InputSpec, film_rate, planes, sound_windows
 from avfast.data.store import Batch
 from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder, publish, sweep
+from avfast.files.settings import check_least
 from avfast.machine.device import choose_device
 from avfast.machine.environment import commit
 from avfast.media.inputs import Item, find_items, write_failures
@@ -96,8 +97,7 @@ class PredictConfig:
             raise InputError("expected either --checkpoint PATH (a run folder or a checkpoint) or --onnx FOLDER")
         if Path(self.out).exists() and not Path(self.out).is_dir():
             raise InputError(f"out is {self.out}, which is not a folder")
-        if self.horizon is not None and self.horizon < 1:
-            raise InputError(f"horizon is {self.horizon}, expected at least 1")
+        check_least(self, horizon=1)
         if self.sound is not None and self.audio in ("shuffled", "silent"):
             raise InputError(f"--sound {self.sound} would not be heard: audio is {self.audio}, expected own or shifted")
         choose_device(self.device)
@@ -311,6 +311,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli.command import run_command
-
     run_command(main)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from avfast.cli.command import EXIT_SOME_FAILED
+from avfast.cli.command import print_failures, run_command
 from avfast.cli.parser import parse
 from avfast.data.base import SPLITS
 from avfast.data.clips import ClipSettings
@@ -28,6 +28,7 @@ from avfast.data.preparation import PreparationRun, PreparationSettings, begin_d
 from avfast.data.prepared import INDEX, SETTINGS, read_dataset_index, verify_dataset
 from avfast.errors import InputError
 from avfast.files.result_folder import sweep
+from avfast.files.settings import check_least, check_name
 from avfast.machine.device import choose_device
 from avfast.media.inputs import Item, find_items, list_failures
 from avfast.opticalflow.tvl1 import PRESETS as FLOW_PRESETS
@@ -77,23 +78,13 @@ class PrepareConfig:
         if self.out is None:
             raise InputError("--out is missing, expected a folder for the data set")
         self.clips.check()
-        for name, value in (
-            ("clip-frames", self.clip_frames),
-            ("workers", self.workers),
-            ("num-shards", self.num_shards),
-        ):
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}, expected at least 1")
-        if self.clip_frames < 2:
-            raise InputError(f"clip-frames is {self.clip_frames}, expected at least 2")
+        check_least(self, clip_frames=2, workers=1, num_shards=1)
         if not 0 <= self.shard_index < self.num_shards:
             raise InputError(f"shard-index is {self.shard_index}, expected 0 to {self.num_shards - 1} (num-shards - 1)")
         if min(self.val_share, self.test_share) < 0 or self.val_share + self.test_share > 0.9:
-            raise InputError(
-                f"val-share and test-share are {self.val_share} and {self.test_share}, expected 0.9 in all at most"
-            )
-        if self.flow_preset not in FLOW_PRESETS:
-            raise InputError(f"flow-preset is {self.flow_preset!r}, expected one of {', '.join(FLOW_PRESETS)}")
+            shares = f"{self.val_share} and {self.test_share}"
+            raise InputError(f"val-share and test-share are {shares}, expected 0.9 in all at most")
+        check_name(self.flow_preset, FLOW_PRESETS, "flow-preset")
         # a backend that cannot run shall be said before anything is written
         tvl1_flow(torch.zeros(2, 1, 1, 1, device=choose_device(self.device)), preset=self.flow_preset)
 
@@ -153,10 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     counts += [f"{summary['elsewhere']} in the hands of another run"] if summary["elsewhere"] else []
     print(f"videos: {', '.join(counts)}, {len(summary['failed'])} not used")
     if summary["clips"]:
-        rate = summary["clips"] / summary["seconds"]
-        print(
-            f"{summary['clips']} clips of {config.clip_frames} frames in {summary['seconds']:.1f} s, {rate:.3g} clips/s"
-        )
+        clips, seconds = summary["clips"], summary["seconds"]
+        print(f"{clips} clips of {config.clip_frames} frames in {seconds:.1f} s, {clips / seconds:.3g} clips/s")
     if summary["finished"]:
         print(f"clips: {', '.join(f'{count} {split}' for split, count in summary['splits'].items())}")
         for split in (split for split, count in summary["splits"].items() if not count):
@@ -164,10 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"finished: {summary['out']}; look at {Path(summary['out']) / CONTACT_SHEET}")
     else:
         print(f"not finished: other runs have work left on {summary['out']}")
-    for failure in summary["failed"]:
-        print(f"not used: {failure['input']}: {failure['reason']}")
-    if summary["failed"]:
-        raise SystemExit(EXIT_SOME_FAILED)
+    print_failures(summary["failed"], "not used")
 
 
 def _check(folder: str) -> None:
@@ -187,6 +173,4 @@ PRESETS: dict[str, PrepareConfig] = {
 
 
 if __name__ == "__main__":
-    from avfast.cli.command import run_command
-
     run_command(main)

@@ -19,6 +19,7 @@ import tyro
 from markdown_it import MarkdownIt
 
 from avfast import __version__
+from avfast.cli.command import run_command
 from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.files.atomic import replacing
@@ -192,6 +193,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli.command import run_command
-
     run_command(main)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from operator import attrgetter
 from pathlib import Path
 
+from avfast.cli.command import run_command
 from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.report import write_report
@@ -51,6 +52,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from avfast.cli.command import run_command
-
     run_command(main)

@@ -49,9 +49,9 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split("\n")) or type(error).__name__
 
 
-def print_failures(failed: list[dict[str, str]]) -> None:
+def print_failures(failed: list[dict[str, str]], what: str = "failed") -> None:
     """Print a line for each input that failed ({"input", "reason"}). Raises SystemExit(3) if there is one."""
     for failure in failed:
-        print(f"failed: {failure['input']}: {failure['reason']}")
+        print(f"{what}: {failure['input']}: {failure['reason']}")
     if failed:
         raise SystemExit(EXIT_SOME_FAILED)

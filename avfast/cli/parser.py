@@ -63,11 +63,17 @@ def parse(
             default = settings.load_config(path, default, of_fields)
     # again, because a file may have chosen otherwise: flags win
     default = _with_chosen(default, names, choices)
+    parser = _Parser(prog, [first])
+    try:
+        actions += _add_arguments(parser, default)
+    except argparse.ArgumentError as error:
+        # the settings of somebody's own model have a field with the name of another setting or flag
+        name = str(error.argument_name).lstrip("-").replace("-", "_")
+        owners = [type(part).__name__ for part in vars(default).values() if is_dataclass(part) and hasattr(part, name)]
+        field = f"the field {name} of {' or '.join(owners)}"
+        raise InputError(f"{error.argument_name} is two flags: rename {field}") from None
     if "help" in known:
         _print_help(default, prog, names.get("preset"), presets, choices)
-
-    parser = _Parser(prog, [first])
-    actions += _add_arguments(parser, default)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]

@@ -61,20 +61,6 @@ def npy_appender(path: str | Path) -> Iterator[Callable[[np.ndarray], None]]:
         assert end == file.tell() + dtype.itemsize * count * math.prod(shape), "the header has grown over the data"
 
 
-def new_folder(path: str | Path) -> Path:
-    """Make a folder of that name, or with -2, -3 ... appended where it exists already, and return it. Raises OSError
-    when it cannot be made."""
-    for folder in numbered(Path(path)):
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            # a parent that is a file exists too, but no number helps there
-            if not folder.parent.is_dir():
-                raise
-    raise AssertionError("the numbers have no end")
-
-
 def numbered(path: Path) -> Iterator[Path]:
     """`path`, then the same with -2, -3 ... appended, without end."""
     yield path

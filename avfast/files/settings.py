@@ -101,6 +101,14 @@ def check_name(name: Any, known: Iterable[str], where: str) -> None:
         raise InputError(f"{where} is {name!r}{did_you_mean(str(name), known)}, expected one of {', '.join(known)}")
 
 
+def check_least(config: Any, **least: int) -> None:
+    """Raise InputError for a field of a config that is below its least value; None is no value."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise InputError(f"{name.replace('_', '-')} is {value}, expected at least {bound}")
+
+
 def setting_types(config: Any) -> dict[str, Any]:
     """{field: annotated type} of a config's own fields; class attributes are no fields."""
     hints = typing.get_type_hints(type(config), include_extras=True)

@@ -12,7 +12,7 @@ from avfast.data.prepared import ClipsConfig
 from avfast.data.registry import DATASETS
 from avfast.data.store import ClipStore
 from avfast.errors import InputError
-from avfast.files.settings import Choices
+from avfast.files.settings import Choices, check_least
 from avfast.models.avmodel import ModelConfig, PaperTraining
 from avfast.models.base import ModelSettings, TrainingSettings
 from avfast.models.registry import MODELS
@@ -93,15 +93,8 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise InputError for values that cannot work together."""
-        if self.context_frames < 1 or self.pred_frames < 1 or self.eval_frames < 1:
-            raise InputError(
-                f"context-frames, pred-frames and eval-frames are {self.context_frames}, {self.pred_frames} and "
-                f"{self.eval_frames}, expected at least 1 each"
-            )
-        for name in ("batch_size", "max_steps", "log_every", "eval_every", "eval_clips", "save_every", "keep_last"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name.replace('_', '-')} is {value}, expected at least 1")
+        check_least(self, context_frames=1, pred_frames=1, eval_frames=1, batch_size=1, max_steps=1)
+        check_least(self, log_every=1, eval_every=1, eval_clips=1, save_every=1, keep_last=1)
         if not 0 <= self.curriculum <= 1:
             raise InputError(f"curriculum is {self.curriculum}, expected a share between 0 and 1")
         if self.training.name != self.model.name:

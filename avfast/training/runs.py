@@ -21,6 +21,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ import torch
 
 from avfast.data.clips import InputSpec
 from avfast.errors import InputError
-from avfast.files.atomic import new_folder, numbered, read_records, replacing
-from avfast.files.result_folder import ResultFolder, remove_folder, sweep
+from avfast.files.atomic import numbered, read_records, replacing
+from avfast.files.result_folder import ResultFolder, hidden_folder, publish, remove_folder, sweep
 from avfast.files.settings import load_config, to_dict
 from avfast.models.base import VideoModel
 from avfast.training.config import TrainConfig, flag_choices
@@ -47,14 +48,16 @@ class Run:
         """Make a new run folder; one that exists is never touched: -2, -3 ... is appended."""
         import yaml
 
+        folder = _base_folder(config)
+        sweep([folder])
         try:
-            run = cls(new_folder(_base_folder(config)))
+            with hidden_folder(folder) as unfinished:
+                for name in ("checkpoints", "samples"):
+                    (unfinished / name).mkdir()
+                (unfinished / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+                return cls(publish(unfinished, folder))
         except (FileExistsError, NotADirectoryError):
             raise InputError(f"output-dir is {config.output_dir}, which is not a folder") from None
-        run.checkpoints.mkdir()
-        (run.folder / "samples").mkdir()
-        run.write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
-        return run
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file under a temporary name, then rename."""
@@ -183,9 +186,8 @@ def find_run(config: TrainConfig) -> Run | None:
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder that a path means: a checkpoint itself, RUN/best or RUN/last in short for that in
-    RUN/checkpoints, or of a run folder the best, else the last.
-
-    Raises InputError when there is none."""
+    RUN/checkpoints, or of a run folder the best, else the last; one line on stderr says where it is not the best of
+    the run's final stage. Raises InputError when there is none."""
     path = Path(path)
     for checkpoint in (path, path.parent / "checkpoints" / path.name):
         if (checkpoint / "model.safetensors").is_file():
@@ -196,6 +198,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     earlier.sort(key=lambda p: p.resolve().name[-8:], reverse=True)
     for checkpoint in (folder / "best", *earlier, folder / "last"):
         if (checkpoint / "model.safetensors").is_file():
+            if checkpoint.name != "best":
+                print(f"{path} has no best of its final stage: {checkpoint.name} is used", file=sys.stderr)
             return checkpoint
     raise InputError(f"{path} is neither a checkpoint (no model.safetensors) nor a run folder with one")
 

@@ -194,13 +194,23 @@ def test_every_flag_of_a_command_stands_in_its_help(capsys: pytest.CaptureFixtur
         assert flag in text
 
 
-def test_two_settings_of_one_name_are_a_mistake_of_ours():
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_a_field_that_clashes_with_another_flag(argv: list[str]):
     @dataclass(frozen=True)
     class Layered:
         layers: int = 1
 
-    with pytest.raises(Exception, match="conflicting option string"):
-        parse(Drawing, prog="draw", argv=[], default=Drawing(shape=Layered()))
+    @dataclass(frozen=True)
+    class Configured:
+        print_config: bool = True
+
+    for shape, message in (
+        (Layered(), "--layers is two flags: rename the field layers of Layered"),
+        (Configured(), "--print-config is two flags: rename the field print_config of Configured"),
+    ):
+        with pytest.raises(InputError) as error:
+            parse(Drawing, prog="draw", argv=argv, default=Drawing(shape=shape))
+        assert str(error.value) == message
 
 
 @pytest.mark.parametrize(

@@ -141,3 +141,16 @@ def test_checkpoints_of_dropped_steps_never_cost_a_new_one(tmp_path):
     assert weights(run.checkpoints / "best") == 7 and weights(run.checkpoints / "last") == 6
     names = ["best", "best_00000007", "last", "step_00000004", "step_00000006"]
     assert sorted(p.name for p in run.checkpoints.iterdir()) == names
+
+
+def test_a_run_without_a_best_checkpoint_says_what_is_used(tmp_path, capsys):
+    run = Run(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    for link in ("last", "best-mme", "best"):
+        (run.checkpoints / link).mkdir()
+        (run.checkpoints / link / "model.safetensors").touch()
+        assert resolve_checkpoint(run.folder) == run.checkpoints / link
+        said = f"{run.folder} has no best of its final stage: {link} is used\n"
+        assert capsys.readouterr().err == ("" if link == "best" else said)
+        # who names a checkpoint knows which one it is
+        assert resolve_checkpoint(run.folder / link) == run.checkpoints / link and not capsys.readouterr().err
