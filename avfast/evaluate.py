@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from avfast.cli.parser import parse
 from avfast.data.store import Batch, training_mean_image
 from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder, publish, sweep
-from avfast.files.settings import check_least
+from avfast.files.settings import Count, Range, check_values
 from avfast.machine.device import choose_device
 from avfast.machine.environment import commit
 from avfast.models.base import Rollout
@@ -58,24 +58,24 @@ class EvaluateConfig:
     """Instead of --checkpoint: predictions to score, .npy (N,P,C,H,W) or (N,P,H,W), float in [0,1] or uint8."""
     true: str | None = None
     """The true frames of --pred, same shape."""
-    context_frames: int | None = None
+    context_frames: Annotated[int, Range(0)] | None = None
     """With --pred: the frames given before them (K), for the frame numbers only."""
     audio: tuple[SoundCondition, ...] = ("own",)
     """The sound that the models get, one row each: the clip's `own`, `shuffled` another clip's, `silent` none,
     `shifted` its own, later by --shift frames and wrapped around. Equal scores tell that the sound is not used."""
-    shift: int = 5
+    shift: Annotated[int, Range(-(10**6), 10**6)] = 5
     """Frames by which `shifted` sound comes later; below 0 earlier."""
     split: Literal["train", "val", "test"] = "test"
     """Part of the data set that is scored."""
-    clips: int | None = None
+    clips: Count | None = None
     """Score only the first so many clips."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Clips per batch and process."""
     protocol: ProtocolName = "paper"
     """Definition of SSIM and PSNR; written out under the table."""
     frames: tuple[int, ...] = ()
     """Frame numbers, from 1, that get a column; by default the first, middle and last predicted one."""
-    samples: int = 2
+    samples: Annotated[int, Range(0)] = 2
     """Clips to draw as strips and in a GIF."""
     out: str | None = None
     """Folder for tables and pictures, by default <run>/eval; with -2, -3 ... where it exists already."""
@@ -98,7 +98,7 @@ class EvaluateConfig:
             raise InputError(f"audio is {' '.join(self.audio) or 'empty'}, expected every kind once at most")
         if self.pred is not None and self.audio != ("own",):
             raise InputError("audio goes with --checkpoint only: predictions are scored as they are")
-        check_least(self, clips=1, batch_size=1, samples=0, context_frames=0)
+        check_values(self)
         choose_device(self.device)
 
 

@@ -34,6 +34,7 @@ from avfast.deploy.graphs import Graph, TensorSpec, make_graphs, trace
 from avfast.deploy.onnx_session import METADATA, Session
 from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder, sweep
+from avfast.files.settings import Count, check_values
 from avfast.models.base import Rollout, VideoModel
 from avfast.models.registry import load_model
 from avfast.opticalflow.tvl1 import PRESETS
@@ -65,7 +66,7 @@ class ExportConfig:
     rollout: bool = True
     """Write rollout, the whole prediction in one graph, too. avfast.runtime does not need it. As `aoti` only with
     --unroll: AOTInductor of torch 2.13 fails on loops of unknown length."""
-    unroll: int | None = None
+    unroll: Count | None = None
     """Write rollout without loops, for exactly this many predicted frames and the run's context-frames."""
     motion_only: bool = False
     """Accept a checkpoint of the motion stage of a run that is to refine: its prediction is the warped frame."""
@@ -77,8 +78,9 @@ def export(config: ExportConfig) -> dict[str, float]:
     exported graphs do not agree with PyTorch; nothing is left behind then."""
     if not config.run:
         raise InputError("RUN is missing, expected a run folder or a checkpoint")
-    if config.unroll is not None and (config.unroll < 1 or not config.rollout):
-        raise InputError(f"unroll is {config.unroll}, expected at least 1 predicted frame, and not with --no-rollout")
+    check_values(config)
+    if config.unroll is not None and not config.rollout:
+        raise InputError(f"unroll is {config.unroll} with --no-rollout, expected one of the two")
     checkpoint = resolve_checkpoint(config.run)
     model = load_model(checkpoint)
     run: TrainConfig | None = None

@@ -7,7 +7,6 @@ avfast.opticalflow.flow_pipeline does the work and says what lies in the folders
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +18,7 @@ from avfast.cli.command import print_failures, run_command
 from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.files.result_folder import sweep
-from avfast.files.settings import check_least, check_name
+from avfast.files.settings import Count, FrameRate, Range, Side, check_name, check_values
 from avfast.machine.device import choose_device
 from avfast.media.inputs import find_items, list_failures, write_failures
 from avfast.opticalflow.flow_files import MARKER, Format
@@ -48,25 +47,25 @@ class FlowConfig:
     """`i3d`: 25 fps, short side 256, bound 20, jpg, forward, where no flag says otherwise."""
     direction: Literal["backward", "forward"] | None = None
     """`backward` (default): from frame t to t - stride; `forward`: from t to t + stride. Both lie on frame t's grid."""
-    stride: int = 1
+    stride: Count = 1
     """Distance of a pair's frames, after fps; every frame begins a pair, whatever the stride."""
-    fps: float | None = None
+    fps: FrameRate | None = None
     """Choose a video's frames at this rate, by timestamps; by default all. Images of a folder are always all taken."""
-    short_side: int | None = None
+    short_side: Side | None = None
     """Resize to this shorter side, in pixels, proportions kept."""
-    size: tuple[int, int] | None = None
+    size: tuple[Side, Side] | None = None
     """Resize to this width and height."""
     resize: Literal["before", "after"] = "before"
     """Resize the frames, or the flow, its values with it."""
-    bound: float | None = None
+    bound: Annotated[float, Range(0.01, 10_000)] | None = None
     """Pixels (default 20): 8-bit formats clip there, colours are full there."""
     preset: str = "fast"
     """TV-L1's parameters, see avfast.opticalflow.tvl1.PRESETS."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads for flow, by default PyTorch's number."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` (every visible GPU)."""
-    workers: int = 1
+    workers: Count = 1
     """Items at a time per device: for GPUs that wait for decoding."""
     overwrite: bool = False
     """Do finished items again."""
@@ -88,16 +87,9 @@ class FlowConfig:
             raise InputError("--out is missing, expected a folder for the results")
         if Path(self.out).exists() and not Path(self.out).is_dir():
             raise InputError(f"out is {self.out}, which is not a folder")
-        check_least(self, stride=1, short_side=1, threads=1, workers=1)
-        for name in ("fps", "bound"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} is {value}, expected a positive number")
-        if self.size is not None:
-            if min(self.size) < 1:
-                raise InputError(f"size is {' '.join(map(str, self.size))}, expected at least 1 pixel each way")
-            if self.short_side is not None:
-                raise InputError(f"short-side is {self.short_side} and size is given too, expected one of them")
+        check_values(self)
+        if self.size is not None and self.short_side is not None:
+            raise InputError(f"short-side is {self.short_side} and size is given too, expected one of them")
         check_name(self.preset, PRESETS, "preset")
         # a backend that cannot run shall be said before anything is written
         tvl1_flow(torch.zeros(2, 1, 1, 1, device=choose_device(self.device)), preset=self.preset)

@@ -36,7 +36,7 @@ from avfast.data.clips import InputSpec, film_rate, planes, sound_windows
 from avfast.data.store import Batch
 from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder, publish, sweep
-from avfast.files.settings import check_least
+from avfast.files.settings import Count, Range, check_values
 from avfast.machine.device import choose_device
 from avfast.machine.environment import commit
 from avfast.media.inputs import Item, find_items, write_failures
@@ -75,14 +75,14 @@ class PredictConfig:
     """Instead: a folder that avfast export has written as ONNX, which onnxruntime runs."""
     out: str = "predictions"
     """Folder for the results: one folder per video, with -2, -3 ... where it exists already."""
-    horizon: int | None = None
+    horizon: Count | None = None
     """Frames to predict, as many as the sound covers at most; by default the run's eval-frames."""
     sound: str | None = None
     """Sound file or film whose sound is heard instead, from its beginning, for all videos."""
     audio: SoundCondition = "own"
     """What the model hears: the video's own sound (or --sound), `shuffled` that of another of the videos, `silent`
     none, `shifted` its own, later by --shift frames and wrapped around."""
-    shift: int = 5
+    shift: Annotated[int, Range(-(10**6), 10**6)] = 5
     """Frames by which `shifted` sound comes later; below 0 earlier."""
     protocol: ProtocolName = "paper"
     """Definition of SSIM and PSNR."""
@@ -97,7 +97,7 @@ class PredictConfig:
             raise InputError("expected either --checkpoint PATH (a run folder or a checkpoint) or --onnx FOLDER")
         if Path(self.out).exists() and not Path(self.out).is_dir():
             raise InputError(f"out is {self.out}, which is not a folder")
-        check_least(self, horizon=1)
+        check_values(self)
         if self.sound is not None and self.audio in ("shuffled", "silent"):
             raise InputError(f"--sound {self.sound} would not be heard: audio is {self.audio}, expected own or shifted")
         choose_device(self.device)

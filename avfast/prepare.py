@@ -28,7 +28,7 @@ from avfast.data.preparation import PreparationRun, PreparationSettings, begin_d
 from avfast.data.prepared import INDEX, SETTINGS, read_dataset_index, verify_dataset
 from avfast.errors import InputError
 from avfast.files.result_folder import sweep
-from avfast.files.settings import check_least, check_name
+from avfast.files.settings import Count, Range, Share, check_name, check_values
 from avfast.machine.device import choose_device
 from avfast.media.inputs import Item, find_items, list_failures
 from avfast.opticalflow.tvl1 import PRESETS as FLOW_PRESETS
@@ -51,22 +51,22 @@ class PrepareConfig:
     layout: Literal["videos", "sound2sight"] = "videos"
     """`sound2sight`: folders train and test as that project lays them out, whose spectrograms are pickles (avfast.data.
     sound2sight). They are taken as they are; fps, sample-rate and what follows it mean nothing then."""
-    clip_frames: int = 45
+    clip_frames: Annotated[int, Range(2)] = 45
     """Frames per clip."""
     clips: ClipSettings = ClipSettings()
     flow: Literal["store", "online"] = "store"
     """Keep the flow in the data set, as float16, or have it computed with every batch: a fast GPU, or a short disk."""
     flow_preset: str = "chambolle-pock"
     """TV-L1's parameters, see avfast.opticalflow.tvl1.PRESETS."""
-    val_share: float = 0.1
+    val_share: Share = 0.1
     """Share of the videos for the validation split; one at least where there are two videos."""
-    test_share: float = 0.1
+    test_share: Share = 0.1
     """Share of the videos for the test split; one at least where there are three videos."""
-    workers: int | None = None
+    workers: Count | None = None
     """Videos at a time, by default one per CPU core."""
-    shard_index: int = 0
+    shard_index: Annotated[int, Range(0)] = 0
     """Which of --num-shards this run is, from 0."""
-    num_shards: int = 1
+    num_shards: Count = 1
     """Runs that share the work; each takes every so many-th video."""
     device: str = "auto"
     """Where flow is computed: `auto`, `cpu`, `cuda`."""
@@ -78,10 +78,10 @@ class PrepareConfig:
         if self.out is None:
             raise InputError("--out is missing, expected a folder for the data set")
         self.clips.check()
-        check_least(self, clip_frames=2, workers=1, num_shards=1)
-        if not 0 <= self.shard_index < self.num_shards:
+        check_values(self)
+        if self.shard_index >= self.num_shards:
             raise InputError(f"shard-index is {self.shard_index}, expected 0 to {self.num_shards - 1} (num-shards - 1)")
-        if min(self.val_share, self.test_share) < 0 or self.val_share + self.test_share > 0.9:
+        if self.val_share + self.test_share > 0.9:
             shares = f"{self.val_share} and {self.test_share}"
             raise InputError(f"val-share and test-share are {shares}, expected 0.9 in all at most")
         check_name(self.flow_preset, FLOW_PRESETS, "flow-preset")

@@ -11,7 +11,6 @@ frames a second and settings of 30, a fifth)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avfast.errors import InputError
+from avfast.files.settings import Count, FrameRate, Positive, Side, check_values
 from avfast.media.images import Frame, Pixels
 from avfast.media.sound import Samples, SoundTrack
 from avfast.media.spectrogram import SpectrogramConfig
@@ -36,21 +36,21 @@ _SOUND_SLACK = 0.1
 class ClipSettings:
     """How clips are read out of videos: everything that decides their bytes."""
 
-    fps: float = 30.0
+    fps: FrameRate = 30.0
     """Frames per second; of a slower film its own rate."""
-    size: tuple[int, int] = (64, 64)
+    size: tuple[Side, Side] = (64, 64)
     """Width and height, multiples of 16."""
     fit: Literal["crop", "letterbox"] = "crop"
     """Other proportions lose their edges evenly, or stand between black bars."""
     channels: Literal[1, 3] = 3
     """RGB, or 1 for grey."""
-    sample_rate: int = 22_050
+    sample_rate: Count = 22_050
     """Samples of sound per second; mono."""
-    n_fft: int = 88
+    n_fft: Count = 88
     """Length of the spectrogram's window and transform, in samples."""
-    hop: int = 44
+    hop: Count = 44
     """Samples between the spectrogram's columns."""
-    spectrogram_scale: float = 16.0
+    spectrogram_scale: Positive = 16.0
     """The magnitude that becomes 1, larger ones are clamped; n_fft / 2 is never exceeded. Speech, music and effects of
     five films reached 7.7 to 14.4."""
 
@@ -67,8 +67,7 @@ class ClipSettings:
 
     def check(self) -> None:
         """Raise InputError for values that cannot work."""
-        if not (math.isfinite(self.fps) and self.fps > 0):
-            raise InputError(f"fps is {self.fps}, expected a positive number")
+        check_values(self)
         if min(self.size) < 16 or any(side % 16 for side in self.size):
             raise InputError(f"size is {' '.join(map(str, self.size))}, expected multiples of 16")
         # it checks itself

@@ -26,7 +26,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from avfast.data.mmnist_rendering import (
 )
 from avfast.data.store import ClipStore, generated_folder, write_store
 from avfast.errors import InputError
-from avfast.files.settings import setting_types
+from avfast.files.settings import Count, Range, Seed, check_values
 from avfast.media.spectrogram import SpectrogramConfig, spectrogram
 from avfast.opticalflow.tvl1 import tvl1_flow
 from avfast.ui.progress import Progress
@@ -83,24 +83,31 @@ class MMNISTConfig(DataSettings):
     """`wrapped`: int16 overflow as published; `clean`: amplitude falls with the distance, as the paper's prose says."""
     block: bool = False
     """A white block appears after frame 10 and reflects the digit (wants canvas 64)."""
-    clip_frames: int = 30
+    clip_frames: Annotated[int, Range(2)] = 30
     """Frames per clip (10 per second)."""
     digits: str | None = None
     """Folder with the four MNIST idx files (.gz or not); without it, drawn handwriting-like strokes."""
-    data_seed: int = 0
+    data_seed: Seed = 0
     """Seed of the data set; the splits of one seed never share a digit image."""
-    train_clips: int = 8000
+    train_clips: Count = 8000
     """Clips in the training split."""
-    val_clips: int = 200
+    val_clips: Count = 200
     """Clips in the validation split."""
-    test_clips: int = 1000
+    test_clips: Count = 1000
     """Clips in the test split."""
 
     @property
     def seed(self) -> int:
         return self.data_seed
 
+    def check_variant(self) -> None:
+        """Raise InputError for settings that no data set has."""
+        check_values(self)
+        if self.block and self.canvas != 64:
+            raise InputError(f"canvas is {self.canvas} with block, expected 64: the block's side is 32")
+
     def check(self, frames: int, batch_size: int) -> None:
+        self.check_variant()
         if frames > self.clip_frames:
             raise InputError(
                 f"context-frames with pred-frames or eval-frames is {frames} frames, more than the clip's "
@@ -179,22 +186,11 @@ class MovingMNIST:
 
     def __init__(self, config: MMNISTConfig, split: Split) -> None:
         if split not in SPLITS:
-            raise InputError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-        for name, kind in setting_types(config).items():
-            if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
-                expected = " or ".join(map(str, get_args(kind)))
-                raise InputError(f"{name}={getattr(config, name)!r}: expected {expected}")
-        if config.block and config.canvas != 64:
-            raise InputError(f"block=True with canvas={config.canvas}: the block of side 32 wants canvas=64")
-        if config.clip_frames < 2:
-            raise InputError(f"clip_frames={config.clip_frames}: expected at least 2")
-        if not 0 <= config.data_seed < 2**63:
-            raise InputError(f"data_seed={config.data_seed}: expected 0 <= data_seed < 2**63")
+            raise InputError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        config.check_variant()
         self.config, self.split = config, split
         self._digits = load_digits(config.digits, split) if config.digits is not None else None
         self._length = {"train": config.train_clips, "val": config.val_clips, "test": config.test_clips}[split]
-        if self._length < 1:
-            raise InputError(f"{split}_clips={self._length}: expected at least 1")
 
     def __len__(self) -> int:
         return self._length

@@ -33,15 +33,16 @@ class Range(NamedTuple):
         return math.isfinite(value) and self.low <= value <= self.high and not (self.excludes_low and value == self.low)
 
     def __str__(self) -> str:
-        if self.high < math.inf:
-            return f"{self.low} to {self.high}"
-        return f"a number above {self.low}" if self.excludes_low else f"at least {self.low}"
+        low = f"above {self.low}" if self.excludes_low else f"at least {self.low}"
+        return low if self.high == math.inf else f"{low} and at most {self.high}"
 
 
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, excludes_low=True)]
 Share = Annotated[float, Range(0, 1)]
+Side = Annotated[int, Range(1, 16_384)]
+FrameRate = Annotated[float, Range(0, 1000, excludes_low=True)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 _EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -101,14 +102,6 @@ def check_name(name: Any, known: Iterable[str], where: str) -> None:
         raise InputError(f"{where} is {name!r}{did_you_mean(str(name), known)}, expected one of {', '.join(known)}")
 
 
-def check_least(config: Any, **least: int) -> None:
-    """Raise InputError for a field of a config that is below its least value; None is no value."""
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and value < bound:
-            raise InputError(f"{name.replace('_', '-')} is {value}, expected at least {bound}")
-
-
 def setting_types(config: Any) -> dict[str, Any]:
     """{field: annotated type} of a config's own fields; class attributes are no fields."""
     hints = typing.get_type_hints(type(config), include_extras=True)
@@ -120,6 +113,7 @@ def check_values(config: Any) -> None:
     nested settings too. Values from files and flags are right already; those set in Python may not be."""
     for name, kind in setting_types(config).items():
         value = getattr(config, name)
+        value = tuple(value) if isinstance(value, list) else value
         if is_dataclass(value):
             check_values(value)
         elif convert(kind, value, name.replace("_", "-")) != value:

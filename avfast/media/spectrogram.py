@@ -31,7 +31,7 @@ class SpectrogramConfig:
     def __post_init__(self) -> None:
         for name in ("sample_rate", "samples_per_frame", "n_fft", "hop", "scale"):
             if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)}: expected a positive number")
+                raise InputError(f"{name} is {getattr(self, name)}, expected above 0")
         if self.n_fft // 2 >= self.samples_per_frame:
             samples = f"the {self.samples_per_frame} of samples_per_frame"
             raise InputError(f"n_fft={self.n_fft}: reflecting n_fft // 2 samples wants more than {samples}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from avfast.data.base import DataSettings, Split
 from avfast.data.mmnist import MMNISTConfig
@@ -12,10 +13,11 @@ from avfast.data.prepared import ClipsConfig
 from avfast.data.registry import DATASETS
 from avfast.data.store import ClipStore
 from avfast.errors import InputError
-from avfast.files.settings import Choices, check_least
+from avfast.files.settings import Choices, Count, Positive, Range, Seed, Share, check_name, check_values
 from avfast.models.avmodel import ModelConfig, PaperTraining
 from avfast.models.base import ModelSettings, TrainingSettings
 from avfast.models.registry import MODELS
+from avfast.opticalflow.tvl1 import PRESETS as FLOW_PRESETS
 
 
 def flag_choices() -> dict[str, Choices]:
@@ -39,29 +41,29 @@ class TrainConfig:
 
     stage: str = "all"
     """Train one stage of the model, such as `mme` or `car`, or `all`, one after the other."""
-    context_frames: int = 5
+    context_frames: Count = 5
     """K, the given frames."""
-    pred_frames: int = 15
+    pred_frames: Count = 15
     """Frames predicted in training."""
-    eval_frames: int = 20
+    eval_frames: Count = 20
     """Frames predicted in evaluation."""
 
-    batch_size: int = 32
+    batch_size: Count = 32
     """Clips per step and process. In the motion stage BatchNorm takes the batch's mean motion away: with TV-L1 flow
     that fills the background, 8 clips hardly learn (see the preset mmnist-small)."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Upper limit for the steps of each stage."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate over a stage: constant, or after 2 % of linear warm-up half a cosine down to zero."""
-    clip_grad: float | None = None
+    clip_grad: Positive | None = None
     """Largest norm of the whole gradient."""
-    curriculum: float = 0.0
+    curriculum: Share = 0.0
     """Share of each stage's steps over which the frames predicted in training grow from 1 to pred-frames."""
     flow_preset: str = "chambolle-pock"
     """TV-L1 preset of the true flow."""
-    bn_recalibrate: int = 20
+    bn_recalibrate: Annotated[int, Range(0)] = 20
     """Training batches over which BatchNorm's running statistics are re-estimated before an evaluation; 0 = off."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights and of the data order."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run."""
@@ -80,23 +82,23 @@ class TrainConfig:
     """Read training clips from their files, from a copy in memory, or from one on the device."""
     data_cache: str = "data"
     """Where generated data sets are kept."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between records in metrics.jsonl."""
-    eval_every: int = 1000
+    eval_every: Count = 1000
     """Steps between evaluations on the validation split, each with a sample strip and a GIF."""
-    eval_clips: int = 200
+    eval_clips: Count = 200
     """Validation clips per evaluation."""
-    save_every: int = 1000
+    save_every: Count = 1000
     """Steps between checkpoints."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Checkpoints kept beside the best ones."""
 
     def check(self) -> None:
         """Raise InputError for values that cannot work together."""
-        check_least(self, context_frames=1, pred_frames=1, eval_frames=1, batch_size=1, max_steps=1)
-        check_least(self, log_every=1, eval_every=1, eval_clips=1, save_every=1, keep_last=1)
-        if not 0 <= self.curriculum <= 1:
-            raise InputError(f"curriculum is {self.curriculum}, expected a share between 0 and 1")
+        check_values(self)
+        check_name(self.flow_preset, FLOW_PRESETS, "flow-preset")
+        if not self.name or Path(self.name).name != self.name:
+            raise InputError(f"name is {self.name!r}, expected a name without slashes")
         if self.training.name != self.model.name:
             raise InputError(f"training is that of {self.training.name}, expected that of the model {self.model.name}")
         if self.stage not in ("all", *self.stage_names):

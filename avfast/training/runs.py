@@ -153,8 +153,11 @@ class Run:
             return None
         try:
             state = torch.load(last / "training_state.pt", weights_only=True, map_location="cpu")
-        except Exception as error:
-            raise InputError(f"{last / 'training_state.pt'} cannot be read: {error}") from None
+        except Exception:
+            # PyTorch's own words are five sentences, of which one advises to load pickles
+            state = None
+        if not isinstance(state, dict) or not {"stage", "step", "best", "optimizer", "rng", "scaler"} <= state.keys():
+            raise InputError(f"{last / 'training_state.pt'} cannot be read: it is damaged, or of another program")
         return {**state, "folder": last.resolve()}
 
 
@@ -197,6 +200,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     earlier = [p for p in folder.glob("best-*") if not p.name[-8:].isdigit()]
     earlier.sort(key=lambda p: p.resolve().name[-8:], reverse=True)
     for checkpoint in (folder / "best", *earlier, folder / "last"):
+        if checkpoint.is_symlink() and not (checkpoint / "model.safetensors").is_file():
+            raise InputError(f"{checkpoint} is damaged, it has no model.safetensors: name another checkpoint")
         if (checkpoint / "model.safetensors").is_file():
             if checkpoint.name != "best":
                 print(f"{path} has no best of its final stage: {checkpoint.name} is used", file=sys.stderr)

@@ -46,26 +46,28 @@ class Trainer:
         self.accelerator = _accelerator(config)
         _seed(config)
         self.resumed = None if run is None else run.load_state()
+        # the run folder is made last: a mistake in the settings leaves none behind
+        with self.accelerator.main_process_first():
+            quiet = not self.accelerator.is_local_main_process
+            train_data = config.load_split("train", quiet=quiet)
+            self.val_data = config.load_split("val", quiet=quiet)
+        self.waveform = MODELS[config.model.name].wants_waveform
+        self.train_data = train_data.cached(config.cache, self.accelerator.device, waveform=self.waveform)
+        self.model = build_model(config.model).to(self.accelerator.device)
+        self.length = config.context_frames + config.pred_frames
+        for name, path in config.training.earlier_checkpoints().items():
+            self._load_stage(name, resolve_checkpoint(path))
         if run is None:
             # made by the main process, known to all; only the main process writes
             made = [str(Run.create(config).folder) if self.accelerator.is_main_process else ""]
             run = Run(Path(broadcast_object_list(made)[0]))
         self.run = run
         if self.accelerator.is_main_process:
-            self._begin_run()
-        with self.accelerator.main_process_first():
-            quiet = not self.accelerator.is_local_main_process
-            train_data = config.load_split("train", quiet=quiet)
-            self.val_data = config.load_split("val", quiet=quiet)
-        if self.accelerator.is_main_process:
-            run.write("data.json", (json.dumps(train_data.parameters, indent=2) + "\n").encode())
-        self.waveform = MODELS[config.model.name].wants_waveform
-        self.train_data = train_data.cached(config.cache, self.accelerator.device, waveform=self.waveform)
-        self.model = build_model(config.model).to(self.accelerator.device)
-        self.length = config.context_frames + config.pred_frames
+            self._begin_run(train_data.parameters)
 
-    def _begin_run(self) -> None:
+    def _begin_run(self, data_parameters: dict[str, Any]) -> None:
         print(f"run folder {self.run.folder}", flush=True)
+        self.run.write("data.json", (json.dumps(data_parameters, indent=2) + "\n").encode())
         if self.resumed:
             self.run.rewind(self.resumed["stage"], self.resumed["step"])
             print(f"resumed after step {self.resumed['step']} (stage {self.resumed['stage']})", flush=True)
@@ -77,8 +79,6 @@ class Trainer:
         """Train the configured stages and return the run folder."""
         config, resumed = self.config, self.resumed
         names = config.stage_names if config.stage == "all" else (config.stage,)
-        for name, path in config.training.earlier_checkpoints().items():
-            self._load_stage(name, resolve_checkpoint(path))
         done = 0
         for i, name in enumerate(names):
             if i > 0 and not (resumed and resumed["stage"] == name):
@@ -87,6 +87,10 @@ class Trainer:
                 self._load_stage(names[i - 1], self.run.checkpoints / best_link(config, names[i - 1]))
             stage = self.model.stage(name, config.training, config.context_frames)
             steps = min(stage.steps, config.max_steps or stage.steps)
+            if resumed and resumed["stage"] == name and resumed.get("first_step", min(done, resumed["step"])) != done:
+                raise InputError(
+                    f"the steps of a stage before {name} cannot change in a resumed run ({self.run.folder})"
+                )
             if not (resumed and resumed["step"] >= done + steps):
                 self._train(stage, first=done, steps=steps)
             done += steps
@@ -173,7 +177,7 @@ class Trainer:
                 if evaluate:
                     best = self._evaluate(stage, step, best, progress)
                 if save:
-                    self._save(stage, step, best, optimizer)
+                    self._save(stage, first, step, best, optimizer)
                 if save or evaluate:
                     began, counted = time.perf_counter(), index + 1
         stage.trained = accelerator.unwrap_model(stage.trained)
@@ -190,13 +194,14 @@ class Trainer:
                 raise InputError(f"the {what} of stage {stage.name} is not finite at step {step}; {kept}")
         return sum(loss.item() for _, loss, _ in pending) / len(pending)
 
-    def _save(self, stage: Stage, step: int, best: float, optimizer: Any) -> None:
+    def _save(self, stage: Stage, first: int, step: int, best: float, optimizer: Any) -> None:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
         state = {
             "stage": stage.name,
             "step": step,
+            "first_step": first,
             "best": best,
             "optimizer": optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -294,6 +299,9 @@ class Trainer:
 
 def _accelerator(config: TrainConfig) -> Accelerator:
     cpu = choose_device(config.device) == "cpu"
+    if cpu and config.mixed_precision == "fp16":
+        # accelerate would train in fp32 without a word
+        raise InputError("mixed-precision is fp16 on the CPU, expected bf16 or no")
     # every process computes its own batch statistics, averaged when they are re-estimated
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # PyTorch 2.11 knows no other name
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)

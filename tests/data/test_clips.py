@@ -174,9 +174,9 @@ def test_real_films(name: str, fps: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fps": 0.0}, "fps is 0.0, expected a positive number"),
+        ({"fps": 0.0}, "fps is 0.0, expected above 0 and at most 1000"),
         ({"size": (64, 60)}, "size is 64 60, expected multiples of 16"),
-        ({"hop": 0}, "hop=0: expected a positive number"),
+        ({"hop": 0}, "hop is 0, expected at least 1"),
         ({"fps": 600.0}, "n_fft=88"),
     ],
 )

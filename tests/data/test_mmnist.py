@@ -276,14 +276,14 @@ def test_trivial_predictors_score_as_on_another_regeneration(canvas):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"block": True}, "block=True with canvas=48"),
-        ({"canvas": 50}, "canvas=50: expected 48 or 64"),
-        ({"num_digits": 3}, "num_digits=3"),
-        ({"bounce": "none"}, "bounce='none'"),
-        ({"tone": "loud"}, "tone='loud'"),
-        ({"clip_frames": 1}, "clip_frames=1"),
-        ({"data_seed": -1}, "data_seed=-1"),
-        ({"train_clips": 0}, "train_clips=0"),
+        ({"block": True}, "canvas is 48 with block, expected 64"),
+        ({"canvas": 50}, "canvas is 50, expected one of 48, 64"),
+        ({"num_digits": 3}, "num-digits is 3, expected one of 1, 2"),
+        ({"bounce": "none"}, "bounce is 'none', expected one of mirror, random"),
+        ({"tone": "loud"}, "tone is 'loud', expected one of wrapped, clean"),
+        ({"clip_frames": 1}, "clip-frames is 1, expected at least 2"),
+        ({"data_seed": -1}, "data-seed is -1, expected at least 0"),
+        ({"train_clips": 0}, "train-clips is 0, expected at least 1"),
     ],
 )
 def test_bad_settings(changed, message):
@@ -292,7 +292,7 @@ def test_bad_settings(changed, message):
 
 
 def test_bad_split_and_range():
-    with pytest.raises(InputError, match="split='all'"):
+    with pytest.raises(InputError, match="split is 'all', expected one of"):
         MovingMNIST(variant(), "all")
     with pytest.raises(ValueError, match="first=199, count=2"):
         MovingMNIST(variant(), "val").clips(199, 2)

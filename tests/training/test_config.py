@@ -23,7 +23,7 @@ from avfast.train import train
         ({"stage": "car"}, "--mme PATH names the motion model"),
         ({"training": PaperTraining(mme="x")}, "--mme PATH names the motion model"),
         ({"training": PaperTraining(car_steps=0)}, "car-steps is 0, expected at least 1"),
-        ({"training": PaperTraining(teacher_forcing=1.2)}, "teacher-forcing is 1.2, expected a share between 0 and 1"),
+        ({"training": PaperTraining(teacher_forcing=1.2)}, "teacher-forcing is 1.2, expected at least 0 and at most 1"),
         ({"training": PaperTraining(teacher_forcing=0.5, forced_frames=1)}, "forced-frames is 1, expected at least 2"),
         ({"training": PaperTraining(forced_frames=8)}, "forced-frames is for teacher forcing"),
         ({"stage": "cars"}, "stage is 'cars', expected all or a stage of this model: mme, car"),
