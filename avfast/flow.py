@@ -93,11 +93,10 @@ class FlowConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} is {value}, expected a positive number")
-        if self.size is not None:
-            if min(self.size) < 1:
-                raise InputError(f"size is {' '.join(map(str, self.size))}, expected at least 1 pixel each way")
-            if self.short_side is not None:
-                raise InputError(f"short-side is {self.short_side} and size is given too, expected one of them")
+        if self.size is not None and min(self.size) < 1:
+            raise InputError(f"size is {' '.join(map(str, self.size))}, expected at least 1 pixel each way")
+        if self.size is not None and self.short_side is not None:
+            raise InputError(f"short-side is {self.short_side} and size is given too, expected one of them")
         check_name(self.preset, PRESETS, "preset")
         # a backend that cannot run shall be said before anything is written
         tvl1_flow(torch.zeros(2, 1, 1, 1, device=choose_device(self.device)), preset=self.preset)
