@@ -10,21 +10,6 @@ from typing import Any
 from avfast.cli.command import run_command
 from avfast.machine.environment import environment
 
-Section = tuple[str, list[tuple[str, str]]]
-"""A title and lines of (name, text)."""
-
-
-def _sections(report: dict[str, Any]) -> list[Section]:
-    """The report of `environment` as text for people."""
-    sections = [
-        ("machine", _machine(report)),
-        ("packages", list(report["packages"].items())),
-        ("backends", _backends(report)),
-    ]
-    if report["variables"]:
-        sections.append(("variables", list(report["variables"].items())))
-    return sections
-
 
 def _machine(report: dict[str, Any]) -> list[tuple[str, str]]:
     cpu, native, cuda = report["cpu"], report["native"], report["cuda"]
@@ -60,8 +45,8 @@ def _backends(report: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _print(sections: list[Section]) -> None:
-    """Tables on a terminal, otherwise indented lines."""
+def _print(sections: dict[str, list[tuple[str, str]]]) -> None:
+    """Sections of lines (name, text), without the empty ones: tables on a terminal, otherwise indented lines."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -71,14 +56,14 @@ def _print(sections: list[Section]) -> None:
         terminal = console.is_terminal
     except ImportError:
         terminal = False
-    for title, lines in sections:
-        if terminal:
+    for title, lines in sections.items():
+        if terminal and lines:
             table = Table(title=title, title_justify="left", show_header=False)
             for name, text in lines:
                 # as Text, because rich would read brackets in a path or a reason as markup
                 table.add_row(Text(name), Text(text))
             console.print(table)
-        else:
+        elif lines:
             print(f"{title}:")
             for name, text in lines:
                 print(f"  {name}: {text}")
@@ -92,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         print(json.dumps(report, indent=2))
         return
-    _print(_sections(report))
+    packages, variables = list(report["packages"].items()), list(report["variables"].items())
+    _print({"machine": _machine(report), "packages": packages, "backends": _backends(report), "variables": variables})
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
 

@@ -103,11 +103,9 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Score, and write table.md, table.csv, results.json, curves.png and sample pictures into a new folder.
-
-    Returns the content of results.json with "out" (the folder) and "markdown" (the tables) added. Under `torchrun`
-    every process scores its share and returns the same; the first one writes. Raises InputError for what the user can
-    mend."""
+    """Score, and write table.md, table.csv, results.json, curves.png and sample pictures into a new folder. Returns the
+    content of results.json with "out" (the folder) and "markdown" (the tables) added. Under `torchrun` every process
+    scores its share and returns the same; the first one writes. Raises InputError for what the user can mend."""
     config.check()
     return _evaluate_runs(config) if config.checkpoint else _evaluate_arrays(config)
 
@@ -297,13 +295,11 @@ def _unit_frames(flag: str, array: np.ndarray, clips: slice) -> Tensor:
 
 
 def _column_frames(frames: tuple[int, ...], context_frames: int, pred_frames: int) -> tuple[int, ...]:
-    if not frames:
-        return default_frames(context_frames, pred_frames)
     first, last = context_frames + 1, context_frames + pred_frames
     for number in frames:
         if not first <= number <= last:
             raise InputError(f"frames holds {number}, expected numbers of predicted frames, {first} to {last}")
-    return frames
+    return frames or default_frames(context_frames, pred_frames)
 
 
 def _clip_count(wanted: int | None, available: int) -> int:

@@ -120,7 +120,10 @@ def export_model(
     metadata = _metadata(model, config, spec, [g.name for g in graphs])
     # of the example alone; 0 and 1 are the sizes that torch.export would take for fixed
     sizes = {"B": 2, "N": 3, "P": 4, "M": 6, "K": 3, "T": 7, "h": 2, "w": 3}
-    with _new_folder(Path(out)) as folder:
+    if Path(out).exists():
+        raise InputError(f"out is {out}, which exists already: expected a new folder")
+    sweep([Path(out)])
+    with hidden_folder(out) as folder:
         for done, graph in enumerate(graphs):
             progress(done, len(graphs) + 1, graph.name)
             own = json.dumps({**metadata, "graph": graph.name, **_inputs_and_outputs(graph)})
@@ -137,6 +140,7 @@ def export_model(
             raise InputError(
                 f"the exported graphs differ from PyTorch in {listed}, expected at most {limit:g}: not written"
             )
+        os.rename(folder, out)
     progress(len(graphs) + 1, len(graphs) + 1, "done")
     return differences
 
@@ -314,17 +318,6 @@ def _differences(name: str, found: runtime.Rollout, expected: Rollout) -> dict[s
     frames = np.abs(found.frames - expected.frames.numpy()).max()
     flow = np.abs(found.flow - expected.flow.numpy()).max() / max(1.0, expected.flow.abs().max().item())
     return {f"{name}, frames": float(frames), f"{name}, flow": float(flow)}
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder beside `path`, renamed to it when the block ends well and removed when it does not."""
-    if path.exists():
-        raise InputError(f"out is {path}, which exists already: expected a new folder")
-    sweep([path])
-    with hidden_folder(path) as work:
-        yield work
-        os.rename(work, path)
 
 
 def main(argv: list[str] | None = None) -> None:

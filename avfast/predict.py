@@ -41,7 +41,7 @@ from avfast.machine.device import choose_device
 from avfast.machine.environment import commit
 from avfast.media.inputs import Item, find_items, write_failures
 from avfast.media.prefetch import prefetch
-from avfast.media.sound import Samples, SoundTrack, read_sound
+from avfast.media.sound import Samples, read_sound
 from avfast.media.spectrogram import spectrogram
 from avfast.media.video_writer import video_writer
 from avfast.models.base import Rollout
@@ -121,11 +121,10 @@ class _Clip(NamedTuple):
 
 
 def predict(config: PredictConfig) -> dict[str, Any]:
-    """Predict every video of the inputs and write its folder, see PredictConfig and the module's docstring.
-
-    Returns `out`, `predictions`, a list of the contents of prediction.json with "folder" added, `seconds`, and
-    `failed`, a list of {"input", "reason"} that failed.json in `out` holds too. Raises InputError when nothing could be
-    done and for settings that do not work, OSError when the results cannot be written."""
+    """Predict every video of the inputs and write its folder, see PredictConfig and the module's docstring. Returns
+    `out`, `predictions`, a list of the contents of prediction.json with "folder" added, `seconds`, and `failed`, a list
+    of {"input", "reason"} that failed.json in `out` holds too. Raises InputError when nothing could be done and for
+    settings that do not work, OSError when the results cannot be written."""
     config.check()
     predictor = _Predictor(config)
     items, unusable = find_items(config.inputs, MARKER)
@@ -220,7 +219,7 @@ class _Predictor:
             played = np.zeros(round(seconds * _FILM_RATE), np.int16)
         else:
             # another sound from its own beginning, the film's from its first frame on
-            first = start if sound == item.path else _sound_start(sound, settings.sample_rate)
+            first = start if sound == item.path else read_sound(sound, settings.sample_rate, seconds=0).start
             waveform = sound_windows(sound, settings, first + np.arange(self._total) / fps)
             played = read_sound(sound, _FILM_RATE, start=first, seconds=seconds).samples
         if condition == "shifted":
@@ -255,12 +254,6 @@ class _Predictor:
         return record | {"folder": str(folder)}
 
 
-def _sound_start(path: Path, rate: int) -> float:
-    """Time of a track's first sample on its file's clock."""
-    with SoundTrack(path, rate) as track:
-        return track.start / rate
-
-
 def _scores(batch: Batch, rollout: Rollout, k: int, protocol: ProtocolName) -> dict[str, MetricResult]:
     """Of the predicted frames that have a true one, beside two predictors that need no training; none without."""
     count = batch.frames.shape[1] - k
@@ -290,15 +283,12 @@ def _write(folder: Path, clip: _Clip, batch: Batch, rollout: Rollout, results: d
                 write(picture, number / clip.fps)
     plots.save_gif(folder / "film.gif", true, frames, context_frames=k, frames_per_second=clip.fps)
     total = k + len(frames)
-    spread = np.linspace(1, total, min(total, _STRIP_FRAMES)).round().astype(int).tolist()
-    chosen = {*spread, k, k + 1}
-    plots.save_strip(
-        folder / "strip.png", true, frames, true_flow, flow, batch.audio[0].cpu(), context_frames=k, frames=chosen
-    )
+    chosen = {*np.linspace(1, total, min(total, _STRIP_FRAMES)).round().astype(int).tolist(), k, k + 1}
+    path, audio = folder / "strip.png", batch.audio[0].cpu()
+    plots.save_strip(path, true, frames, true_flow, flow, audio, context_frames=k, frames=chosen)
     if results:
-        plots.save_metric_curves(
-            folder / "curves.png", results, context_frames=k, references=results.keys() - {"predicted"}
-        )
+        references = results.keys() - {"predicted"}
+        plots.save_metric_curves(folder / "curves.png", results, context_frames=k, references=references)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -95,7 +95,6 @@ class PrepareConfig:
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Clips of every video of the inputs into `out`, see PrepareConfig; what is finished there already is skipped.
-
     Returns `out`, `finished` (False: other runs have work left), the counts `done`, `skipped` (finished before),
     `elsewhere` (another run's), `clips` (made now), `seconds`, `splits` (clips of each, when finished), and `failed`, a
     list of {"input", "reason"}. Raises InputError when no video could be used, for settings that do not work, and where

@@ -50,38 +50,35 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 th:first-child { background: linear-gradient(var(--soft), var(--soft)), Canvas; }
 code { background: var(--soft); padding: 0 .2em; border-radius: 3px; }
 details pre { overflow-x: auto; font-size: .8rem; }
-""".strip()
+"""
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{name}</h1>
+{sections}
+<p class="note">avfast {version}</p>
+</body>
+</html>
+"""
 
 
 def write_report(run: str | Path) -> Path:
-    """Write report.html into a run folder from the files there, and return its path.
-
-    Raises InputError for a folder that is no run folder, OSError if the page cannot be written."""
+    """Write report.html into a run folder from the files there, and return its path. Raises InputError for a folder
+    that is no run folder, OSError if the page cannot be written."""
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run} is not a run folder (no config.yaml)")
     sections = [*_training(run), *_evaluations(run), *_predictions(run), *_settings(run)]
     name = html.escape(run.absolute().name)
-    page = "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{name}</title>",
-            f"<style>\n{_STYLE}\n</style>",
-            "</head>",
-            "<body>",
-            f"<h1>{name}</h1>",
-            *sections,
-            f'<p class="note">avfast {html.escape(__version__)}</p>',
-            "</body>",
-            "</html>",
-        ]
-    )
+    page = _PAGE.format(name=name, style=_STYLE, sections="\n".join(sections), version=html.escape(__version__))
     with replacing(run / REPORT) as temporary:
-        temporary.write_text(page + "\n", encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return run / REPORT
 
 

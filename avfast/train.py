@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 -m avfast.train --preset mmnist"""
 
 from __future__ import annotations
 
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
@@ -34,14 +35,13 @@ def _train(config: TrainConfig, run: Run | None) -> Trainer:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(TrainConfig, prog="avfast train", argv=argv, presets=PRESETS, choices=flag_choices())
+    read = partial(parse, TrainConfig, prog="avfast train", argv=argv, presets=PRESETS, choices=flag_choices())
+    config = read()
     run = find_run(config)
     if run is not None:
         # the run's own settings, with the flags given now on top
         own = load_run_config(run.checkpoints)
-        config = parse(
-            TrainConfig, prog="avfast train", argv=argv, presets=PRESETS, default=own, choices=flag_choices()
-        )
+        config = read(default=own)
         for name in (*_FIXED, *(f"training.{field}" for field in own.training.fixed)):
             if attrgetter(name)(config) != attrgetter(name)(own):
                 flag = name.rpartition(".")[2].replace("_", "-")

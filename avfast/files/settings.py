@@ -62,11 +62,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(default: Config, values: Mapping[str, Any], where: str, choices: Choices | None = None) -> Config:
-    """Replace fields of a config by values of a dictionary; nested settings are tables.
-
-    A table may hold `name: NAME`, which says whose settings it holds: one of `choices` for that field, or without
-    choices the name that the settings already have. Raises InputError, which begins with `where`, for an unknown key or
-    name and for a value of another type."""
+    """Replace fields of a config by values of a dictionary; nested settings are tables. A table may hold `name: NAME`,
+    which says whose settings it holds: one of `choices` for that field, or without choices the name that the settings
+    already have. Raises InputError, which begins with `where`, for an unknown key or name and for a value of another
+    type."""
     hints = setting_types(default)
     changes: dict[str, Any] = {}
     for key, value in values.items():

@@ -20,11 +20,10 @@ FitMode = Literal["stretch", "crop", "letterbox"]
 
 
 class Frame(NamedTuple):
-    """One frame of a film or of an image folder.
-
-    image: (H,W,3) RGB, or (H,W) if grey was asked for. number: place in the file, from 0; frames chosen at another rate
-    repeat numbers or leave some out. time: the frame's timestamp in seconds, or for frames chosen at a rate the time
-    that the frame stands for; None where the file has neither timestamps nor a frame rate, or is an image."""
+    """One frame of a film or of an image folder. image: (H,W,3) RGB, or (H,W) if grey was asked for. number: place in
+    the file, from 0; frames chosen at another rate repeat numbers or leave some out. time: the frame's timestamp in
+    seconds, or for frames chosen at a rate the time that the frame stands for; None where the file has neither
+    timestamps nor a frame rate, or is an image."""
 
     image: Pixels
     number: int

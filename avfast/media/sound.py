@@ -37,10 +37,9 @@ class Sound(NamedTuple):
 
 def read_sound(path: str | Path, rate: int, *, start: float | None = None, seconds: float | None = None) -> Sound:
     """The first sound track of a film or sound file: all of it, or `seconds` of it from `start`, a time on the file's
-    clock (by default the track's first). Times outside the track are silence.
-
-    Mono (FFmpeg's mix, normalised so that it cannot clip), int16, resampled to `rate` by FFmpeg.
-    Raises InputError for a file that cannot be opened, has no sound track, or is damaged."""
+    clock (by default the track's first). Times outside the track are silence. Mono (FFmpeg's mix, normalised so that it
+    cannot clip), int16, resampled to `rate` by FFmpeg. Raises InputError for a file that cannot be opened, has no sound
+    track, or is damaged."""
     with SoundTrack(path, rate) as track:
         first = track.start if start is None else round(start * rate)
         if seconds is None:

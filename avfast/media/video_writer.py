@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -26,10 +26,9 @@ _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 6400
 def video_writer(
     path: str | Path, fps: float = 25.0, sound: tuple[NDArray[np.int16], int] | None = None
 ) -> Iterator[Callable[[Pixels, float], None]]:
-    """Write an mp4 file (H.264): the block gets a function `write(image, time)` and calls it once per frame.
-
-    image: (H,W,3) RGB uint8, all of one size; an odd side gets its last row or column twice, because players want even
-    ones. time: seconds, increasing. fps: the rate that the file states, and how long the last frame stays. sound: mono
+    """Write an mp4 file (H.264): the block gets a function `write(image, time)` and calls it once per frame. image:
+    (H,W,3) RGB uint8, all of one size; an odd side gets its last row or column twice, because players want even ones.
+    time: seconds, increasing. fps: the rate that the file states, and how long the last frame stays. sound: mono
     samples (N,) int16, which become an AAC track, and their rate; the first is at time 0. The file appears when the
     block ends without an error. Raises InputError if no frame was written, OSError if the file cannot be written."""
     with replacing(path) as temporary, av.open(f"file:{temporary}", "w", format="mp4") as container:
@@ -82,7 +81,6 @@ class _SoundTrack:
         # AAC has only these rates; the next higher one loses nothing
         coded_rate = next((r for r in _AAC_RATES if r >= rate), _AAC_RATES[-1])
         self._stream = container.add_stream("aac", rate=coded_rate, layout="mono", options={"b": "128k"})
-        self._resampler = av.AudioResampler(format="fltp", layout="mono", rate=coded_rate)
 
     def write_until(self, time: float) -> None:
         """Write the samples before a time, in seconds."""
@@ -90,15 +88,10 @@ class _SoundTrack:
         if end > self._written:
             part = av.AudioFrame.from_ndarray(self._waveform[None, self._written : end], format="s16", layout="mono")
             part.rate, part.pts, part.time_base = self._rate, self._written, Fraction(1, self._rate)
-            self._encode(self._resampler.resample(part))
+            self._container.mux(self._stream.encode(part))
             self._written = end
 
     def finish(self) -> None:
         """Write the rest of the samples and what the encoder still holds."""
         self.write_until(math.inf)
-        self._encode(self._resampler.resample(None))
         self._container.mux(self._stream.encode())
-
-    def _encode(self, frames: Iterable[Any]) -> None:
-        for frame in frames:
-            self._container.mux(self._stream.encode(frame))

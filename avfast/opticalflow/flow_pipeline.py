@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
@@ -186,22 +186,22 @@ class FlowRun(ItemRun):
         if marker is None or self._overwrite:
             return wanted
         was, old, new = marker["source"], marker["parameters"], self._parameters.as_dict()
+        changed = [name for name, value in new.items() if old.get(name) != value]
+        missing = [name for name in wanted if name not in marker["formats"]]
         if was["digest"] != source["digest"]:
             if was["path"] != source["path"]:
                 raise InputError(f"{folder} holds the flow of {was['path']}: choose another --out, or --overwrite")
-            self._progress.note(f"{item.name}: its source has changed since, done again")
-            return wanted
-        changed = [name for name, value in new.items() if old.get(name) != value]
-        if changed:
+            why = "its source has changed since,"
+        elif changed:
             values = f"{old.get(changed[0])}, now {new[changed[0]]}"
-            self._progress.note(f"{item.name}: done before with {changed[0].replace('_', '-')} {values}: done again")
-            return wanted
-        missing = [name for name in wanted if name not in marker["formats"]]
-        if not missing:
+            why = f"done before with {changed[0].replace('_', '-')} {values}:"
+        elif missing:
+            # all of them anew, so that nothing that took hours is lost for a format more
+            why, wanted = f"done before without {', '.join(missing)}:", (*marker["formats"], *missing)
+        else:
             return ()
-        # all of them anew, so that nothing that took hours is lost for a format more
-        self._progress.note(f"{item.name}: done before without {', '.join(missing)}: done again")
-        return (*cast(list[Format], marker["formats"]), *missing)
+        self._progress.note(f"{item.name}: {why} done again")
+        return wanted
 
     def _probe(self, item: Item) -> tuple[float | None, int]:
         """The rate of the frames that will be used, and the number of pairs; 0 where the file does not tell."""

@@ -101,7 +101,6 @@ def ssim(pred: Tensor, true: Tensor, protocol: ProtocolName = "paper") -> Tensor
 
 def psnr(pred: Tensor, true: Tensor, protocol: ProtocolName = "paper") -> Tensor:
     """Peak signal-to-noise ratio of each frame in dB, peak 1: (...,C,H,W) in [0,1] (clamped to it) -> (...,) float64.
-
     Capped at `PSNR_CAP`, in `paper` per channel and before the mean over channels. No gradient. ValueError: shapes that
     differ, a type that is not floating point."""
     get_protocol(protocol)
@@ -110,15 +109,14 @@ def psnr(pred: Tensor, true: Tensor, protocol: ProtocolName = "paper") -> Tensor
 
 
 def end_point_error(pred_flow: Tensor, true_flow: Tensor) -> Tensor:
-    """Mean over all pixels of the Euclidean distance of two flows, in pixels: (...,2,H,W) -> (...,) float64.
-
-    The AEPE of the paper's Table 4 before its mean over frames and its factor 100. No gradient. ValueError: shapes that
-    differ or are not (...,2,H,W), a type that is not floating point."""
+    """Mean over all pixels of the Euclidean distance of two flows, in pixels: (...,2,H,W) -> (...,) float64. The AEPE
+    of the paper's Table 4 before its mean over frames and its factor 100. No gradient. ValueError: shapes that differ
+    or are not (...,2,H,W), a type that is not floating point."""
     pred_flow, true_flow = _checked(pred_flow, true_flow, "pred_flow", "true_flow")
     if pred_flow.shape[-3] != 2:
         raise ValueError(f"pred_flow has shape {tuple(pred_flow.shape)}, expected (..., 2, H, W)")
     with torch.no_grad():
-        return (_double(pred_flow) - _double(true_flow)).square().sum(-3).sqrt().mean((-2, -1))
+        return (pred_flow.double() - true_flow.double()).square().sum(-3).sqrt().mean((-2, -1))
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,6 @@ class MetricResult:
 
 class VideoMetrics:
     """Streaming scores of predicted clips: sums and counts per frame index, so memory does not grow with the clips.
-
     `state` is float64 (7, P): the sums of SSIM, PSNR, capped share, squared error, clips, end-point error, clips with
     flow. Sums only: the states of several processes, each with its own clips, add up to the state of one."""
 
@@ -174,7 +171,6 @@ class VideoMetrics:
         self, pred_frames: Tensor, true_frames: Tensor, pred_flow: Tensor | None = None, true_flow: Tensor | None = None
     ) -> None:
         """Add clips: frames (B,P,C,H,W), flow (B,P,2,H,W) in pixels or None. The state moves to their device.
-
         ValueError: as `ssim` and `end_point_error`, P not that of the constructor, one flow without the other."""
         p = self.state.shape[1]
         if pred_frames.ndim != 5 or pred_frames.shape[1] != p:
@@ -227,13 +223,8 @@ def _checked(pred: Tensor, true: Tensor, pred_name: str = "pred", true_name: str
     return pred, true
 
 
-def _double(x: Tensor) -> Tensor:
-    # Apple's GPU has no float64
-    return (x.cpu() if x.device.type == "mps" else x).double()
-
-
 def _unit(x: Tensor) -> Tensor:
-    return _double(x).clamp(0.0, 1.0)
+    return x.double().clamp(0.0, 1.0)
 
 
 def _slabs(planes: Tensor) -> Iterator[Tensor]:

@@ -39,15 +39,6 @@ def mean_of_seen(batch: Batch, k: int) -> Rollout:
     return Rollout(batch.frames[:, :k].mean(1, keepdim=True).expand_as(batch.frames[:, k:]), None)
 
 
-def mean_image(image: Tensor) -> Predictor:
-    """A predictor that always answers with one image (C,H,W), such as the mean of the training set."""
-
-    def predict(batch: Batch, k: int) -> Rollout:
-        return Rollout(image.to(batch.frames).expand_as(batch.frames[:, k:]), None)
-
-    return predict
-
-
 def copy_last_flow(batch: Batch, k: int) -> Rollout:
     """F_K, the last flow that is seen, applied to V_K again and again."""
     flow = batch.flow[:, k - 1 : k].expand_as(batch.flow[:, k:])
@@ -70,11 +61,15 @@ def model_predictor(model: VideoModel) -> Predictor:
 
 def reference_predictors(training_mean: Tensor) -> dict[str, Predictor]:
     """The reference rows of every table, by name. training_mean: (C,H,W), the mean image of the training set."""
+
+    def mean_image(batch: Batch, k: int) -> Rollout:
+        return Rollout(training_mean.to(batch.frames).expand_as(batch.frames[:, k:]), None)
+
     return {
         "black": black,
         "repeat last frame": repeat_last,
         "mean of the seen": mean_of_seen,
-        "training-set mean image": mean_image(training_mean),
+        "training-set mean image": mean_image,
         "copy-last-flow": copy_last_flow,
         "oracle-flow": oracle_flow,
     }
@@ -96,10 +91,9 @@ def score(
     protocol: ProtocolName = "paper",
     accelerator: Accelerator | None = None,
 ) -> dict[str, MetricResult]:
-    """Score every predictor on frames K+1..T of every batch, in constant memory.
-
-    With an accelerator of several processes each passes its own share of the batches (which may be none) and all get
-    the scores over all of them. ValueError: no batch at all, T <= K, predictions of another shape than the truth."""
+    """Score every predictor on frames K+1..T of every batch, in constant memory. With an accelerator of several
+    processes each passes its own share of the batches (which may be none) and all get the scores over all of them.
+    ValueError: no batch at all, T <= K, predictions of another shape than the truth."""
     metrics: dict[str, VideoMetrics] = {}
     pred_frames = 0
     with torch.inference_mode():

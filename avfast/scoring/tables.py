@@ -55,9 +55,8 @@ def default_frames(context_frames: int, pred_frames: int) -> tuple[int, ...]:
 def format_tables(
     models: Mapping[str, MetricResult], references: Mapping[str, MetricResult], info: TableInfo
 ) -> Tables:
-    """Lay results out as the paper's Tables 1 and 5 (SSIM, PSNR) and Table 4 (AEPE), references below the models.
-
-    The best model's value is bold in every column. ValueError: no results, results of several protocols, clip counts or
+    """Lay results out as the paper's Tables 1 and 5 (SSIM, PSNR) and Table 4 (AEPE), references below the models. The
+    best model's value is bold in every column. ValueError: no results, results of several protocols, clip counts or
     lengths, a frame number that was not predicted."""
     results = {**models, **references}
     if len({(r.protocol, r.clips, len(r.ssim)) for r in results.values()}) != 1:

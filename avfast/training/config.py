@@ -110,9 +110,8 @@ class TrainConfig:
 
     @staticmethod
     def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
-        """The content of a config.yaml, of any version, as the present TrainConfig has it.
-
-        The first version had the settings of both data sets, and those of the paper's stages among its own."""
+        """The content of a config.yaml, of any version, as the present TrainConfig has it. The first version had the
+        settings of both data sets, and those of the paper's stages among its own."""
         values = dict(values)
         if "dataset" in values:
             name, clips = values.pop("dataset"), values.pop("clips", None)
@@ -139,14 +138,6 @@ class TrainConfig:
         """One split of the run's data set, made where that is possible. Raises InputError where it cannot be had, or
         does not fit the run."""
         store = self.data.load(split, cache=self.data_cache, flow_preset=self.flow_preset, quiet=quiet)
-        self._refuse_misfit(store)
-        return store
-
-    def built_split(self, split: Split) -> ClipStore | None:
-        """One split where nothing has to be made for it, else None. Raises InputError where it cannot be had."""
-        return self.data.built(split, cache=self.data_cache, flow_preset=self.flow_preset)
-
-    def _refuse_misfit(self, store: ClipStore) -> None:
         for flag, wanted, found in (
             ("image-channels", self.model.image_channels, store.frames.shape[2]),
             ("audio-shape", tuple(self.model.audio_shape), tuple(store.audio_shape)),
@@ -159,6 +150,11 @@ class TrainConfig:
                 f"context-frames with pred-frames or eval-frames is {self.longest_window} frames, more than the "
                 f"{store.clip_frames} frames of the clips in {store.folder}"
             )
+        return store
+
+    def built_split(self, split: Split) -> ClipStore | None:
+        """One split where nothing has to be made for it, else None. Raises InputError where it cannot be had."""
+        return self.data.built(split, cache=self.data_cache, flow_preset=self.flow_preset)
 
 
 _MMNIST = TrainConfig()

@@ -234,8 +234,7 @@ def read_data_parameters(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def input_spec(checkpoint: Path, run: TrainConfig) -> InputSpec:
-    """How the model of a run's checkpoint is fed: as the run's training data was read.
-
-    Raises InputError where the run does not tell, and where films cannot be read so."""
+    """How the model of a run's checkpoint is fed: as the run's training data was read. Raises InputError where the run
+    does not tell, and where films cannot be read so."""
     clips = run.data.clip_settings(lambda: read_data_parameters(checkpoint), run.model.image_channels)
     return InputSpec(run.context_frames, run.eval_frames, run.flow_preset, clips)

@@ -116,14 +116,9 @@ class Trainer:
             torch.set_rng_state(self.resumed["rng"])
             if accelerator.scaler:
                 accelerator.scaler.load_state_dict(self.resumed["scaler"])
-        self.order = DataOrder(
-            len(self.train_data),
-            self.train_data.clip_frames - self.length + 1,
-            batch_size,
-            config.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        starts = self.train_data.clip_frames - self.length + 1
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.order = DataOrder(len(self.train_data), starts, batch_size, config.seed, rank, world)
         norms = batch_norms(stage.trained)
         stage.trained, optimizer = accelerator.prepare(stage.trained, optimizer)
         parameters = list(stage.trained.parameters())
@@ -131,19 +126,17 @@ class Trainer:
             best = self._evaluate(stage, first, best)
 
         pending: list[tuple[int, Tensor, Tensor]] = []
-        clips = batch_size * accelerator.num_processes
-        description = f"stage {stage.name}"
+        quiet = not accelerator.is_local_main_process
         keys = (self.order[index] for index in range(start, steps))
         with (
-            Progress(description, total=steps, done=start, quiet=not accelerator.is_local_main_process) as progress,
+            Progress(f"stage {stage.name}", total=steps, done=start, quiet=quiet) as progress,
             closing(self.train_data.batches(keys, self.length, accelerator.device, waveform=self.waveform)) as batches,
         ):
             began, counted = time.perf_counter(), start
             for index in range(start, steps):
                 for group in optimizer.param_groups:
                     group["lr"] = stage.lr * _schedule(config, index, steps)
-                key = self.order[index]
-                batch = next(batches)
+                key, batch = self.order[index], next(batches)
                 forced, horizon = index < stage.forced_share * steps, _horizon(stage, config, index, steps)
                 with accelerator.autocast():
                     loss = stage.forced_loss(batch) if forced else stage.loss(batch, key, horizon)
@@ -161,7 +154,7 @@ class Trainer:
                 if save or evaluate or (index + 1) % config.log_every == 0 or index == start:
                     value = self._check(stage, pending)
                     pending.clear()
-                    rate = (index + 1 - counted) * clips / (time.perf_counter() - began)
+                    rate = (index + 1 - counted) * batch_size * world / (time.perf_counter() - began)
                     progress.update(index + 1, steps, f"loss {value:.4f}  {rate:.1f} clips/s")
                     if accelerator.is_main_process:
                         lr = optimizer.param_groups[0]["lr"]
@@ -275,26 +268,16 @@ class Trainer:
             sample = sample or (batch, rollout)
         total = accelerator.reduce(total, "sum")
         result = metrics.reduce(accelerator).compute()
-        values = {
-            "val_loss": (total[0] / total[1]).item(),
-            "aepe": result.mean_aepe,
-            "ssim": result.mean_ssim,
-            "psnr": result.mean_psnr,
-        }
-        return values, sample
+        scores = {"aepe": result.mean_aepe, "ssim": result.mean_ssim, "psnr": result.mean_psnr}
+        return {"val_loss": (total[0] / total[1]).item(), **scores}, sample
 
     def _save_sample(self, stage: Stage, step: int, batch: Batch, rollout: Rollout) -> None:
         k = self.config.context_frames
         base = self.run.folder / "samples" / f"{stage.name}_{step:08d}"
-        plots.save_strip(
-            base.with_suffix(".png"),
-            batch.frames[0].cpu(),
-            rollout.frames[0].cpu(),
-            batch.flow[0].cpu(),
-            None if rollout.flow is None else rollout.flow[0].cpu(),
-            context_frames=k,
-        )
-        plots.save_gif(base.with_suffix(".gif"), batch.frames[:4].cpu(), rollout.frames[:4].cpu(), context_frames=k)
+        true, true_flow = batch.frames[:4].cpu(), batch.flow[0].cpu()
+        frames, flow = rollout.frames[:4].cpu(), None if rollout.flow is None else rollout.flow[0].cpu()
+        plots.save_strip(base.with_suffix(".png"), true[0], frames[0], true_flow, flow, context_frames=k)
+        plots.save_gif(base.with_suffix(".gif"), true, frames, context_frames=k)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

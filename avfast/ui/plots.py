@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from avfast.errors import InputError
 from avfast.files.atomic import read_records, replacing
@@ -229,11 +229,10 @@ def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
 def save_metric_curves(
     path: str | Path, results: Mapping[str, Any], *, context_frames: int = 0, references: Collection[str] = ()
 ) -> None:
-    """Draw SSIM and PSNR, and AEPE if some predictor has flow, over the frame number; `references` are dashed.
-
-    results: {predictor: scores}, all of clips of the same length. Scores have `ssim`, `psnr` and `aepe`, lists of one
-    value per predicted frame (`aepe` is None where there is no flow), as `avfast.scoring.metrics.MetricResult` has.
-    ValueError: no results."""
+    """Draw SSIM and PSNR, and AEPE if some predictor has flow, over the frame number; `references` are dashed. results:
+    {predictor: scores}, all of clips of the same length. Scores have `ssim`, `psnr` and `aepe`, lists of one value per
+    predicted frame (`aepe` is None where there is no flow), as `avfast.scoring.metrics.MetricResult` has. ValueError:
+    no results."""
     if not results:
         raise ValueError("results is empty, expected at least one predictor")
     panels: list[tuple[str, dict[str, list[float]]]] = [
@@ -307,9 +306,8 @@ def _cell_size(images: Pixels, side: int) -> tuple[int, int]:
 
 def _framed(pixels: Pixels, height: int, width: int, colour: tuple[int, int, int]) -> Image.Image:
     """The pixels resized to a cell of this size with a border of this colour."""
-    framed = Image.new("RGB", (width, height), colour)
-    framed.paste(Image.fromarray(pixels).resize((width - 2 * BORDER, height - 2 * BORDER), _NEAREST), (BORDER, BORDER))
-    return framed
+    inner = Image.fromarray(pixels).resize((width - 2 * BORDER, height - 2 * BORDER), _NEAREST)
+    return ImageOps.expand(inner, BORDER, colour)
 
 
 def _canvas(width: int, height: int, flow_scale: float | None = None) -> tuple[Image.Image, ImageDraw.ImageDraw]:
