@@ -7,20 +7,17 @@
 namespace avfast::AVFAST_ISA {
 namespace {
 
-using tvl1::Field;
-using tvl1::Iterate;
-using tvl1::LineariseRow;
-using tvl1::MedianRow;
+using namespace tvl1;
 
 // A register of pixels in every field of one row. There is a pointer to each third field only; the two fields that
 // follow are one and two strides further, which an address can express. A pointer to each field would need more
 // registers than there are.
 struct Cursor {
-  float* group[tvl1::kFields / 3];
+  float* group[kFields / 3];
   int64_t stride;
 
   AVFAST_INLINE Cursor(float* row, int64_t field_stride) : stride(field_stride) {
-    for (int i = 0; i < tvl1::kFields / 3; ++i) group[i] = row + 3 * i * field_stride;
+    for (int i = 0; i < kFields / 3; ++i) group[i] = row + 3 * i * field_stride;
   }
   AVFAST_INLINE float* at(Field field) const { return group[field / 3] + field % 3 * stride; }
   AVFAST_INLINE Vec load(Field field, int dx = 0) const { return Vec::load(at(field) + dx); }
@@ -38,8 +35,8 @@ template <class Solver, bool kPrimal, bool kDual, bool kBelow, bool kChange>
 AVFAST_INLINE void iterate_rows(const Iterate& r, int begin, int end, const Solver& parameters) {
   constexpr bool kBar = Solver::kExtrapolates;
   // the dual follows the gradient of the flow itself, or of an extrapolated flow that is kept beside it
-  constexpr Field kDrive1 = kBar ? tvl1::kBar1 : tvl1::kU1;
-  constexpr Field kDrive2 = kBar ? tvl1::kBar2 : tvl1::kU2;
+  constexpr Field kDrive1 = kBar ? kBar1 : kU1;
+  constexpr Field kDrive2 = kBar ? kBar2 : kU2;
   begin = begin < r.begin ? r.begin : begin;
   end = end > r.end ? r.end : end;
   if (begin >= end) return;
@@ -53,38 +50,34 @@ AVFAST_INLINE void iterate_rows(const Iterate& r, int begin, int end, const Solv
   float* first = r.row + (begin - r.begin) * row_stride;
   Cursor row(first, r.stride);
   Cursor above(first - row_stride, r.stride);
-  Cursor dual(first - tvl1::kDualLag * row_stride, r.stride);
+  Cursor dual(first - kDualLag * row_stride, r.stride);
   float* past1 = first + kDrive1 * r.stride + width;
   float* past2 = first + kDrive2 * r.stride + width;
 
   for (int y = begin; y < end; ++y) {
     for (int x = 0; x < width; x += kLanes, row.advance(kLanes), above.advance(kLanes), dual.advance(kLanes)) {
-      tvl1::Ascended<Vec> ascended;
+      Ascended<Vec> ascended;
       if constexpr (kDual) {
         const Vec u1 = dual.load(kDrive1);
         const Vec u2 = dual.load(kDrive2);
         const Vec g12 = kBelow ? above.load(kDrive1) - u1 : Vec(0.0f);
         const Vec g22 = kBelow ? above.load(kDrive2) - u2 : Vec(0.0f);
-        const tvl1::Dual4<Vec> q{dual.load(tvl1::kQ11), dual.load(tvl1::kQ12), dual.load(tvl1::kQ21),
-                                 dual.load(tvl1::kQ22)};
+        const Dual4<Vec> q{dual.load(kQ11), dual.load(kQ12), dual.load(kQ21), dual.load(kQ22)};
         ascended = solver.ascend(q, dual.load(kDrive1, 1) - u1, g12, dual.load(kDrive2, 1) - u2, g22);
       }
       if constexpr (kPrimal) {
-        const tvl1::Flow2<Vec> u{row.load(tvl1::kU1), row.load(tvl1::kU2)};
-        const tvl1::DataTerm<Vec> d{row.load(tvl1::kIx), row.load(tvl1::kIy), row.load(tvl1::kRhoC),
-                                    row.load(tvl1::kInvGrad)};
+        const Flow2<Vec> u{row.load(kU1), row.load(kU2)};
+        const DataTerm<Vec> d{row.load(kIx), row.load(kIy), row.load(kRhoC), row.load(kInvGrad)};
         // above the upper border lies a row of zeros
-        const Vec div1 =
-            row.load(tvl1::kQ11) - row.load(tvl1::kQ11, -1) + (row.load(tvl1::kQ12) - above.load(tvl1::kQ12));
-        const Vec div2 =
-            row.load(tvl1::kQ21) - row.load(tvl1::kQ21, -1) + (row.load(tvl1::kQ22) - above.load(tvl1::kQ22));
-        const tvl1::Flow2<Vec> next = solver.primal(u, d, div1, div2);
-        next.u1.store(row.at(tvl1::kU1));
-        next.u2.store(row.at(tvl1::kU2));
+        const Vec div1 = row.load(kQ11) - row.load(kQ11, -1) + (row.load(kQ12) - above.load(kQ12));
+        const Vec div2 = row.load(kQ21) - row.load(kQ21, -1) + (row.load(kQ22) - above.load(kQ22));
+        const Flow2<Vec> next = solver.primal(u, d, div1, div2);
+        next.u1.store(row.at(kU1));
+        next.u2.store(row.at(kU2));
         if constexpr (kBar) {
-          const tvl1::Flow2<Vec> drive = solver.driver(next, u);
-          drive.u1.store(row.at(tvl1::kBar1));
-          drive.u2.store(row.at(tvl1::kBar2));
+          const Flow2<Vec> drive = solver.driver(next, u);
+          drive.u1.store(row.at(kBar1));
+          drive.u2.store(row.at(kBar2));
         }
         if constexpr (kChange) {
           const Vec du1 = next.u1 - u.u1;
@@ -93,11 +86,11 @@ AVFAST_INLINE void iterate_rows(const Iterate& r, int begin, int end, const Solv
         }
       }
       if constexpr (kDual) {
-        const tvl1::Dual4<Vec> next = tvl1::project(solver, ascended);
-        next.q11.store(dual.at(tvl1::kQ11));
-        next.q12.store(dual.at(tvl1::kQ12));
-        next.q21.store(dual.at(tvl1::kQ21));
-        next.q22.store(dual.at(tvl1::kQ22));
+        const Dual4<Vec> next = project(solver, ascended);
+        next.q11.store(dual.at(kQ11));
+        next.q12.store(dual.at(kQ12));
+        next.q21.store(dual.at(kQ21));
+        next.q22.store(dual.at(kQ22));
       }
     }
     row.advance(to_next_row);
@@ -118,17 +111,16 @@ template <class Solver>
 void iterate(const Iterate& given, const Solver& parameters) {
   const Iterate r = given;
   const Solver solver = parameters;
-  constexpr int kLag = tvl1::kDualLag;
   const int height = r.height;
-  const int alone = height < kLag ? height : kLag;
-  const int done = height > kLag ? height : kLag;
-  const int last = height + kLag - 1;
+  const int alone = height < kDualLag ? height : kDualLag;
+  const int done = height > kDualLag ? height : kDualLag;
+  const int last = height + kDualLag - 1;
   if (r.change != nullptr) {
     iterate_rows<Solver, true, false, false, true>(r, 0, alone, solver);
-    iterate_rows<Solver, true, true, true, true>(r, kLag, height, solver);
+    iterate_rows<Solver, true, true, true, true>(r, kDualLag, height, solver);
   } else {
     iterate_rows<Solver, true, false, false, false>(r, 0, alone, solver);
-    iterate_rows<Solver, true, true, true, false>(r, kLag, height, solver);
+    iterate_rows<Solver, true, true, true, false>(r, kDualLag, height, solver);
   }
   iterate_rows<Solver, false, true, true, false>(r, done, last, solver);
   iterate_rows<Solver, false, true, false, false>(r, last, last + 1, solver);
@@ -148,20 +140,20 @@ AVFAST_INLINE void find_points(const LineariseRow& r, const Cursor& row, int x, 
   const Vec low(-r.reach);
   const Vec high_x(static_cast<float>(r.width - 1) + r.reach);
   const Vec high_y(static_cast<float>(r.height - 1) + r.reach);
-  const Vec px = Vec(static_cast<float>(x)) + Vec::iota() + row.load(tvl1::kU1);
-  const Vec py = Vec(static_cast<float>(r.y)) + row.load(tvl1::kU2);
-  const Vec cx = tvl1::clamp(px, low, high_x);
-  const Vec cy = tvl1::clamp(py, low, high_y);
+  const Vec px = Vec(static_cast<float>(x)) + Vec::iota() + row.load(kU1);
+  const Vec py = Vec(static_cast<float>(r.y)) + row.load(kU2);
+  const Vec cx = clamp(px, low, high_x);
+  const Vec cy = clamp(py, low, high_y);
   const Vec::Int x0 = floor_int(cx);
   const Vec::Int y0 = floor_int(cy);
-  const tvl1::CubicWeights<Vec> wx = tvl1::cubic_weights(cx - to_float(x0));
-  const tvl1::CubicWeights<Vec> wy = tvl1::cubic_weights(cy - to_float(y0));
+  const CubicWeights<Vec> wx = cubic_weights(cx - to_float(x0));
+  const CubicWeights<Vec> wy = cubic_weights(cy - to_float(y0));
   for (int k = 0; k < 4; ++k) {
     wx.w[k].store(points.x_weights[k] + i);
     wy.w[k].store(points.y_weights[k] + i);
   }
   (r.gate ? equal(px, cx) * equal(py, cy) : Vec(1.0f)).store(points.inside + i);
-  const Vec::Int first = (y0 - 1) * static_cast<int32_t>(r.texel_stride) + (x0 - 1) * tvl1::kTexelChannels;
+  const Vec::Int first = (y0 - 1) * static_cast<int32_t>(r.texel_stride) + (x0 - 1) * kTexelChannels;
   __builtin_memcpy(points.first + i, &first, sizeof first);
 }
 
@@ -169,7 +161,7 @@ AVFAST_INLINE void find_points(const LineariseRow& r, const Cursor& row, int x, 
 // texels.
 template <int kLane>
 AVFAST_INLINE Vec warp(const LineariseRow& r, const Points& points, int i) {
-  static_assert(tvl1::kTexelChannels == 4, "a texel is a quad");
+  static_assert(kTexelChannels == 4, "a texel is a quad");
   constexpr int kParts = 4 / kQuads;  // registers for four texels in a row
   Vec columns[kQuads][kParts];
   for (int quad = 0; quad < kQuads; ++quad) {
@@ -203,13 +195,13 @@ void linearise_row(const LineariseRow& given) {
     }
     row = Cursor(r.row + begin, r.stride);
     for (int i = 0; i < count; i += kLanes, row.advance(kLanes)) {
-      const tvl1::DataTerm<Vec> d = tvl1::linearise(
-          Vec::load(points.warped[0] + i), Vec::load(points.warped[1] + i), Vec::load(points.warped[2] + i),
-          Vec::load(r.target + begin + i), row.load(tvl1::kU1), row.load(tvl1::kU2), Vec::load(points.inside + i));
-      d.ix.store(row.at(tvl1::kIx));
-      d.iy.store(row.at(tvl1::kIy));
-      d.rho_c.store(row.at(tvl1::kRhoC));
-      d.inv_grad.store(row.at(tvl1::kInvGrad));
+      const DataTerm<Vec> d =
+          linearise(Vec::load(points.warped[0] + i), Vec::load(points.warped[1] + i), Vec::load(points.warped[2] + i),
+                    Vec::load(r.target + begin + i), row.load(kU1), row.load(kU2), Vec::load(points.inside + i));
+      d.ix.store(row.at(kIx));
+      d.iy.store(row.at(kIy));
+      d.rho_c.store(row.at(kRhoC));
+      d.inv_grad.store(row.at(kInvGrad));
     }
   }
 }
@@ -222,8 +214,7 @@ AVFAST_INLINE void sort(Vec& a, Vec& b) {
 
 AVFAST_INLINE Vec median_of_3(Vec a, Vec b, Vec c) { return max(min(a, b), min(max(a, b), c)); }
 
-// Sorts each column of kSide rows into the scratch rows, lowest value first; columns -kSide / 2 .. width - 1 + kSide /
-// 2.
+// Sorts each column of kSide rows into the scratch rows, lowest value first: columns -kReach .. width - 1 + kReach.
 template <int kSide>
 AVFAST_INLINE void sort_columns(const MedianRow& r, int64_t scratch_stride) {
   constexpr int kReach = kSide / 2;
@@ -289,7 +280,7 @@ void median5_row(const MedianRow& r, int64_t scratch_stride) {
 }
 
 void median_row(const MedianRow& r) {
-  const int64_t scratch_stride = r.width + 2 * tvl1::kMaxLanes;
+  const int64_t scratch_stride = r.width + 2 * kMaxLanes;
   r.side == 3 ? median3_row(r, scratch_stride) : median5_row(r, scratch_stride);
 }
 
