@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from avfast.errors import InputError
-from avfast.files.settings import convert, from_dict, load_config, to_dict
+from avfast.files.settings import Count, Share, Side, check_values, convert, from_dict, load_config, to_dict
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,42 @@ def test_what_does_not_fit_is_named(values: dict[str, Any], message: str):
     with pytest.raises(InputError) as error:
         from_dict(Track(), values, "a", CHOICES)
     assert str(error.value) == message
+
+
+@dataclass(frozen=True)
+class Ranged:
+    """Settings with ranges."""
+
+    count: Count | None = None
+    share: Share = 0.5
+    sides: tuple[Side, Side] = (1, 1)
+    paths: tuple[str, ...] = ()
+    kind: Literal["a", "b"] = "a"
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (Ranged(count=0), "count is 0, expected at least 1"),
+        (Ranged(count=True), "count is True, expected a whole number"),
+        (Ranged(count="3"), "count is '3', expected a whole number"),  # type: ignore[arg-type]
+        (Ranged(share=float("nan")), "share is nan, expected at least 0 and at most 1"),
+        (Ranged(share=1.5), "share is 1.5, expected at least 0 and at most 1"),
+        (Ranged(sides=(4, 0)), "sides is 0, expected at least 1 and at most 16384"),
+        (Ranged(sides=(4,)), "sides is .4,., expected a list of 2, each a whole number"),  # type: ignore[arg-type]
+        (Ranged(paths="one"), "paths is 'one', expected a list, each text"),  # type: ignore[arg-type]
+        (Ranged(kind="c"), "kind is 'c', expected one of a, b"),  # type: ignore[arg-type]
+    ],
+)
+def test_values_set_in_python_are_checked(settings: Ranged, message: str):
+    with pytest.raises(InputError, match=message):
+        check_values(settings)
+
+
+def test_values_that_are_right():
+    check_values(Ranged(count=3, share=1, sides=[2, 3], paths=["a"]))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="over: share is 2.0, expected at least 0 and at most 1"):
+        from_dict(Ranged(), {"share": "2"}, "over")
 
 
 def test_numbers_that_yaml_takes_for_text():

@@ -164,6 +164,17 @@ def test_stage_car_on_another_runs_mme(config):
         on(first / "samples")
 
 
+def test_a_resumed_run_keeps_the_steps_of_the_stages_before(config, capsys):
+    folder = train(config)
+    for steps in (3, 7, 30):
+        longer = replace(config, resume=str(folder), training=replace(config.training, mme_steps=steps))
+        with pytest.raises(InputError, match="steps of a stage before car cannot change in a resumed run"):
+            train(longer)
+    (folder / "checkpoints" / "last" / "training_state.pt").write_bytes(b"of another program")
+    with pytest.raises(InputError, match="training_state.pt cannot be read: it is damaged, or of another program"):
+        train(replace(config, resume=str(folder)))
+
+
 @pytest.mark.parametrize(
     "motion,refinement", [("v", "car"), ("v+recall", "unet"), ("mme", "unet+context"), ("mme", "none")]
 )
