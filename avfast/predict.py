@@ -36,7 +36,7 @@ from avfast.data.clips import InputSpec, film_rate, planes, sound_windows
 from avfast.data.store import Batch
 from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder, publish, sweep
-from avfast.files.settings import Count, Range, check_values
+from avfast.files.settings import Range, check_values
 from avfast.machine.device import choose_device
 from avfast.machine.environment import commit
 from avfast.media.inputs import Item, find_items, write_failures
@@ -75,7 +75,7 @@ class PredictConfig:
     """Instead: a folder that avfast export has written as ONNX, which onnxruntime runs."""
     out: str = "predictions"
     """Folder for the results: one folder per video, with -2, -3 ... where it exists already."""
-    horizon: Count | None = None
+    horizon: Annotated[int, Range(1, 100_000)] | None = None
     """Frames to predict, as many as the sound covers at most; by default the run's eval-frames."""
     sound: str | None = None
     """Sound file or film whose sound is heard instead, from its beginning, for all videos."""

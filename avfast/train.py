@@ -17,8 +17,9 @@ from avfast.training.config import PRESETS, TrainConfig, flag_choices
 from avfast.training.runs import Run, find_run, load_run_config
 from avfast.training.trainer import Trainer
 
-# what decides the order of the data or the weights' meaning
-_FIXED = ("data", "model", "stage", "context_frames", "pred_frames", "batch_size", "curriculum", "seed")
+# what decides the data, their order, the weights' meaning or what the best loss is compared with
+_FIXED = ("data", "flow_preset", "model", "stage", "batch_size", "curriculum", "seed")
+_FIXED_FRAMES = ("context_frames", "pred_frames", "eval_frames")
 
 
 def train(config: TrainConfig) -> Path:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         # the run's own settings, with the flags given now on top
         own = load_run_config(run.checkpoints)
         config = read(default=own)
-        for name in (*_FIXED, *(f"training.{field}" for field in own.training.fixed)):
+        for name in (*_FIXED, *_FIXED_FRAMES, *(f"training.{field}" for field in own.training.fixed)):
             if attrgetter(name)(config) != attrgetter(name)(own):
                 flag = name.rpartition(".")[2].replace("_", "-")
                 raise InputError(f"{flag} cannot change in a resumed run ({run.folder})")

@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         expected = f"one of {', '.join(SUBCOMMANDS)}{did_you_mean(name, SUBCOMMANDS, 0.4)}"
         print(f"avfast: error: unknown subcommand {name!r}, expected {expected}", file=sys.stderr)
         raise SystemExit(2)
-    return run_command(importlib.import_module(f"avfast.{name}").main, rest)
+    # imported within, so that an interrupt during the seconds that it takes is one line too
+    return run_command(lambda words: importlib.import_module(f"avfast.{name}").main(words), rest)
 
 
 def _usage() -> str:

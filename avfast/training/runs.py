@@ -46,15 +46,13 @@ class Run:
     @classmethod
     def create(cls, config: TrainConfig) -> Run:
         """Make a new run folder; one that exists is never touched: -2, -3 ... is appended."""
-        import yaml
-
         folder = _base_folder(config)
         sweep([folder])
         try:
             with hidden_folder(folder) as unfinished:
                 for name in ("checkpoints", "samples"):
                     (unfinished / name).mkdir()
-                (unfinished / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+                cls(unfinished).write_settings(config)
                 return cls(publish(unfinished, folder))
         except (FileExistsError, NotADirectoryError):
             raise InputError(f"output-dir is {config.output_dir}, which is not a folder") from None
@@ -63,6 +61,12 @@ class Run:
         """Write a small file under a temporary name, then rename."""
         with replacing(self.folder / name) as temporary:
             temporary.write_bytes(content)
+
+    def write_settings(self, config: TrainConfig) -> None:
+        """Write config.yaml. What a resumed run may change is as at its last start."""
+        import yaml
+
+        self.write("config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl."""

@@ -67,13 +67,14 @@ class Trainer:
 
     def _begin_run(self, data_parameters: dict[str, Any]) -> None:
         print(f"run folder {self.run.folder}", flush=True)
-        self.run.write("data.json", (json.dumps(data_parameters, indent=2) + "\n").encode())
+        for name, content in (("data.json", data_parameters), ("env.json", environment())):
+            self.run.write(name, (json.dumps(content, indent=2) + "\n").encode())
+        self.run.write_settings(self.config)
+        with open(self.run.folder / "command.txt", "a") as file:
+            file.write(" ".join(sys.argv) + "\n")
         if self.resumed:
             self.run.rewind(self.resumed["stage"], self.resumed["step"])
             print(f"resumed after step {self.resumed['step']} (stage {self.resumed['stage']})", flush=True)
-            return
-        self.run.write("env.json", (json.dumps(environment(), indent=2) + "\n").encode())
-        self.run.write("command.txt", (" ".join(sys.argv) + "\n").encode())
 
     def fit(self) -> Path:
         """Train the configured stages and return the run folder."""
