@@ -140,17 +140,11 @@ void give_back(Crew* crew) {
 // The OpenMP runtime that this process has loaded, if any: PyTorch brings GNU's. The entry points are those of the
 // compilers' ABI.
 struct OpenMP {
-  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-  int (*max_threads)();
-  int (*in_parallel)();
-  int (*rank)();
-
-  OpenMP() {
-    find("GOMP_parallel", &parallel);
-    find("omp_get_max_threads", &max_threads);
-    find("omp_in_parallel", &in_parallel);
-    find("omp_get_thread_num", &rank);
-  }
+  using Parallel = void(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+  Parallel* const parallel = find<Parallel>("GOMP_parallel");
+  int (*const max_threads)() = find<int()>("omp_get_max_threads");
+  int (*const in_parallel)() = find<int()>("omp_in_parallel");
+  int (*const rank)() = find<int()>("omp_get_thread_num");
 
   // Returns whether this thread can have `threads` of the runtime's threads.
   bool has(int threads) const {
@@ -160,8 +154,8 @@ struct OpenMP {
 
  private:
   template <class Function>
-  static void find(const char* name, Function* function) {
-    *function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+  static Function* find(const char* name) {
+    return reinterpret_cast<Function*>(dlsym(RTLD_DEFAULT, name));
   }
 };
 

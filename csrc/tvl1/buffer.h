@@ -18,7 +18,7 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 class Buffer {
  public:
   explicit Buffer(int64_t size) : size_(round_up(size + 1, 64 / sizeof(float))), data_(take(size_)) {}
-  Buffer(Buffer&& other) noexcept : size_(other.size_), data_(std::move(other.data_)) {}
+  Buffer(Buffer&& other) = default;
   ~Buffer() {
     if (data_ && free_buffers().floats + size_ <= kMostFreeFloats) {
       free_buffers().floats += size_;

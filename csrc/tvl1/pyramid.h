@@ -121,13 +121,6 @@ class Pyramid {
     }
   }
 
-  // A row as floats; a row of bytes is converted in scratch.
-  static const float* as_floats(const float* row, int, float*) { return row; }
-  static const float* as_floats(const uint8_t* row, int width, float* scratch) {
-    std::copy_n(row, width, scratch);
-    return scratch;
-  }
-
   // Separable Gaussian; the border is repeated.
   template <class Grey>
   void smooth(const Grey* image, float* out, Member me) {
@@ -135,20 +128,15 @@ class Pyramid {
     const int radius = static_cast<int>(kernel_.size()) / 2;
     float* along = smoothed_[0].get();
     for (int y = me.begin(size.height); y < me.end(size.height); ++y) {
-      const float* from = as_floats(image + static_cast<int64_t>(y) * size.width, size.width, me.scratch);
+      // the row as floats; scratch has room for the largest radius, 30, on both sides of it
+      float* from = me.scratch + radius;
+      std::copy_n(image + static_cast<int64_t>(y) * size.width, size.width, from);
+      std::fill_n(me.scratch, radius, from[0]);
+      std::fill_n(from + size.width, radius, from[size.width - 1]);
       float* to = along + y * size.stride();
-      const auto at_border = [&](int x) {
-        float sum = 0.0f;
-        for (int k = -radius; k <= radius; ++k) sum += kernel_[k + radius] * from[std::clamp(x + k, 0, size.width - 1)];
-        to[x] = sum;
-      };
-      const int inner = std::min(radius, size.width);
-      const int end = std::max(size.width - radius, inner);
-      for (int x = 0; x < inner; ++x) at_border(x);
-      for (int x = end; x < size.width; ++x) at_border(x);
-      std::fill(to + inner, to + end, 0.0f);
+      std::fill_n(to, size.width, 0.0f);
       for (int k = -radius; k <= radius; ++k) {
-        for (int x = inner; x < end; ++x) to[x] += kernel_[k + radius] * from[x + k];
+        for (int x = 0; x < size.width; ++x) to[x] += kernel_[k + radius] * from[x + k];
       }
     }
     me.team.barrier();

@@ -80,9 +80,8 @@ inline std::vector<float> gaussian(float sigma) {
   for (int i = -radius; i <= radius; ++i) {
     sum += weights[i + radius] = std::exp(-0.5 * i * i / (static_cast<double>(sigma) * sigma));
   }
-  std::vector<float> kernel(weights.size());
-  std::transform(weights.begin(), weights.end(), kernel.begin(),
-                 [sum](double w) { return static_cast<float>(w / sum); });
+  std::vector<float> kernel;
+  for (const double weight : weights) kernel.push_back(static_cast<float>(weight / sum));
   return kernel;
 }
 

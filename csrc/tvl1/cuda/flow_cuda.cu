@@ -32,13 +32,17 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// The bytes of shared memory that a block may have on the current device: 163 KiB on sm_80, 227 on sm_90.
-int64_t shared_limit() {
-  int device = 0, bytes = 0;
+int attribute_of_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
+  check(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
 }
+
+// The bytes of shared memory that a block may have on the current device: 163 KiB on sm_80, 227 on sm_90.
+int64_t shared_limit() { return attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+bool has_clusters() { return attribute_of_device(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared, void* stream,
@@ -57,20 +61,13 @@ void launch_clusters(void (*kernel)(Parameters...), int64_t count, int64_t share
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {Shape::kBlocks, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((count + Shape::kBlocks - 1) / Shape::kBlocks * Shape::kBlocks));
+  config.gridDim = dim3((count + Shape::kBlocks - 1) / Shape::kBlocks * Shape::kBlocks);
   config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;
   check(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
-
-bool has_clusters() {
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 9;
 }
 #endif
 
@@ -122,10 +119,7 @@ bool fits_a_cluster(const Job& job) {
          shared_bytes<Cluster>(job) <= shared_limit();
 }
 
-dim3 pixel_grid(int width, int height, int64_t pairs) {
-  return dim3(static_cast<unsigned>((width + 31) / 32), static_cast<unsigned>((height + 7) / 8),
-              static_cast<unsigned>(pairs));
-}
+dim3 pixel_grid(int width, int height, int64_t pairs) { return dim3((width + 31) / 32, (height + 7) / 8, pairs); }
 
 // The tiling with the fewest windows of kTileThreads strips.
 Tiling make_tiling(const Level& level, int iterations) {
@@ -193,33 +187,25 @@ void solve_large(const Job& job, const Solver& solver, int64_t pairs, float* scr
     const dim3 grid = pixel_grid(level.width, level.height, pairs);
     const float* a = i == 0 ? job.a : image_a[i];
     const int64_t a_pair = i == 0 ? area : per_pair;
-    launch(set_up_kernel, grid, block, 0, stream, static_cast<const float*>(u[0]), coarse, u[1], q[0], area, per_pair,
-           level);
+    launch(set_up_kernel, grid, block, 0, stream, u[0], coarse, u[1], q[0], area, per_pair, level);
     std::swap(u[0], u[1]);
     const Tiling tiling = make_tiling(level, job.iterations);
-    const dim3 tiles(static_cast<unsigned>(tiling.across), static_cast<unsigned>(tiling.down),
-                     static_cast<unsigned>(pairs));
+    const dim3 tiles(tiling.across, tiling.down, pairs);
     const int warps = i == 0 ? job.warps : job.coarse_warps;
     for (int warp = 0; warp < warps; ++warp) {
-      launch(linearise_kernel, grid, block, 0, stream, a, a_pair, static_cast<const float*>(image_b[i]),
-             static_cast<const float*>(u[0]), data, area, per_pair, level);
+      launch(linearise_kernel, grid, block, 0, stream, a, a_pair, image_b[i], u[0], data, area, per_pair, level);
       for (int left = job.iterations; left > 0; left -= tiling.iterations) {
-        launch(tile_kernel<Solver>, tiles, dim3(kTileThreads), Exchange<kTileThreads>::kFloats * 4, stream,
-               static_cast<const float*>(u[0]), static_cast<const float*>(q[0]), u[1], q[1],
-               static_cast<const float*>(data), area, per_pair, level, tiling, std::min(left, tiling.iterations),
-               solver);
+        launch(tile_kernel<Solver>, tiles, dim3(kTileThreads), Exchange<kTileThreads>::kFloats * 4, stream, u[0], q[0],
+               u[1], q[1], data, area, per_pair, level, tiling, std::min(left, tiling.iterations), solver);
         std::swap(u[0], u[1]);
         std::swap(q[0], q[1]);
       }
       const bool last = i == 0 && warp + 1 == warps;
-      if (job.median > 1) {
-        launch(job.median == 3 ? median_kernel<3> : median_kernel<5>, grid, block, 0, stream,
-               static_cast<const float*>(u[0]), per_pair, area, last ? job.flow : u[1], last ? 2 * area : per_pair,
-               area, level);
+      if (job.median > 1 || last) {
+        const auto kernel = job.median == 1 ? median_kernel<1> : job.median == 3 ? median_kernel<3> : median_kernel<5>;
+        launch(kernel, grid, block, 0, stream, u[0], per_pair, last ? job.flow : u[1], last ? 2 * area : per_pair, area,
+               level);
         std::swap(u[0], u[1]);
-      } else if (last) {
-        launch(copy_flow_kernel, grid, block, 0, stream, static_cast<const float*>(u[0]), per_pair, area, job.flow,
-               2 * area, area, level);
       }
     }
     coarse = level;
@@ -237,7 +223,7 @@ void smooth_images(Job& job, const Gauss& gauss, int64_t pairs, float* scratch, 
     const float*& from = image == 0 ? job.a : job.b;
     float* to = scratch + image * count;
     launch(smooth_kernel, grid, dim3(32, 8), 0, stream, from, way, level, true, gauss);
-    launch(smooth_kernel, grid, dim3(32, 8), 0, stream, static_cast<const float*>(way), to, level, false, gauss);
+    launch(smooth_kernel, grid, dim3(32, 8), 0, stream, way, to, level, false, gauss);
     from = to;
   }
 }
@@ -249,8 +235,8 @@ int64_t smooth_floats(const Job& job, const Params& params) {
 template <class Solver>
 void solve(const Job& job, const Solver& solver, int64_t pairs, float* scratch, void* stream) {
   if (fits_a_block(job)) {
-    launch(small_kernel<Solver>, dim3(static_cast<unsigned>(pairs)), dim3(OneBlock::kThreads),
-           shared_bytes<OneBlock>(job), stream, job, solver);
+    launch(small_kernel<Solver>, dim3(pairs), dim3(OneBlock::kThreads), shared_bytes<OneBlock>(job), stream, job,
+           solver);
   } else if (fits_a_cluster(job)) {
     launch_clusters<Cluster>(cluster_kernel<Solver>, pairs, shared_bytes<Cluster>(job), stream, job, solver);
   } else {
@@ -273,7 +259,7 @@ void flow_cuda(const float* a, const float* b, float* flow, int64_t pairs, int h
   for (int64_t done = 0; done < pairs; done += kMost) {
     Job job = make_job(height, width, params);
     const int64_t area = job.levels[0].area();
-    const int64_t count = pairs - done < kMost ? pairs - done : kMost;
+    const int64_t count = std::min(pairs - done, kMost);
     job.pairs = count;
     job.a = a + done * area;
     job.b = b + done * area;

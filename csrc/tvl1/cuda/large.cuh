@@ -17,8 +17,6 @@ struct Gauss {
   float weight[2 * kMaxRadius + 1];
 };
 
-// ---- pairs in global memory ----
-
 // The scratch memory of one pair begins with fields of the finest level's size: flow and duals before a pass and after
 // it, and the data term.
 constexpr int kFlowFields = 2;
@@ -31,9 +29,6 @@ struct Tiling {
   int width, height;  // of a window
   int across, down;   // how many
   int iterations;     // per pass, at most
-
-  __host__ __device__ int step_x() const { return width - 2 * kTileIterations; }
-  __host__ __device__ int step_y() const { return height - 2 * kTileIterations; }
 };
 
 int64_t large_floats(const Job& job) {
@@ -45,34 +40,35 @@ int64_t large_floats(const Job& job) {
 // The pixel of this thread in a grid of 32 x 8 blocks; blockIdx.z is the pair.
 struct Pixel {
   int x, y;
+  int64_t index;  // in a field of that width
   bool inside;
   __device__ Pixel(int width, int height)
-      : x(static_cast<int>(blockIdx.x * 32 + threadIdx.x)), y(static_cast<int>(blockIdx.y * 8 + threadIdx.y)) {
-    inside = x < width && y < height;
-  }
+      : x(static_cast<int>(blockIdx.x * 32 + threadIdx.x)),
+        y(static_cast<int>(blockIdx.y * 8 + threadIdx.y)),
+        index(static_cast<int64_t>(y) * width + x),
+        inside(x < width && y < height) {}
 };
 
 // Applies a Gaussian along one axis, the rows or the columns; the border is repeated.
 __global__ void smooth_kernel(const float* from, float* to, Level level, bool along, const Gauss gauss) {
   const Pixel p(level.width, level.height);
   if (!p.inside) return;
-  const float* image = from + blockIdx.z * level.area();
   const int i = along ? p.x : p.y;
   const int size = along ? level.width : level.height;
   const int64_t stride = along ? 1 : level.width;
-  const float* line = image + (along ? static_cast<int64_t>(p.y) * level.width : p.x);
+  const float* line = from + blockIdx.z * level.area() + (along ? static_cast<int64_t>(p.y) * level.width : p.x);
   float sum = 0.0f;
   for (int k = -gauss.radius; k <= gauss.radius; ++k) {
     sum += gauss.weight[k + gauss.radius] * line[::min(::max(i + k, 0), size - 1) * stride];
   }
-  to[blockIdx.z * level.area() + static_cast<int64_t>(p.y) * level.width + p.x] = sum;
+  to[blockIdx.z * level.area() + p.index] = sum;
 }
 
 __global__ void shrink_kernel(const float* from, int64_t from_pair, Level fine, float* to, int64_t to_pair,
                               Level coarse) {
   const Pixel p(coarse.width, coarse.height);
   if (!p.inside) return;
-  to[blockIdx.z * to_pair + static_cast<int64_t>(p.y) * coarse.width + p.x] =
+  to[blockIdx.z * to_pair + p.index] =
       resample(from + blockIdx.z * from_pair, {1, fine.width}, area_tap(p.x, fine.width, coarse.width),
                area_tap(p.y, fine.height, coarse.height));
 }
@@ -80,8 +76,7 @@ __global__ void shrink_kernel(const float* from, int64_t from_pair, Level fine, 
 __global__ void apron_kernel(const float* from, int64_t from_pair, float* to, int64_t to_pair, Level level) {
   const Pixel p(level.apron_width(), level.height + 2 * kApron);
   if (!p.inside) return;
-  to[blockIdx.z * to_pair + static_cast<int64_t>(p.y) * level.apron_width() + p.x] =
-      from[blockIdx.z * from_pair + apron_source(level, p.x, p.y)];
+  to[blockIdx.z * to_pair + p.index] = from[blockIdx.z * from_pair + apron_source(level, p.x, p.y)];
 }
 
 // Sets the first guess of a level's flow, from `coarse` or, where that has width 0, to zero, and the duals to zero.
@@ -90,7 +85,7 @@ __global__ void set_up_kernel(const float* coarse_u, Level coarse, float* u, flo
                               Level level) {
   const Pixel p(level.width, level.height);
   if (!p.inside) return;
-  const int64_t i = blockIdx.z * per_pair + static_cast<int64_t>(p.y) * level.width + p.x;
+  const int64_t i = blockIdx.z * per_pair + p.index;
   Flow2<float> first{};
   if (coarse.width > 0) {
     const float* from = coarse_u + blockIdx.z * per_pair;
@@ -105,11 +100,10 @@ __global__ void linearise_kernel(const float* a, int64_t a_pair, const float* b,
                                  int64_t per_pair, Level level) {
   const Pixel p(level.width, level.height);
   if (!p.inside) return;
-  const int64_t pixel = static_cast<int64_t>(p.y) * level.width + p.x;
-  const int64_t i = blockIdx.z * per_pair + pixel;
+  const int64_t i = blockIdx.z * per_pair + p.index;
   const float* origin = b + blockIdx.z * per_pair + kApron * level.apron_width() + kApron;
   const DataTerm<float> term = sample_and_linearise(origin, level.apron_width(), level.width, level.height, p.x, p.y,
-                                                    {u[i], u[i + area]}, a[blockIdx.z * a_pair + pixel]);
+                                                    {u[i], u[i + area]}, a[blockIdx.z * a_pair + p.index]);
   d[i] = term.ix;
   d[i + area] = term.iy;
   d[i + 2 * area] = term.rho_c;
@@ -124,8 +118,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                 int64_t per_pair, Level level, const Tiling tiling, int count, const Solver solver) {
   AVFAST_SHARED(shared);
   const Exchange<kTileThreads> e(shared);
-  const int left = static_cast<int>(blockIdx.x) * tiling.step_x();
-  const int top = static_cast<int>(blockIdx.y) * tiling.step_y();
+  const int left = static_cast<int>(blockIdx.x) * (tiling.width - 2 * kTileIterations);
+  const int top = static_cast<int>(blockIdx.y) * (tiling.height - 2 * kTileIterations);
   const int width = ::min(tiling.width, level.width - left);
   const int height = ::min(tiling.height, level.height - top);
   Strip<kStripRows> s(static_cast<int>(threadIdx.x), width, height, exchange_column(height, kStripRows));
@@ -162,26 +156,21 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   }
 }
 
+// Filters both components of the flow; a side of 1 copies them.
 template <int kSide>
-__global__ void median_kernel(const float* in, int64_t in_pair, int64_t in_field, float* out, int64_t out_pair,
-                              int64_t out_field, Level level) {
+__global__ void median_kernel(const float* in, int64_t in_pair, float* out, int64_t out_pair, int64_t area,
+                              Level level) {
   const Pixel p(level.width, level.height);
   if (!p.inside) return;
   for (int c = 0; c < 2; ++c) {
-    const float* field = in + blockIdx.z * in_pair + c * in_field;
-    out[blockIdx.z * out_pair + c * out_field + static_cast<int64_t>(p.y) * level.width + p.x] =
-        median<kSide>(field, {1, level.width}, level.width, level.height, p.x, p.y);
+    const float* field = in + blockIdx.z * in_pair + c * area;
+    float& value = out[blockIdx.z * out_pair + c * area + p.index];
+    if constexpr (kSide == 1) {
+      value = field[p.index];
+    } else {
+      value = median<kSide>(field, {1, level.width}, level.width, level.height, p.x, p.y);
+    }
   }
-}
-
-// Copies both components of the flow to the output.
-__global__ void copy_flow_kernel(const float* in, int64_t in_pair, int64_t in_field, float* out, int64_t out_pair,
-                                 int64_t out_field, Level level) {
-  const Pixel p(level.width, level.height);
-  if (!p.inside) return;
-  const int64_t pixel = static_cast<int64_t>(p.y) * level.width + p.x;
-  for (int c = 0; c < 2; ++c)
-    out[blockIdx.z * out_pair + c * out_field + pixel] = in[blockIdx.z * in_pair + c * in_field + pixel];
 }
 
 }  // namespace
