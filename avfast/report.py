@@ -110,7 +110,7 @@ def _evaluations(run: Path) -> Iterator[str]:
         folder = table.parent
         yield f"<h2>Evaluation <code>{html.escape(folder.name)}</code></h2>"
         # names of runs and films stand in the table: none of them may load anything
-        text = MarkdownIt("js-default").disable(["link", "image"]).render(table.read_text(encoding="utf-8"))
+        text = MarkdownIt("js-default").disable(["link", "image"]).render(table.read_text("utf-8", errors="replace"))
         yield text.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
         yield from _figure(folder / "curves.png", "Scores over the frame number; dashed: reference predictors")
         for picture in sorted(folder.glob("sample_*.png"))[:_MAX_SAMPLES]:
@@ -126,13 +126,18 @@ def _predictions(run: Path) -> Iterator[str]:
     if found:
         yield "<h2>Predictions</h2>"
     for path in found[:_MAX_PREDICTIONS]:
-        folder, made = path.parent, json.loads(path.read_text(encoding="utf-8"))
-        facts = [
-            f"{made['predicted_frames']} frames predicted from {made['given_frames']} of {made['video']}",
-            f"sound heard: {made['audio_words']}" + (f" ({made['sound']})" if made["sound"] else ""),
-        ]
-        if scores := made["scores"].get("predicted"):
-            facts.append(f"SSIM {scores['mean_ssim']:.3f}, PSNR {scores['mean_psnr']:.2f} dB")
+        folder = path.parent
+        try:
+            made = json.loads(path.read_text(encoding="utf-8"))
+            facts = [
+                f"{made['predicted_frames']} frames predicted from {made['given_frames']} of {made['video']}",
+                f"sound heard: {made['audio_words']}" + (f" ({made['sound']})" if made["sound"] else ""),
+            ]
+            if scores := made["scores"].get("predicted"):
+                facts.append(f"SSIM {scores['mean_ssim']:.3f}, PSNR {scores['mean_psnr']:.2f} dB")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            # somebody's own file of that name, or a damaged one: the rest of the page is no worse for it
+            facts = [f"{path.name} is damaged"]
         yield f"<h3>{html.escape(folder.name)}</h3>"
         yield f'<p class="note">{html.escape("; ".join(facts))}.</p>'
         yield '<div class="films">'

@@ -142,9 +142,9 @@ def empty_as(like: Tensor, shaped: Tensor, dtype: torch.dtype | None = None) -> 
 def explain() -> list[tuple[str, str, str, dict[str, str]]]:
     """For every op and kind of device: (op, device, backend that runs, {each of its others: why it does not})."""
     rows = []
+    requested = os.environ.get("AVFAST_BACKEND")
     for op in OPS.values():
-        forced = os.environ.get("AVFAST_BACKEND")
-        forced = forced if forced in op.backends else None
+        forced = requested if requested and op._requested(requested, "AVFAST_BACKEND") else None
         for device in ("cpu", "cuda"):
             reasons: dict[str, str] = {}
             chosen = ""

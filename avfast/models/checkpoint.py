@@ -39,7 +39,7 @@ def read_pretrained(
         raise
     except FileNotFoundError as error:
         missing = Path(error.filename or "model.safetensors").name
-        raise InputError(f"{folder} holds no model, {missing} is missing: expected such as RUN/checkpoints/best") from None
+        raise InputError(f"{folder} holds no model, {missing} is missing: name a checkpoint folder") from None
     except Exception as error:
         # json, key and safetensors errors all mean the same to the user: this is not a model of ours, or it is damaged
         raise InputError(f"the model in {folder} cannot be read: {error}") from None

@@ -275,6 +275,7 @@ class Trainer:
     def _save_sample(self, stage: Stage, step: int, batch: Batch, rollout: Rollout) -> None:
         k = self.config.context_frames
         base = self.run.folder / "samples" / f"{stage.name}_{step:08d}"
+        base.parent.mkdir(exist_ok=True)
         true, true_flow = batch.frames[:4].cpu(), batch.flow[0].cpu()
         frames, flow = rollout.frames[:4].cpu(), None if rollout.flow is None else rollout.flow[0].cpu()
         plots.save_strip(base.with_suffix(".png"), true[0], frames[0], true_flow, flow, context_frames=k)

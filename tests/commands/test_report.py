@@ -190,6 +190,14 @@ def test_predictions_without_true_frames_and_too_many(run: Path) -> None:
     assert any("; sound heard: silence (other.wav)." in note for note in page.texts["p"])
 
 
+def test_damaged_results_do_not_cost_the_report(run: Path) -> None:
+    for i, content in enumerate((b"{", b"[]", b"{}", b"\xff")):
+        (run / "predictions" / f"bad{i}").mkdir(parents=True)
+        (run / "predictions" / f"bad{i}" / "prediction.json").write_bytes(content)
+    page = write_report(run).read_text()
+    assert page.count("prediction.json is damaged") == 4
+
+
 def test_results_know_their_run(run: Path, tmp_path: Path) -> None:
     for results in (run / "eval", run):
         refresh_report(results)
