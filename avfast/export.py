@@ -29,7 +29,7 @@ from torch.export import ExportedProgram
 from avfast import __version__, runtime
 from avfast.cli.command import run_command
 from avfast.cli.parser import parse
-from avfast.data.clips import InputSpec
+from avfast.data.film_clips import InputSpec
 from avfast.deploy.graphs import Graph, TensorSpec, make_graphs, trace
 from avfast.deploy.onnx_session import METADATA, Session
 from avfast.errors import InputError

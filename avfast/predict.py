@@ -32,7 +32,7 @@ import tyro
 from avfast import __version__, runtime
 from avfast.cli.command import print_failures, run_command
 from avfast.cli.parser import parse
-from avfast.data.clips import InputSpec, film_rate, planes, sound_windows
+from avfast.data.film_clips import InputSpec, film_rate, planes, sound_windows
 from avfast.data.store import Batch
 from avfast.errors import InputError
 from avfast.files.result_folder import hidden_folder, publish, sweep

@@ -22,7 +22,7 @@ import tyro
 from avfast.cli.command import print_failures, run_command
 from avfast.cli.parser import parse
 from avfast.data.base import SPLITS
-from avfast.data.clips import ClipSettings
+from avfast.data.film_clips import ClipSettings
 from avfast.data.joining import CONTACT_SHEET, check_finished, join_clips, split_sources
 from avfast.data.preparation import PreparationRun, PreparationSettings, begin_dataset, read_source, source_folder
 from avfast.data.prepared import INDEX, SETTINGS, read_dataset_index, verify_dataset

@@ -23,7 +23,7 @@ from avfast.errors import InputError
 from avfast.media.spectrogram import SpectrogramConfig
 
 if TYPE_CHECKING:
-    from avfast.data.clips import InputSpec
+    from avfast.data.film_clips import InputSpec
 
 FORMAT = 1
 """Version of an exported folder. Raised whenever one written before could no longer be run."""
@@ -109,7 +109,7 @@ class Predictor:
         """How films are read for it and how many frames it is given. Raises InputError where the export does not say,
         being that of a checkpoint without its run folder."""
         # here: it needs av, which the runner itself does not
-        from avfast.data.clips import InputSpec
+        from avfast.data.film_clips import InputSpec
 
         if self.metadata["usage"] is None:
             raise InputError(f"{self.source} does not say how films are read for it: export it from its run folder")
@@ -118,7 +118,7 @@ class Predictor:
     def read(self, path: str | Path, *, max_frames: int | None = None) -> Film:
         """A film as the model was trained to see and hear it, as far as its sound covers it. Needs av. Raises
         InputError for a film that cannot be read, has no sound, or has more than `max_frames` frames."""
-        from avfast.data.clips import read_film
+        from avfast.data.film_clips import read_film
 
         clip = read_film(path, self.input_spec.clips, max_frames=max_frames)
         frames = clip.frames[None].astype(np.float32) / np.float32(255)

@@ -21,7 +21,7 @@ for package in ("av", "tyro"):
 cv2 = pytest.importorskip("cv2")
 
 from avfast.data import preparation as program  # noqa: E402
-from avfast.data.clips import ClipSettings, iter_clips  # noqa: E402
+from avfast.data.film_clips import ClipSettings, iter_clips  # noqa: E402
 from avfast.media.spectrogram import spectrogram  # noqa: E402
 from avfast.prepare import PrepareConfig, prepare  # noqa: E402
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from avfast.data.clips import ClipSettings
+from avfast.data.film_clips import ClipSettings
 from avfast.data.store import ClipStore
 from avfast.errors import InputError
 

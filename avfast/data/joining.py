@@ -57,6 +57,9 @@ def join_clips(
     try:
         usable = [item for item in items if not sources[item.name]["reason"]]
         if not usable:
+            # nothing is left that other settings could contradict
+            _remove_leftovers(out)
+            (out / SETTINGS).unlink(missing_ok=True)
             raise InputError(f"nothing could be done: {items[0].path}: {sources[items[0].name]['reason']}")
         if not (out / INDEX).exists():
             index = _write_stores(out, usable, sources, settings)

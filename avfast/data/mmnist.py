@@ -32,8 +32,8 @@ import numpy as np
 import torch
 
 from avfast.data.base import SPLITS, DataSettings, Split
-from avfast.data.clips import ClipSettings
 from avfast.data.digits import DIGIT_SIDE, draw_digits, load_digits, philox_words, uniform
+from avfast.data.film_clips import ClipSettings
 from avfast.data.mmnist_rendering import (
     BLOCK_SIDE,
     FRAME_SIDE,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from avfast.data import sound2sight
-from avfast.data.clips import ClipSettings, film_rate, iter_clips
+from avfast.data.film_clips import ClipSettings, film_rate, iter_clips
 from avfast.data.prepared import DATASET_VERSION, INDEX, SETTINGS, file_digest
 from avfast.data.store import write_arrays
 from avfast.errors import InputError

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from avfast.data.base import SPLITS, DataSettings, Split
-from avfast.data.clips import ClipSettings
+from avfast.data.film_clips import ClipSettings
 from avfast.data.store import DATASET_FORMAT, ClipStore, read_index
 from avfast.errors import InputError
 

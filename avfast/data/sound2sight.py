@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from avfast.data.clips import ClipSettings, planes
+from avfast.data.film_clips import ClipSettings, planes
 from avfast.errors import InputError
 from avfast.media.images import Pixels
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from avfast.data.clips import InputSpec
+from avfast.data.film_clips import InputSpec
 from avfast.errors import InputError
 from avfast.files.atomic import numbered, read_records, replacing
 from avfast.files.result_folder import ResultFolder, hidden_folder, publish, remove_folder, sweep

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from avfast.data.clips import ClipSettings, read_clip
+from avfast.data.film_clips import ClipSettings, read_clip
 from avfast.data.prepared import ClipsConfig
 from avfast.errors import InputError
 from avfast.media.spectrogram import SpectrogramConfig, spectrogram

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from avfast.cli.parser import parse
-from avfast.data.clips import ClipSettings
+from avfast.data.film_clips import ClipSettings
 from avfast.data.mmnist import MMNISTConfig
 from avfast.data.prepared import ClipsConfig
 from avfast.data.store import training_mean_image

@@ -13,7 +13,7 @@ import pytest
 
 from avfast.cli.parser import parse
 from avfast.data.base import SPLITS, DataSettings, Split
-from avfast.data.clips import ClipSettings
+from avfast.data.film_clips import ClipSettings
 from avfast.data.registry import DATASETS
 from avfast.data.store import ClipStore, write_store
 from avfast.errors import InputError

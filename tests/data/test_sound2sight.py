@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avfast.data.clips import ClipSettings
+from avfast.data.film_clips import ClipSettings
 from avfast.data.prepared import open_split
 from avfast.data.sound2sight import load_array, read_film
 from avfast.errors import InputError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from avfast.data.clips import ClipSettings, film_rate, iter_clips, read_clip, sound_windows
+from avfast.data.film_clips import ClipSettings, film_rate, iter_clips, read_clip, sound_windows
 from avfast.errors import InputError
 from avfast.media.spectrogram import spectrogram
 
