@@ -56,7 +56,7 @@ class PrepareConfig:
     clips: ClipSettings = ClipSettings()
     flow: Literal["store", "online"] = "store"
     """Keep the flow in the data set, as float16, or have it computed with every batch: a fast GPU, or a short disk."""
-    flow_preset: str = "chambolle-pock"
+    flow_preset: str = "training"
     """TV-L1's parameters, see avfast.opticalflow.tvl1.PRESETS."""
     val_share: Share = 0.1
     """Share of the videos for the validation split; one at least where there are two videos."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from avfast.errors import InputError
 from avfast.files.atomic import npy_appender
 from avfast.files.result_folder import hidden_folder, sweep
+from avfast.files.settings import check_name
 from avfast.media.prefetch import prefetch
 from avfast.media.spectrogram import SpectrogramConfig, spectrogram
 from avfast.opticalflow.tvl1 import PRESETS, tvl1_flow
@@ -204,8 +205,7 @@ def generated_folder(cache: str | Path, parameters: dict[str, Any], flow_preset:
     """Where a split of a generated data set is kept in the folder `cache`, and `parameters`, which decide its bytes,
     with those of its flow added. The folder is `<cache>/<dataset>-<split>-<hash of all parameters>`; two of them are
     `dataset` and `split`. Raises InputError for an unknown flow preset."""
-    if flow_preset not in PRESETS:
-        raise InputError(f"flow_preset={flow_preset!r}: expected one of {', '.join(PRESETS)}")
+    check_name(flow_preset, PRESETS, "flow-preset")
     parameters = {**parameters, "flow": {"preset": flow_preset, **dataclasses.asdict(PRESETS[flow_preset])}}
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
     return Path(cache) / f"{parameters['dataset']}-{parameters['split']}-{digest}", parameters

@@ -33,8 +33,8 @@ class SpectrogramConfig:
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected above 0")
         if self.n_fft // 2 >= self.samples_per_frame:
-            samples = f"the {self.samples_per_frame} of samples_per_frame"
-            raise InputError(f"n_fft={self.n_fft}: reflecting n_fft // 2 samples wants more than {samples}")
+            most = f"n_fft // 2 below the {self.samples_per_frame} of samples_per_frame"
+            raise InputError(f"n_fft is {self.n_fft}, expected {most}")
 
     @property
     def shape(self) -> tuple[int, int]:

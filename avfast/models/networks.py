@@ -25,8 +25,9 @@ class BatchNorm(nn.Module):
     forward(x, steps): x (B*steps, C, ...) with time inside the batch axis, b * steps + t. In training each step is
     normalised by its own batch statistics (time is folded into channels, so one call on T steps equals T calls on
     one); the running statistics move once per optimiser step, by the mean over the step's calls: `commit`. In
-    evaluation it is the usual affine map by the running statistics."""
+    evaluation, and in training once it is `frozen`, it is the usual affine map by the running statistics."""
 
+    frozen = False
     running_mean: Tensor
     running_var: Tensor
     sums: Tensor
@@ -44,7 +45,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("calls", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor, steps: int = 1) -> Tensor:
-        if not self.training:
+        if self.frozen or not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         folded = x.reshape(-1, steps * x.shape[1], *x.shape[2:])
         if folded.numel() == folded.shape[1]:

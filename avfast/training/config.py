@@ -59,10 +59,12 @@ class TrainConfig:
     """Largest norm of the whole gradient."""
     curriculum: Share = 0.0
     """Share of each stage's steps over which the frames predicted in training grow from 1 to pred-frames."""
-    flow_preset: str = "chambolle-pock"
+    flow_preset: str = "training"
     """TV-L1 preset of the true flow."""
     bn_recalibrate: Annotated[int, Range(0)] = 20
     """Training batches over which BatchNorm's running statistics are re-estimated before an evaluation; 0 = off."""
+    bn_freeze: Share = 0.0
+    """Share of each stage's steps, the last ones, that train with re-estimated running statistics as in evaluation."""
     seed: Seed = 0
     """Seed of the weights and of the data order."""
     deterministic: bool = False

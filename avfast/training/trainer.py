@@ -27,7 +27,7 @@ from avfast.machine.device import choose_device
 from avfast.machine.environment import environment
 from avfast.models.base import Rollout, Stage
 from avfast.models.checkpoint import load_weights
-from avfast.models.networks import batch_norms
+from avfast.models.networks import BatchNorm, batch_norms
 from avfast.models.registry import MODELS, build_model, read_model
 from avfast.scoring.metrics import VideoMetrics
 from avfast.training.config import TrainConfig
@@ -135,6 +135,11 @@ class Trainer:
         ):
             began, counted = time.perf_counter(), start
             for index in range(start, steps):
+                if index == steps - round(config.bn_freeze * steps):
+                    self._estimate_statistics(stage, norms)
+                if index >= steps - round(config.bn_freeze * steps):
+                    for module in norms:
+                        module.frozen = True
                 for group in optimizer.param_groups:
                     group["lr"] = stage.lr * _schedule(config, index, steps)
                 key, batch = self.order[index], next(batches)
@@ -227,16 +232,7 @@ class Trainer:
         trained = self.accelerator.unwrap_model(stage.trained)
         norms = batch_norms(trained)
         before = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
-        if self.config.bn_recalibrate:
-            with torch.no_grad():
-                for index in range(self.config.bn_recalibrate):
-                    key = self.order[index]
-                    batch = self.train_data.batch(*key, self.length, self.accelerator.device, waveform=self.waveform)
-                    stage.loss(batch, key, self.config.pred_frames)
-            for module in norms:
-                module.sums = self.accelerator.reduce(module.sums, "sum")
-                module.calls = self.accelerator.reduce(module.calls, "sum")
-                module.commit(momentum=1.0)
+        self._estimate_statistics(stage, norms)
         trained.eval()
         try:
             yield
@@ -245,6 +241,20 @@ class Trainer:
             for module, (mean, var) in zip(norms, before, strict=True):
                 module.running_mean.copy_(mean)
                 module.running_var.copy_(var)
+
+    def _estimate_statistics(self, stage: Stage, norms: list[BatchNorm]) -> None:
+        """Set BatchNorm's running statistics to their means over training batches, unless they are frozen."""
+        if not self.config.bn_recalibrate or any(module.frozen for module in norms):
+            return
+        with torch.no_grad():
+            for index in range(self.config.bn_recalibrate):
+                key = self.order[index]
+                batch = self.train_data.batch(*key, self.length, self.accelerator.device, waveform=self.waveform)
+                stage.loss(batch, key, self.config.pred_frames)
+        for module in norms:
+            module.sums = self.accelerator.reduce(module.sums, "sum")
+            module.calls = self.accelerator.reduce(module.calls, "sum")
+            module.commit(momentum=1.0)
 
     def _validate(self, stage: Stage) -> tuple[dict[str, Any], tuple[Batch, Rollout] | None]:
         """Metrics over the validation clips, each process scoring its share; the first batch with its prediction."""

@@ -304,5 +304,5 @@ def test_digit_files_count_by_content(tmp_path, quick_flow):
 
 
 def test_unknown_flow_preset(tmp_path):
-    with pytest.raises(InputError, match="flow_preset='slow': expected one of fast"):
+    with pytest.raises(InputError, match="flow-preset is 'slow', expected one of fast"):
         SMALL.load("test", cache=tmp_path, flow_preset="slow")

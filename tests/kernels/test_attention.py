@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensors import normal
 from torch import Tensor
 
 from avfast.kernels import condense, recall, registry
@@ -13,10 +14,6 @@ from avfast.kernels import condense, recall, registry
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned")
 TRITON = registry.OPS["recall"].backends["triton"].unavailable(DEVICE) is None
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def test_condensing_every_prefix_equals_the_loop() -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tensors import normal
 from torch import Tensor
 
 from avfast.kernels import (
@@ -37,10 +38,6 @@ class Case(NamedTuple):
     call: Callable[..., Any]
     make: Callable[[int, int, int], list[Tensor]]
     differentiable: tuple[bool, ...]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def off_kinks(flow: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from tensors import normal
 from torch import Tensor
 
 from avfast.kernels import native, shared_weights, strided_conv, strided_conv_transpose
@@ -15,14 +16,11 @@ from avfast.kernels.winograd import conv as winograd
 pytestmark = pytest.mark.skipif(native.NOT_BUILT is not None, reason=str(native.NOT_BUILT))
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
 def both(transposed: bool, x: Tensor, weight: Tensor, padding: int, **options) -> tuple[list[Tensor], list[Tensor]]:
     """Result and gradients: ours and PyTorch's."""
     ours, theirs = (strided_conv_transpose, F.conv_transpose2d) if transposed else (strided_conv, F.conv2d)
     found = []
+    x, weight = x.requires_grad_(), weight.requires_grad_()
     for out in (ours(x, weight, padding=padding, **options), theirs(x, weight, stride=2, padding=padding)):
         seed = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
         found.append([out.detach(), *torch.autograd.grad(out, (x, weight), seed)])
@@ -44,7 +42,7 @@ def test_every_size(padding: int, transposed: bool) -> None:
 
 
 def test_weights_are_transformed_once_for_calls_that_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = normal(2, 32, 24, 24), normal(32, 32, 4, 4, seed=1)
+    x, weight = (t.requires_grad_() for t in (normal(2, 32, 24, 24), normal(32, 32, 4, 4, seed=1)))
     transformed = []
     transform = winograd.transform_weight
     monkeypatch.setattr(winograd, "transform_weight", lambda *a: transformed.append(1) or transform(*a))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tensors import normal
 from torch import Tensor
 
 from avfast.kernels import backward_warp, registry
@@ -17,10 +18,6 @@ BACKENDS = [
     for name, how in registry.OPS["backward_warp"].backends.items()
     if name != "reference" and how.unavailable(DEVICE) is None
 ]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def arguments(height: int, width: int) -> list[Tensor]:

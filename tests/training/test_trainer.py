@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,33 @@ def test_resume_with_teacher_forcing_is_bit_for_bit(config, monkeypatch, method,
     a, b = (read_model(f / "checkpoints" / "last")[1] for f in (whole, resumed))
     assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
     assert without_times(whole) == without_times(resumed)
+
+
+def test_frozen_statistics_are_those_of_evaluation_and_survive_a_crash(config, monkeypatch):
+    config = replace(config, stage="mme", bn_freeze=0.4, save_every=1, keep_last=9)
+    whole = train(config)
+    steps = [read_model(whole / "checkpoints" / f"step_{step:08d}")[1] for step in range(1, 6)]
+    names = [name for name in steps[0] if "running" in name]
+    changed = [any(not torch.equal(a[name], b[name]) for name in names) for a, b in pairwise(steps)]
+    assert changed == [True, True, True, False]
+    # nothing is re-estimated before the evaluation at the end
+    _, best = read_model(whole / "checkpoints" / "best-mme")
+    assert all(torch.equal(best[name], steps[-1][name]) for name in names)
+
+    original, calls = MotionStage.loss, []
+
+    def crashing(self, *args):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 5:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(MotionStage, "loss", crashing)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, name="cut"))
+    monkeypatch.undo()
+    resumed = read_model(train(replace(config, name="cut", resume="auto")) / "checkpoints" / "last")[1]
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in steps[-1].items())
 
 
 def test_stage_car_on_another_runs_mme(config):
