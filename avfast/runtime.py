@@ -29,7 +29,8 @@ FORMAT = 1
 """Version of an exported folder. Raised whenever one written before could no longer be run."""
 GRAPHS = ("audio", "context", "observe", "step")
 """The graphs that the runner uses, where a model has them; `rollout` is for other hosts."""
-_KNOWN_INPUTS = set("frames image flow hidden cell condensed key value previous vector z1 z2 z3 z4".split())
+_KNOWN_INPUTS = {"frames", "image", "flow", "hidden", "cell", "condensed", "key", "value", "vector"}
+_KNOWN_INPUTS |= {"previous", "source", "path", "age", "z1", "z2", "z3", "z4"}
 """Of `observe` and `step`."""
 FEATURES = 128
 """As in avfast.models.networks, which needs PyTorch."""
@@ -209,6 +210,7 @@ class Stream:
         self._image: Any = None
         self._flow: Any = None
         self._previous: Any = None
+        self._path: Any = None
         self._contexts: dict[str, Any] = {}
         self._after_given: dict[str, Any] | None = None
         self._last: NDArray[np.float32] | None = None
@@ -273,6 +275,7 @@ class Stream:
         self.newest = self.given
         self._image = self._previous = self._last = np.ascontiguousarray(frames[:, -1])
         self._flow = np.ascontiguousarray(flow[:, -1])
+        self._path = np.zeros_like(self._flow)
         self._after_given, self._contexts = None, {}
 
     def next(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -285,6 +288,7 @@ class Stream:
         if "context" in self._run and not self._contexts:
             self._contexts = self._run["context"]({"frame": self._last})
         available = {"image": self._image, "flow": self._flow, "previous": self._previous, **self._state}
+        available |= {"source": self._last, "path": self._path, "age": np.full(self.batch, t - self.given, np.float32)}
         available |= self._contexts | self._memory("step", t, t)
         if "vectors" in self._sound:
             available["vector"] = self._sound["vectors"][:, t - 1]
@@ -292,6 +296,7 @@ class Stream:
         if t == self.given:
             self._after_given = self._state
         self._image, self._flow, self._previous = out["next_image"], out["next_flow"], out["prediction"]
+        self._path = out.get("next_path")
         self.newest += 1
         return to_numpy(self._previous), to_numpy(self._flow)
 

@@ -201,28 +201,34 @@ class StepGraph(Graph):
             *self._state("", "before the step"),
             *[MEMORY[name] for name in self.mme.memory_names],
         ]
-        if model.car is not None:
-            self.inputs.append(TensorSpec("previous", image, "V_K for t = K, else the step before's prediction"))
-            if model.car.uses_sound:
-                self.inputs.append(TensorSpec("vector", ("B", FEATURES), "row t of audio's vectors"))
-            self.inputs += context_specs(model)
+        rendering = {
+            "previous": TensorSpec("previous", image, "V_K for t = K, else the step before's prediction"),
+            "source": TensorSpec("source", image, "V_K, in [0, 1]"),
+            "path": TensorSpec("path", flow, "0 for t = K, else the step before's next_path"),
+            "age": TensorSpec("age", ("B",), "t - K"),
+        }
+        self.inputs += [rendering[name] for name in model.render_names]
+        if model.car is not None and model.car.uses_sound:
+            self.inputs.append(TensorSpec("vector", ("B", FEATURES), "row t of audio's vectors"))
+        self.inputs += context_specs(model)
         self.outputs = [
             TensorSpec("prediction", image, "frame t + 1, in [0, 1]"),
             TensorSpec("next_flow", flow, "F_{t+1} in pixels, x then y"),
             TensorSpec("next_image", image, "V_t warped by it, unrefined"),
             *self._state("next_", "after the step"),
         ]
+        if model.composed:
+            self.outputs.append(TensorSpec("next_path", flow, "flow from frame t + 1 back to frame K, in pixels"))
 
     def forward(self, image: Tensor, flow: Tensor, hidden: Tensor, cell: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        count = len(self.mme.memory_names)
-        memory, rest = rest[:count], rest[count:]
+        car, names = self.model.car, self.model.render_names
+        memory, rest = rest[: len(self.mme.memory_names)], rest[len(self.mme.memory_names) :]
+        before, contexts = rest[: len(names)], list(rest[len(names) :])
+        vector = contexts.pop(0) if car is not None and car.uses_sound else None
         image, flow, states = self.mme.step(image, flow, _layers(hidden, cell), *memory)
-        if self.model.car is None:
-            return image.clamp(0, 1), flow, image, *_stacked(states)
-        previous, *contexts = rest
-        vector = contexts.pop(0) if self.model.car.uses_sound else None
-        prediction = self.model.car.step(previous, flow, vector, contexts or None, self.mme.encoder).clamp(0, 1)
-        return prediction, flow, image, *_stacked(states)
+        prediction, after = self.model.render_step(before, (image, flow), vector, contexts)
+        path = [after[1]] if self.model.composed else []
+        return prediction, flow, image, *_stacked(states), *path
 
 
 class RolloutGraph(Graph):
@@ -252,7 +258,7 @@ class RolloutGraph(Graph):
         given, total = frames.shape[1], audio.shape[1]
         loop = scan if self.unroll is None else _unrolled
         vectors, memory = mme.encode_sound(audio)
-        contexts = None if car is None else car.contexts(frames[:, -1])
+        contexts = [] if car is None else car.contexts(frames[:, -1]) or []
 
         # the last given frame belongs to the first predicted step. Its feature stands first here, and is forgotten:
         # onnxruntime refuses a loop of no rounds, which K = 1 would be
@@ -278,18 +284,17 @@ class RolloutGraph(Graph):
         memory_items = mme.loop_items(memory, total - given)
 
         def predict(carry: list[Tensor], items: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            image, flow, hidden, cell, previous = carry
+            image, flow, hidden, cell, *before = carry
             vector = items[0] if vector_items else None
             step_memory = mme.loop_memory(memory, *items[len(vector_items) : -1])
             image, flow, states = mme.step(image, flow, _layers(hidden, cell), *step_memory)
-            rendered = image if car is None else car.step(previous, flow, vector, contexts, mme.encoder)
-            previous = rendered.clamp(0, 1)
-            # a scan's outputs may not share memory
-            return [image, flow, *_stacked(states), previous], [previous.clone(), flow.clone()]
+            prediction, after = self.model.render_step(tuple(before), (image, flow), vector, contexts)
+            # what a scan gives may not share memory with what it takes or gives elsewhere
+            return [image, flow, *_stacked(states), *(x.clone() for x in after)], [prediction, flow.clone()]
 
         # a scan carries tensors whose strides never change, and wants one item at least
         last, motion = frames[:, -1].contiguous(), flow[:, -1].contiguous()
-        start = [last, motion, hidden, cell, last.clone()]
+        start = [last, motion, hidden, cell, *(x.clone() for x in self.model.render_start(last))]
         rounds = torch.arange(given, total, device=frames.device)
         _, (predicted, flows) = loop(predict, start, [*vector_items, *memory_items, rounds])
         return predicted.transpose(0, 1), flows.transpose(0, 1)

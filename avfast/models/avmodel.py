@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from avfast.data.store import Batch
 from avfast.errors import InputError
 from avfast.files.settings import Count, NotNegative, Positive, Range, Share
-from avfast.kernels import flow_loss
+from avfast.kernels import backward_warp, flow_loss
 from avfast.models.base import ModelSettings, Rollout, Stage, TrainingSettings, VideoModel, WindowKeys, repeated
-from avfast.models.car import CAR
+from avfast.models.car import CAR, extend_path, warp_once
 from avfast.models.checkpoint import load_pretrained
-from avfast.models.losses import frame_loss
+from avfast.models.losses import frame_loss, ssim_loss
 from avfast.models.mme import MME, Motion, RecallMotion, VisualMotion
-from avfast.models.networks import FEATURES, ContextEncoder, UNet, batch_norms
-from avfast.modules import ContextModulation
+from avfast.models.networks import batch_norms
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,9 @@ class ModelConfig(ModelSettings):
     """Motion stage (Table 4): `v` without sound, `v+recall` attends over all audio vectors, `mme` condenses first."""
     refinement: Literal["none", "unet", "unet+context", "car"] = "car"
     """Appearance stage (Table 5); `none` predicts the warped frame."""
+    rendering: Literal["chained", "composed"] = "chained"
+    """`chained` warps the frame before, again and again; `composed` warps the last given frame once, by all flows so
+    far, and refines all frames in one batch."""
     convlstm_layers: Count = 4
     """Stacked ConvLSTM cells."""
     unet_width: Count = 64
@@ -63,6 +65,8 @@ class PaperTraining(TrainingSettings):
     """Adam's learning rate in the appearance stage (the paper's)."""
     smooth_weight: NotNegative = 0.01
     """Lambda of Eq. 8."""
+    ssim_weight: NotNegative = 0.0
+    """Weight of 1 - SSIM beside the squared error of Eq. 11 in the appearance stage."""
     teacher_forcing: Share = 0.0
     """Share of the motion stage's steps, the first ones, in which every step reads the true frames and flow."""
     forced_frames: Annotated[int, Range(2)] | None = None
@@ -89,18 +93,19 @@ class AVModel(VideoModel):
 
     def __init__(self, settings: ModelConfig) -> None:
         super().__init__(settings)
-        channels, width = settings.image_channels, settings.unet_width
         motion_kind = {"v": VisualMotion, "v+recall": RecallMotion, "mme": MME}[settings.motion]
-        self.mme: VisualMotion = motion_kind(channels, settings.audio_shape, settings.convlstm_layers)
+        self.mme: VisualMotion = motion_kind(settings.image_channels, settings.audio_shape, settings.convlstm_layers)
+        self.composed = settings.rendering == "composed"
         self.car: CAR | None = None
         if settings.refinement != "none":
-            has_context, has_affine = settings.refinement != "unet", settings.refinement == "car"
-            unet = UNet(channels, width, with_context=has_context)
-            context_encoder = ContextEncoder(channels, width) if has_context else None
-            size = FEATURES * (2 if self.mme.uses_sound else 1)
-            levels = (ContextModulation(size, width << i) for i in range(4))
-            affine = nn.ModuleList(levels) if has_affine else None
-            self.car = CAR(unet, context_encoder, affine, uses_sound=has_affine and self.mme.uses_sound)
+            self.car = CAR(
+                settings.image_channels,
+                settings.unet_width,
+                context=settings.refinement != "unet",
+                affine=settings.refinement == "car",
+                uses_sound=self.mme.uses_sound,
+                composed=self.composed,
+            )
 
     def forward(self, frames: Tensor, flow: Tensor, audio: Tensor) -> Rollout:
         """frames (B,K,C,H,W) in [0,1], flow (B,K,2,H,W), audio (B,T,1,F,S) -> the T-K frames and flows that follow; H
@@ -108,8 +113,42 @@ class AVModel(VideoModel):
         self.check_inputs(frames, flow, audio)
         motion = self.mme(frames, flow, audio)
         if self.car is None:
-            return Rollout(motion.frames, motion.flow)
+            return Rollout(warp_once(frames[:, -1], motion.flow) if self.composed else motion.frames, motion.flow)
         return Rollout(self.car(frames[:, -1], motion.flow, car_audio(motion), self.mme.encoder), motion.flow)
+
+    # exported graphs render frame by frame; what a step needs of those before is a tuple of tensors
+
+    @property
+    def render_names(self) -> tuple[str, ...]:
+        """Names of what one step of rendering leaves for the next."""
+        if self.composed:
+            return "source", "path", "age"
+        return () if self.car is None else ("previous",)
+
+    def render_start(self, frame: Tensor) -> tuple[Tensor, ...]:
+        """What the first step of rendering takes: V_K (B,C,H,W); the flow from it to itself (B,2,H,W), 0 steps (B)."""
+        nothing = frame[:, 0].new_zeros(())
+        path = nothing.expand(frame.shape[0], 2, *frame.shape[-2:]).contiguous()
+        return (frame, path, path[:, 0, 0, 0].clone()) if self.composed else (frame,)[: len(self.render_names)]
+
+    def render_step(
+        self, before: tuple[Tensor, ...], motion: tuple[Tensor, Tensor], audio: Tensor | None, contexts: list[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One step: what the step before left, MME's warp of V_t and F_{t+1}, vector of A_t (B,D) or None, context
+        features -> V_{t+1} (B,C,H,W) clamped to [0,1], and what the next step takes."""
+        image, flow = motion
+        if self.composed:
+            source, path, age = before
+            frame = backward_warp(source, path)
+            path, age = extend_path(path, flow), age + 1
+            image = backward_warp(source, path)
+            if self.car is not None:
+                image = self.car.refine(image, frame, flow, audio, contexts or None, self.mme.encoder, age)
+            return image.clamp(0, 1), (source, path, age)
+        if self.car is None:
+            return image.clamp(0, 1), ()
+        image = self.car.step(before[0], flow, audio, contexts or None, self.mme.encoder).clamp(0, 1)
+        return image, (image,)
 
     @torch.no_grad()
     def predict(self, frames: Tensor, flow: Tensor, audio: Tensor, *, samples: int = 1) -> Rollout:
@@ -201,7 +240,7 @@ class AppearanceStage(Stage):
         self.model, self.trained, self.mme = model, model.car, model.mme
         self.mme.requires_grad_(False).eval()
         self.steps, self.lr, self.batch_size = training.car_steps, training.car_lr, training.car_batch_size
-        self.context_frames = context_frames
+        self.context_frames, self.ssim_weight = context_frames, training.ssim_weight
         self._cache: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._free_bytes = int(training.flow_cache_gb * 2**30)
 
@@ -209,10 +248,16 @@ class AppearanceStage(Stage):
         k = self.context_frames
         flow, audio = self._motion(batch, keys)
         frames = self.trained(batch.frames[:, k - 1], flow[:, :horizon], audio, self.mme.encoder)
-        return frame_loss(frames, batch.frames[:, k : k + horizon])
+        return self._loss(frames, batch.frames[:, k : k + horizon])
 
     def validation_loss(self, rollout: Rollout, batch: Batch) -> Tensor:
-        return frame_loss(rollout.frames, batch.frames[:, -rollout.frames.shape[1] :])
+        return self._loss(rollout.frames, batch.frames[:, -rollout.frames.shape[1] :])
+
+    def _loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        loss = frame_loss(prediction, target)
+        if self.ssim_weight:
+            loss = loss + self.ssim_weight * ssim_loss(prediction, target)
+        return loss
 
     @torch.no_grad()
     def _motion(self, batch: Batch, keys: WindowKeys) -> tuple[Tensor, Tensor | None]:

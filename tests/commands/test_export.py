@@ -131,6 +131,14 @@ def test_every_variant(random_model: MakeModel, motion: str, refinement: str, pr
             assert largest_difference(tmp_path / "model", model, batch, size) <= TOLERANCE[precision]
 
 
+@pytest.mark.parametrize("refinement", [pytest.param("none", marks=pytest.mark.slow), "car"])
+def test_composed_rendering(random_model: MakeModel, refinement: str, tmp_path: Path):
+    model = random_model(refinement=refinement, rendering="composed")
+    differences = export_model(model, tmp_path / "model")
+    assert max(differences.values()) <= TOLERANCE["fp32"] and any("rollout" in name for name in differences)
+    assert largest_difference(tmp_path / "model", model, 2, 64) <= TOLERANCE["fp32"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("unroll", [None, 4])
 @pytest.mark.parametrize("motion", ["v", "v+recall", "mme"])

@@ -17,12 +17,15 @@ MakeModel = Callable[..., AVModel]
 
 @pytest.mark.parametrize("motion", ["v", "v+recall", "mme"])
 @pytest.mark.parametrize("refinement", ["none", "unet", "unet+context", "car"])
+@pytest.mark.parametrize("rendering", ["chained", "composed"])
 # half precision of one variant has a test of its own
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["fp32", "fp16"]
 )
-def test_unrolled_graph_equals_the_model(random_model: MakeModel, motion: str, refinement: str, dtype: torch.dtype):
-    model = random_model(motion=motion, refinement=refinement, image_channels=3)
+def test_unrolled_graph_equals_the_model(
+    random_model: MakeModel, motion: str, refinement: str, rendering: str, dtype: torch.dtype
+):
+    model = random_model(motion=motion, refinement=refinement, rendering=rendering, image_channels=3)
     graphs = {graph.name: graph for graph in make_graphs(model, dtype, unroll=(5, 3))}
     assert ("audio" in graphs) == (motion != "v")
     assert ("context" in graphs) == (refinement in ("unet+context", "car"))

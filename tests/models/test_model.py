@@ -153,6 +153,7 @@ class Literal:
 
     def car(self, frame, flow, vectors):
         c, outputs, given = self.config, [], frame
+        path = torch.zeros_like(flow[:, 0])
         for t in range(K, T):
             z = []
             if c.refinement != "unet":
@@ -164,10 +165,15 @@ class Literal:
                 motion = self.encoder(flow[:, t - K], frame).mean((2, 3))
                 if vectors is not None:
                     motion = torch.cat((motion, vectors[:, t - 1]), 1)
+                if c.rendering == "composed":
+                    motion = F.pad(motion, (0, 1), value=(t + 1 - K) / 10)
                 for i in range(4):
                     gamma, beta = (self.mlp(f"car.affine.{i}.{name}", motion) for name in ("gamma", "beta"))
                     z[i] = gamma[:, :, None, None] * z[i] + beta[:, :, None, None]
             warped = self.warp(frame, flow[:, t - K])
+            if c.rendering == "composed":
+                path = flow[:, t - K] + self.warp(path, flow[:, t - K])
+                warped = self.warp(given, path)
             x, skips = warped, []
             for level in range(5):
                 x = self.double_conv(f"car.unet.down.{level}", F.max_pool2d(x, 2) if level else x)
@@ -177,7 +183,7 @@ class Literal:
                 x = F.conv_transpose2d(x, self.w[f"{name}.weight"], self.w[f"{name}.bias"], stride=2)
                 x = self.double_conv(f"car.unet.decode.{i}", torch.cat([x, skips[i], *z[i : i + 1]], 1))
             outputs.append(warped + F.conv2d(x, self.w["car.unet.last.weight"], self.w["car.unet.last.bias"]))
-            frame = outputs[-1].clamp(0, 1)
+            frame = warped if c.rendering == "composed" else outputs[-1].clamp(0, 1)
         return torch.stack(outputs, 1)
 
     def mlp(self, name, x):
@@ -185,10 +191,11 @@ class Literal:
         return F.linear(x, self.w[f"{name}.2.weight"], self.w[f"{name}.2.bias"])
 
 
-def make_model(motion="mme", refinement="car", channels=1, training=True) -> AVModel:
+def make_model(motion="mme", refinement="car", channels=1, training=True, **settings) -> AVModel:
     torch.manual_seed(0)
+    small = {"convlstm_layers": 2, "unet_width": 4}
     model = AVModel(
-        ModelConfig(motion=motion, refinement=refinement, image_channels=channels, convlstm_layers=2, unet_width=4)
+        ModelConfig(motion=motion, refinement=refinement, image_channels=channels, **small, **settings)
     ).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -289,6 +296,34 @@ def test_equals_the_literal_equations(motion, refinement, channels, training, fi
                 assert module.calls == 0 and not module.sums.any()
     else:
         assert not batch_norms(model)
+
+
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+@pytest.mark.parametrize("motion", ["v", "mme"])
+def test_composed_rendering_equals_the_literal_equations(motion, refinement):
+    # in evaluation mode: training takes one mean over all steps
+    model = make_model(motion, refinement, training=False, rendering="composed")
+    frames, flow, audio = make_inputs()
+    weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        weights[name].requires_grad_(p.requires_grad)
+    literal = Literal(model.settings, weights, training=False)
+    rollout = model(frames[:, :K], flow[:, :K], audio)
+    true_flow, _, vectors = literal.mme(frames[:, :K], flow[:, :K], audio)
+    if refinement == "none":
+        path, warped = 0 * true_flow[:, 0], []
+        for step in true_flow.unbind(1):
+            path = step + Literal.warp(path, step)
+            warped.append(Literal.warp(frames[:, K - 1], path))
+        expected = torch.stack(warped, 1)
+    else:
+        expected = literal.car(frames[:, K - 1], true_flow, vectors)
+    assert_same(rollout.frames, expected, "frames")
+    for predicted in (rollout.frames, expected):
+        frame_loss(predicted, frames[:, K:]).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.grad is not None:
+            assert_same(p.grad, weights[name].grad, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
