@@ -13,12 +13,12 @@ from avfast.cli.command import run_command
 from avfast.cli.parser import parse
 from avfast.errors import InputError
 from avfast.report import write_report
-from avfast.training.config import PRESETS, TrainConfig, flag_choices
+from avfast.training.config import PRESETS, TrainConfig, flag_choices, recipes
 from avfast.training.runs import Run, find_run, load_run_config
 from avfast.training.trainer import Trainer
 
 # what decides the data, their order, the weights' meaning or what the best loss is compared with
-_FIXED = ("data", "flow_preset", "model", "stage", "batch_size", "curriculum", "seed")
+_FIXED = ("data", "flow_preset", "model", "stage", "batch_size", "curriculum", "bn_freeze", "ema", "seed")
 _FIXED_FRAMES = ("context_frames", "pred_frames", "eval_frames")
 
 
@@ -37,6 +37,7 @@ def _train(config: TrainConfig, run: Run | None) -> Trainer:
 
 def main(argv: list[str] | None = None) -> None:
     read = partial(parse, TrainConfig, prog="avfast train", argv=argv, presets=PRESETS, choices=flag_choices())
+    read = partial(read, recipes=recipes)
     config = read()
     run = find_run(config)
     if run is not None:

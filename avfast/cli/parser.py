@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, make_dataclass, replace
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
@@ -19,6 +19,8 @@ from avfast.files.settings import Choices, Config
 
 FlagChoices = Mapping[str, Choices]
 """{flag: {field: {name: settings class}}}."""
+Recipes = Callable[[Any], Mapping[str, Mapping[str, Any]]]
+"""What recipes there are for a config: {name: {field, in nested settings too: value}}."""
 
 
 def parse(
@@ -29,8 +31,10 @@ def parse(
     presets: Mapping[str, Config] | None = None,
     default: Config | None = None,
     choices: FlagChoices | None = None,
+    recipes: Recipes | None = None,
 ) -> Config:
-    """Build a config from a command line: `--preset NAME`, then `--config FILE` (repeatable), then flags.
+    """Build a config from a command line: `--preset NAME`, then `--config FILE` (repeatable), then `--recipe NAME`,
+    which sets several fields at once, then flags, which must not contradict the recipe.
 
     Each field is a flag; fields of nested settings carry no prefix. Which settings a field holds is read from the
     default instance, not from the annotation. With `default` neither preset nor files are read, only flags.
@@ -48,7 +52,7 @@ def parse(
         first.add_argument("--print-config", action=_Once, nargs=0, const=True),
         first.add_argument("--config", action="append"),
     ]
-    choosing = ["preset", *choices] if presets else [*choices]
+    choosing = [*(["preset"] if presets else []), *(["recipe"] if recipes else []), *choices]
     actions += [first.add_argument(f"--{flag}", action=_Once) for flag in choosing]
     known = vars(first.parse_known_args(argv)[0])
     names = {flag: known[flag][1] for flag in choosing if flag in known}
@@ -63,6 +67,10 @@ def parse(
             default = settings.load_config(path, default, of_fields)
     # again, because a file may have chosen otherwise: flags win
     default = _with_chosen(default, names, choices)
+    known_recipes = recipes(default) if recipes else {}
+    if "recipe" in names:
+        settings.check_name(names["recipe"], known_recipes, "recipe")
+        default = _with_values(default, known_recipes[names["recipe"]])
     parser = _Parser(prog, [first])
     try:
         actions += _add_arguments(parser, default)
@@ -73,13 +81,18 @@ def parse(
         field = f"the field {name} of {' or '.join(owners)}"
         raise InputError(f"{error.argument_name} is two flags: rename {field}") from None
     if "help" in known:
-        _print_help(default, prog, names.get("preset"), presets, choices)
+        _print_help(default, prog, names.get("preset"), presets, choices, known_recipes)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
         flags = [flag for action in actions for flag in action.option_strings]
         raise InputError(f"unknown argument {word!r}{settings.did_you_mean(word, flags)}")
     config = _with_words(default, vars(namespace))
+    recipe = names.get("recipe", "")
+    for name, value in known_recipes[recipe].items() if recipe else ():
+        if config != _with_values(config, {name: value}):
+            flag, words = vars(namespace)[name]
+            raise InputError(f"{flag} is {words}, but --recipe {recipe} has {value}: leave one of them out")
     if "print_config" in namespace:
         import yaml
 
@@ -93,6 +106,13 @@ def _with_chosen(config: Any, names: Mapping[str, str], choices: FlagChoices) ->
         for field, classes in choices[flag].items():
             config = replace(config, **{field: settings.choose(getattr(config, field), names[flag], classes, flag)})
     return config
+
+
+def _with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """The config with these values of its fields, and of those of nested settings."""
+    nested = {name: value for name, value in vars(config).items() if is_dataclass(value)}
+    changes = {name: values[name] for name in vars(config).keys() & values.keys()}
+    return replace(config, **changes, **{name: _with_values(value, values) for name, value in nested.items()})
 
 
 def _with_hyphens(word: str) -> str:
@@ -159,7 +179,12 @@ def _add_arguments(parser: _Parser, config: Any) -> Iterator[argparse.Action]:
 
 
 def _print_help(
-    config: Any, prog: str, preset: str | None, presets: Mapping[str, Any], choices: FlagChoices
+    config: Any,
+    prog: str,
+    preset: str | None,
+    presets: Mapping[str, Any],
+    choices: FlagChoices,
+    recipes: Mapping[str, Any],
 ) -> NoReturn:
     """Print every flag with its present value, and end. tyro draws the page of a class, so the flags that are no fields
     become fields of a class made for the page."""
@@ -176,6 +201,13 @@ def _print_help(
         add(flag, Literal[tuple(classes)], chosen, f"Chooses the {field} options listed below.")
     if presets:
         add("preset", Literal[tuple(presets)], preset or next(iter(presets)), "Start from these settings.")
+    if recipes:
+        add(
+            "recipe",
+            Literal[tuple(recipes)] | None,
+            None,
+            "Set every flag that is part of a way to train.",
+        )
     add("config", str | None, None, "Read YAML files over them, each after its own --config; flags win.", "FILE")
     add("print-config", bool, False, "Print the settings as YAML and exit.")
     kind = type(config)

@@ -6,9 +6,10 @@ frames are."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +51,36 @@ class PaperTraining(TrainingSettings):
 
     name: ClassVar[str] = ModelConfig.name
     fixed: ClassVar[tuple[str, ...]] = ("car_batch_size", "teacher_forcing", "forced_frames")
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # docs/experiments.md has what each difference brings
+        "best": {
+            "rendering": "composed",
+            "teacher_forcing": 0.75,
+            "forced_frames": 8,
+            "mme_lr": 1e-3,
+            "car_lr": 1e-3,
+            "ssim_weight": 0.1,
+            "schedule": "cosine",
+            "curriculum": 0.5,
+            "clip_grad": 20.0,
+            "bn_freeze": 0.1,
+            "ema": 0.0,
+        },
+        # as published
+        "paper": {
+            "rendering": "chained",
+            "teacher_forcing": 0.0,
+            "forced_frames": None,
+            "mme_lr": 1e-4,
+            "car_lr": 1e-3,
+            "ssim_weight": 0.0,
+            "schedule": "constant",
+            "curriculum": 0.0,
+            "clip_grad": None,
+            "bn_freeze": 0.0,
+            "ema": 0.0,
+        },
+    }
 
     mme: str | None = None
     """Run or checkpoint whose MME the appearance stage uses (with --stage car, and only there)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -61,6 +62,8 @@ class TrainingSettings:
     """That of the model."""
     fixed: ClassVar[tuple[str, ...]] = ()
     """Fields that cannot change in a resumed run, because the order of the data depends on them."""
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Ways of training by name: values of fields of the run's settings, these and those of the model among them."""
 
     def check(self, stage: str) -> None:
         """Raise InputError for values that cannot work together in a run of that stage ("all": every stage)."""

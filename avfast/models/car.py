@@ -18,8 +18,9 @@ from avfast.kernels import backward_warp, shared_weights
 from avfast.models.networks import FEATURES, ContextEncoder, MotionEncoder, UNet
 from avfast.modules import ContextModulation
 
-STEP_SCALE = 0.1
-"""Of the number of steps since K, as the affine of composed rendering reads it."""
+HALF_AGE = 5.0
+"""For the number of steps since K the affine of composed rendering reads age / (age + 5): it saturates, so frames
+beyond those of training are not far from them."""
 
 
 def extend_path(path: Tensor, flow: Tensor) -> Tensor:
@@ -124,6 +125,6 @@ class CAR(nn.Module):
                 assert audio is not None
                 parts.append(audio)
             if age is not None:
-                parts.append(STEP_SCALE * age[:, None])
+                parts.append((age / (age + HALF_AGE))[:, None])
             motion = torch.cat(parts, dim=1)
         return warped + self.unet(warped, contexts, affine, motion)

@@ -31,6 +31,11 @@ def flag_choices() -> dict[str, Choices]:
     }
 
 
+def recipes(config: TrainConfig) -> Mapping[str, Mapping[str, Any]]:
+    """What the flag `--recipe` chooses among: the ways of training that the model knows."""
+    return config.training.recipes
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run: data, model, and how its stages are trained."""
@@ -59,6 +64,8 @@ class TrainConfig:
     """Largest norm of the whole gradient."""
     curriculum: Share = 0.0
     """Share of each stage's steps over which the frames predicted in training grow from 1 to pred-frames."""
+    ema: Annotated[float, Range(0, 0.99999)] = 0.0
+    """Decay per step of an average of the weights, which is scored and saved as best in their place; 0 = none."""
     flow_preset: str = "training"
     """TV-L1 preset of the true flow."""
     bn_recalibrate: Annotated[int, Range(0)] = 20

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from avfast.data.store import Batch
 from avfast.errors import InputError
@@ -123,6 +124,10 @@ class Trainer:
         norms = batch_norms(stage.trained)
         stage.trained, optimizer = accelerator.prepare(stage.trained, optimizer)
         parameters = list(stage.trained.parameters())
+        self.average = [parameter.detach().clone() for parameter in parameters] if config.ema else []
+        if self.resumed and start:
+            for mine, saved in zip(self.average, self.resumed.get("average", []), strict=True):
+                mine.copy_(saved)
         if start == 0:
             best = self._evaluate(stage, first, best)
 
@@ -150,6 +155,10 @@ class Trainer:
                 accelerator.backward(loss)
                 norm = accelerator.clip_grad_norm_(parameters, config.clip_grad or math.inf)
                 optimizer.step()
+                if self.average:
+                    # shorter at first: the weights that training starts from are soon forgotten
+                    decay = min(config.ema, (1 + index) / (10 + index))
+                    get_ema_multi_avg_fn(decay)(self.average, parameters, index)
                 for module in norms:
                     module.commit()
                 pending.append((first + index + 1, loss.detach(), norm))
@@ -203,6 +212,7 @@ class Trainer:
             "first_step": first,
             "best": best,
             "optimizer": optimizer.state_dict(),
+            "average": self.average,
             "rng": torch.get_rng_state(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
@@ -228,10 +238,15 @@ class Trainer:
 
     @contextmanager
     def _recalibrated(self, stage: Stage) -> Iterator[None]:
-        """Within: evaluation mode, BatchNorm's running statistics re-estimated over training batches."""
+        """Within: evaluation mode, averaged weights, BatchNorm's running statistics re-estimated over training batches
+        with them."""
         trained = self.accelerator.unwrap_model(stage.trained)
         norms = batch_norms(trained)
         before = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
+        averaged = list(zip(trained.parameters(), self.average, strict=True)) if self.average else []
+        weights = [parameter.detach().clone() for parameter, _ in averaged]
+        for parameter, average in averaged:
+            parameter.data.copy_(average)
         self._estimate_statistics(stage, norms)
         trained.eval()
         try:
@@ -241,6 +256,8 @@ class Trainer:
             for module, (mean, var) in zip(norms, before, strict=True):
                 module.running_mean.copy_(mean)
                 module.running_var.copy_(var)
+            for (parameter, _), weight in zip(averaged, weights, strict=True):
+                parameter.data.copy_(weight)
 
     def _estimate_statistics(self, stage: Stage, norms: list[BatchNorm]) -> None:
         """Set BatchNorm's running statistics to their means over training batches, unless they are frozen."""

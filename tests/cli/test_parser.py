@@ -194,6 +194,39 @@ def test_every_flag_of_a_command_stands_in_its_help(capsys: pytest.CaptureFixtur
         assert flag in text
 
 
+def recipes(config: Drawing) -> dict[str, dict[str, Any]]:
+    return {"large": {"layers": 2, "radius": 9, "side": 9.0}, "plain": {"layers": 1, "title": None}}
+
+
+def test_a_recipe_sets_fields_over_presets_and_files_and_under_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    presets = {"round": Drawing(title="one"), "angular": Drawing(shape=Square(), layers=2)}
+    (tmp_path / "a.yaml").write_text("layers: 1\nweights: [1]\n")
+
+    def found(line: str) -> Drawing:
+        return drawing(line, presets=presets, recipes=recipes)
+
+    assert found("--recipe large") == Drawing(shape=Circle(9), layers=2, title="one")
+    large = found(f"--recipe large --preset angular --config {tmp_path / 'a.yaml'} --colour green")
+    assert large == Drawing(shape=Square(9.0, "green"), layers=2, weights=(1.0,))
+    assert found("--recipe large --layers 2 --size 3 4").size == (3, 4)
+    for line, message in (
+        ("--recipe large --layers 1", "--layers is 1, but --recipe large has 2: leave one of them out"),
+        ("--radius 2 --recipe large", "--radius is 2, but --recipe large has 9: leave one of them out"),
+        ("--recipe plain --title x", "--title is x, but --recipe plain has None: leave one of them out"),
+        ("--recipe lage", "recipe is 'lage' (did you mean 'large'?), expected one of large, plain"),
+        ("--recipe large --recipe large", "--recipe is given twice, expected once"),
+    ):
+        with pytest.raises(InputError) as error:
+            found(line)
+        assert str(error.value) == message
+    text = " ".join(shown("--help", capsys, presets=presets, recipes=recipes).split())
+    assert "--recipe {None,large,plain}" in text
+    with pytest.raises(InputError, match="unknown argument '--recipe'"):
+        drawing("--recipe large", presets=presets)
+
+
 @pytest.mark.parametrize("argv", [[], ["--help"]])
 def test_a_field_that_clashes_with_another_flag(argv: list[str]):
     @dataclass(frozen=True)

@@ -23,6 +23,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 from avfast.deploy.onnx_session import METADATA, Session  # noqa: E402
 from avfast.runtime import Predictor  # noqa: E402
+from avfast.training.config import TrainConfig  # noqa: E402
 
 CLIPS = Path(__file__).parents[3] / "shared" / "data" / "clips"
 
@@ -57,7 +58,7 @@ def test_predict_equals_the_model(exported: tuple[Path, AVModel], predictor: Pre
 def test_predict_computes_the_flow_and_the_spectrogram(predictor: Predictor):
     frames, _, _ = inputs(2, 4, 7)
     waveform = np.random.default_rng(1).integers(-9000, 9000, (2, 7 * 440)).astype(np.int16)
-    flow = tvl1_flow(frames, preset="chambolle-pock").numpy()
+    flow = tvl1_flow(frames, preset=TrainConfig().flow_preset).numpy()
     assert predictor.spectrogram is not None and predictor.fps == 10
     sound = audio.spectrogram(torch.from_numpy(waveform), predictor.spectrogram).numpy()
     given = predictor.predict(frames, sound, flow=flow)

@@ -177,7 +177,7 @@ def test_real_films(name: str, fps: float, tmp_path: Path) -> None:
         ({"fps": 0.0}, "fps is 0.0, expected above 0 and at most 1000"),
         ({"size": (64, 60)}, "size is 64 60, expected multiples of 16"),
         ({"hop": 0}, "hop is 0, expected at least 1"),
-        ({"fps": 600.0}, "n_fft=88"),
+        ({"fps": 600.0}, "n_fft is 88"),
     ],
 )
 def test_settings_that_cannot_work(change: dict, message: str) -> None:

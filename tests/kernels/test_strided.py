@@ -130,3 +130,22 @@ def test_bad_input(x: tuple[int, ...], weight: tuple[int, ...], message: str) ->
         strided_conv(torch.rand(1, 3, 8, 8), torch.rand(2, 3, 4, 4), padding=-1)
     with pytest.raises(ValueError, match=r"x is torch.float32 and weight is torch.float64"):
         strided_conv(torch.rand(1, 3, 8, 8), torch.rand(2, 3, 4, 4).double(), backend="cpp")
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [(2, 1), (3, 1), (12, 1), (2, 2)])
+def test_narrow_maps_in_bfloat16(size: tuple[int, int], transposed: bool, autocast: bool) -> None:
+    """Where the smaller map is one column wide, PyTorch's own convolution is wrong on some CPUs."""
+    height, width = size
+    x = normal(6, 128, height, width) if transposed else normal(6, 128, 2 * height, 2 * width)
+    x, weight = x.bfloat16().double(), (0.05 * normal(128, 128, 4, 4, seed=1)).bfloat16().double()
+    _, expected = both(transposed, x, weight, 1)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    for _ in range(10):
+        # freed at once: memory that the convolution may get
+        _ = torch.full((6 * 128 * 4 * height * width,), float("nan"), dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found, _ = both(transposed, x.detach().to(dtype), weight.detach().to(dtype), 1)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours.double() - theirs).abs().max() < 0.02 * theirs.abs().max()

@@ -166,7 +166,7 @@ class Literal:
                 if vectors is not None:
                     motion = torch.cat((motion, vectors[:, t - 1]), 1)
                 if c.rendering == "composed":
-                    motion = F.pad(motion, (0, 1), value=(t + 1 - K) / 10)
+                    motion = F.pad(motion, (0, 1), value=(t + 1 - K) / (t + 1 - K + 5))
                 for i in range(4):
                     gamma, beta = (self.mlp(f"car.affine.{i}.{name}", motion) for name in ("gamma", "beta"))
                     z[i] = gamma[:, :, None, None] * z[i] + beta[:, :, None, None]

@@ -148,6 +148,39 @@ def test_resume_with_teacher_forcing_is_bit_for_bit(config, monkeypatch, method,
     assert without_times(whole) == without_times(resumed)
 
 
+def test_averaged_weights_are_scored_and_survive_a_crash(config, monkeypatch):
+    config = replace(config, stage="mme", ema=0.6, save_every=1, keep_last=9, eval_every=5)
+    whole = train(config)
+    steps = [read_model(whole / "checkpoints" / f"step_{step:08d}")[1] for step in range(1, 6)]
+    states = [torch.load(whole / "checkpoints" / f"step_{step:08d}" / "training_state.pt") for step in range(1, 6)]
+    names = [name for name, _ in AVModel(replace(config.model, refinement="none")).named_parameters()]
+    # the average before the first step is what training starts from
+    first = read_model(train(replace(config, ema=0.0, name="raw", max_steps=1)) / "checkpoints" / "step_00000001")[1]
+    assert all(torch.equal(first[name], steps[0][name]) for name in names)
+    for i in range(1, 5):
+        decay = min(0.6, (1 + i) / (10 + i))
+        for name, before, after in zip(names, states[i - 1]["average"], states[i]["average"], strict=True):
+            torch.testing.assert_close(after, decay * before + (1 - decay) * steps[i][name])
+    _, best = read_model(whole / "checkpoints" / "best-mme")
+    assert all(torch.equal(best[name], average) for name, average in zip(names, states[-1]["average"], strict=True))
+    assert not all(torch.equal(best[name], steps[-1][name]) for name in names)
+
+    original, calls = MotionStage.loss, []
+
+    def crashing(self, *args):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(MotionStage, "loss", crashing)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, name="cut"))
+    monkeypatch.undo()
+    folder = train(replace(config, name="cut", resume="auto")) / "checkpoints"
+    assert all(torch.equal(tensor, read_model(folder / "best-mme")[1][key]) for key, tensor in best.items())
+
+
 def test_frozen_statistics_are_those_of_evaluation_and_survive_a_crash(config, monkeypatch):
     config = replace(config, stage="mme", bn_freeze=0.4, save_every=1, keep_last=9)
     whole = train(config)
