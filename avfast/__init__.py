@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from avfast.machine.environment import environment as environment
     from avfast.models.avmodel import AVModel as AVModel
     from avfast.models.avmodel import ModelConfig as ModelConfig
+    from avfast.models.registry import from_pretrained as from_pretrained
     from avfast.opticalflow.tvl1 import tvl1_flow as tvl1_flow
     from avfast.patching import patch as patch
     from avfast.training.config import TrainConfig as TrainConfig
@@ -41,6 +42,7 @@ _HOME = {
     "convlstm_gates": "avfast.kernels",
     "environment": "avfast.machine.environment",
     "flow_loss": "avfast.kernels",
+    "from_pretrained": "avfast.models.registry",
     "modulate": "avfast.kernels",
     "patch": "avfast.patching",
     "patch_conv": "avfast.kernels",

@@ -27,7 +27,7 @@ from avfast.files.settings import Count, Range, check_values
 from avfast.machine.device import choose_device
 from avfast.machine.environment import commit
 from avfast.models.base import Rollout
-from avfast.models.registry import load_model
+from avfast.models.registry import load_model, shipped_run
 from avfast.report import refresh_report
 from avfast.scoring.counterfactuals import (
     SoundCondition,
@@ -78,7 +78,8 @@ class EvaluateConfig:
     samples: Annotated[int, Range(0)] = 2
     """Clips to draw as strips and in a GIF."""
     out: str | None = None
-    """Folder for tables and pictures, by default <run>/eval; with -2, -3 ... where it exists already."""
+    """Folder for tables and pictures, by default <run>/eval, or eval for a model that comes with avfast; with -2, -3 ...
+    where it exists already."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`."""
     data: str | None = None
@@ -124,7 +125,9 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
     predictors = {name: model_predictor(model) for name, model in models.items()}
     check_conditions(config.audio, config.shift, length)
     rows = {_row(name, condition, config.shift): name for condition in config.audio for name in models}
-    target = Path(config.out) if config.out else run_folder(next(iter(checkpoints.values()))) / "eval"
+    # the run folder of a model that comes with avfast is not the user's
+    own = Path() if shipped_run(config.checkpoint[0]) else run_folder(next(iter(checkpoints.values())))
+    target = Path(config.out) if config.out else own / "eval"
     sweep([target])
     with hidden_folder(target) if main else nullcontext() as unfinished:
         with accelerator.main_process_first() if accelerator else nullcontext():

@@ -33,6 +33,7 @@ from avfast.files.atomic import numbered, read_records, replacing
 from avfast.files.result_folder import ResultFolder, hidden_folder, publish, remove_folder, sweep
 from avfast.files.settings import load_config, to_dict
 from avfast.models.base import VideoModel
+from avfast.models.registry import shipped_run
 from avfast.training.config import TrainConfig, flag_choices
 
 
@@ -194,8 +195,9 @@ def find_run(config: TrainConfig) -> Run | None:
 def resolve_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder that a path means: a checkpoint itself, RUN/best or RUN/last in short for that in
     RUN/checkpoints, or of a run folder the best, else the last; one line on stderr says where it is not the best of
-    the run's final stage. Raises InputError when there is none."""
-    path = Path(path)
+    the run's final stage. The name of a model that comes with avfast means its run folder. Raises InputError when there
+    is none."""
+    path = shipped_run(path) or Path(path)
     for checkpoint in (path, path.parent / "checkpoints" / path.name):
         if (checkpoint / "model.safetensors").is_file():
             return checkpoint
