@@ -78,7 +78,7 @@ class EvaluateConfig:
     samples: Annotated[int, Range(0)] = 2
     """Clips to draw as strips and in a GIF."""
     out: str | None = None
-    """Folder for tables and pictures, by default <run>/eval, or eval for a model that comes with avfast; with -2, -3 ...
+    """Folder for tables and pictures, by default <run>/eval (eval for a model that comes with avfast); with -2, -3 ...
     where it exists already."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`."""
