@@ -31,10 +31,11 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 
-from avfast.data.base import SPLITS, DataSettings, Split
+from avfast.data.base import SPLITS, DataSettings, FramePredictor, Split
 from avfast.data.digits import DIGIT_SIDE, draw_digits, load_digits, philox_words, uniform
 from avfast.data.film_clips import ClipSettings
 from avfast.data.mmnist_motion import SPEEDS, direction, mirrored, walls_ahead
+from avfast.data.mmnist_physics import Physics
 from avfast.data.mmnist_rendering import BLOCK_SIDE, FRAME_SIDE, SAMPLES_PER_FRAME, render_frames, render_sound
 from avfast.data.store import ClipStore, generated_folder, write_store
 from avfast.errors import InputError
@@ -92,6 +93,20 @@ class MMNISTConfig(DataSettings):
     @property
     def seed(self) -> int:
         return self.data_seed
+
+    @property
+    def one_object(self) -> bool:
+        return self.num_digits == 1 and not self.block
+
+    def reference_frames(self) -> Mapping[str, FramePredictor]:
+        """What follows from the given frames, and from them and the sound: for one digit that bounces like a mirror, on
+        a canvas that is shown as it is."""
+        if not self.one_object or self.bounce != "mirror" or self.canvas != FRAME_SIDE:
+            return {}
+        # MNIST has every digit's centre of mass in pixel 14; of the drawings one coordinate in 18 is a pixel away
+        centre, doubt = (13.5, 0.2) if self.digits is None else (14.0, 0.0)
+        physics = Physics(mmnist_spectrogram(self.tone), wrapped=self.tone == "wrapped", centre=centre, doubt=doubt)
+        return {"physics, seen": physics.seen, "physics, seen and heard": physics.heard}
 
     def check_variant(self) -> None:
         """Raise InputError for settings that no data set has."""
