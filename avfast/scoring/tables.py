@@ -122,13 +122,12 @@ def format_tables(
         key: described[key]
         for key in ("protocol", "clips", "source", "data_seed", "commit", "version", "flow_preset", "regenerated")
     }
-    lists = {n: {"ssim": r.ssim, "psnr": r.psnr, "aepe_px": r.aepe} for n, r in results.items()}
-    if positions:
-        lists = {n: scores | {"position_error_px": results[n].position_error} for n, scores in lists.items()}
-    numbers = [f"{m}_{n}" for m in next(iter(lists.values())) for n in (*(f"fr{n}" for n in info.frames), "mean")]
+    lists = {"ssim": "ssim", "psnr": "psnr", "aepe": "aepe_px"}
+    lists |= {"position_error": "position_error_px"} if positions else {}
+    numbers = [f"{m}_{n}" for m in lists.values() for n in (*(f"fr{n}" for n in info.frames), "mean")]
     writer.writerow(["method", "kind", *numbers, "capped_share", "pooled_psnr", "training_seed", *said])
     for name, r in results.items():
-        scores = [[None] * len(heads) if values is None else pick(values) for values in lists[name].values()]
+        scores = [[None] * len(heads) if (v := getattr(r, attribute)) is None else pick(v) for attribute in lists]
         others = [r.capped_share, r.pooled_psnr, info.training_seeds.get(name)]
         writer.writerow([name, kinds[name], *chain(*scores), *others, *said.values()])
     strict = json.dumps(finite(document), indent=2, allow_nan=False)

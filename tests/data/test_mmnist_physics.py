@@ -3,6 +3,7 @@ what frames and sound cannot tell."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 from avfast.data.mmnist import Clips, MMNISTConfig, MovingMNIST, mmnist_spectrogram
-from avfast.data.mmnist_physics import Physics
+from avfast.data.mmnist_physics import Physics, _centroids
 from avfast.data.store import Batch
 from avfast.media.spectrogram import spectrogram
 from avfast.scoring.metrics import position_error
 
 K, T = 5, 25
+MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
+needs_mnist = pytest.mark.skipif(not MNIST.exists(), reason="no real MNIST files beside the checkout")
 
 
 class Made(NamedTuple):
@@ -111,6 +114,17 @@ def test_distances_are_those_of_the_positions_one_frame_later() -> None:
         # half a step of the table, and silence from the opposite corner on
         limit = np.inf if tone == "wrapped" else 20 * 2**0.5
         assert abs(heard - np.minimum(true, limit)).max() < 1 / 32
+
+
+@pytest.mark.parametrize("digits", [None, pytest.param(str(MNIST), marks=needs_mnist)])
+def test_frames_tell_every_step_in_whole_pixels(digits: str | None) -> None:
+    clips = MovingMNIST(MMNISTConfig(digits=digits), "test").clips(0, 100)
+    corners = np.moveaxis(np.trunc(clips.positions[:, :, 0]), -1, 0)
+    centres = _centroids(clips.frames[:, :, 0])
+    np.testing.assert_array_equal(np.rint(centres - centres[..., :1]), corners - corners[..., :1])
+    off = centres[..., 0] - (13.5 if digits is None else 14) - corners[..., 0]
+    # MNIST's digits are centred to a pixel, drawn ones a little worse
+    assert abs(off).max() < (1 if digits is None else 0.5)
 
 
 def test_nothing_looks_ahead_and_no_clip_sees_another(forty: Made) -> None:
