@@ -278,6 +278,7 @@ class AppearanceStage(Stage):
     def loss(self, batch: Batch, keys: WindowKeys, horizon: int) -> Tensor:
         k = self.context_frames
         flow, audio = self._motion(batch, keys)
+        audio = None if audio is None else audio[:, :horizon]
         frames = self.trained(batch.frames[:, k - 1], flow[:, :horizon], audio, self.mme.encoder)
         return self._loss(frames, batch.frames[:, k : k + horizon])
 
