@@ -282,6 +282,8 @@ class AppearanceStage(Stage):
         self.mme.requires_grad_(False).eval()
         self.steps, self.lr, self.batch_size = training.car_steps, training.car_lr, training.car_batch_size
         self.context_frames, self.ssim_weight = context_frames, training.ssim_weight
+        # composed rendering has no recurrence that could be too long at first
+        self.grows = not model.composed
         self._cache: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._free_bytes = int(training.flow_cache_gb * 2**30)
 
