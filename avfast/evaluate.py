@@ -133,7 +133,7 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
         with accelerator.main_process_first() if accelerator else nullcontext():
             store = run.load_split(config.split, quiet=not main)
             mean = training_mean_image(run.load_split("train", quiet=not main))
-        references = reference_predictors(torch.as_tensor(mean))
+        references = reference_predictors(torch.as_tensor(mean), run.data.reference_frames())
         count = _clip_count(config.clips, len(store))
         if "shuffled" in config.audio and count < 2:
             raise InputError(f"clips is {count}, and shuffled sound wants another clip: expected 2 at least")
@@ -154,11 +154,14 @@ def _evaluate_runs(config: EvaluateConfig) -> dict[str, Any]:
                     progress.update(done, len(firsts))
 
         results: dict[str, MetricResult] = {}
-        for condition in config.audio:
-            scored = {_row(name, condition, config.shift): predict for name, predict in predictors.items()}
-            # the references use no sound: once is enough
-            scored |= {} if results else references
-            results |= score(batches(condition), scored, k, config.protocol, accelerator)
+        # the references are scored once, with the clips' own sound
+        for condition in dict.fromkeys((*config.audio, "own")):
+            heard = predictors if condition in config.audio else {}
+            scored = {_row(name, condition, config.shift): predict for name, predict in heard.items()}
+            scored |= references if condition == "own" else {}
+            results |= score(
+                batches(condition), scored, k, config.protocol, accelerator, one_object=run.data.one_object
+            )
         results = {name: results[name] for name in (*rows, *references)}
         info = TableInfo(
             context_frames=k,

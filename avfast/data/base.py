@@ -8,12 +8,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from avfast.data.film_clips import ClipSettings
-from avfast.data.store import ClipStore
+from avfast.data.store import Batch, ClipStore
 from avfast.errors import InputError
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+FramePredictor = Callable[[Batch, int], Tensor]
+"""(batch of T frames, K) -> frames K+1..T in [0,1], (B,P,C,H,W)."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,16 @@ class DataSettings(ABC):
     def seed(self) -> int | None:
         """The seed it was generated from; None where it was not."""
         return None
+
+    @property
+    def one_object(self) -> bool:
+        """Every frame shows one object on black: its centre of mass tells where the object is."""
+        return False
+
+    def reference_frames(self) -> Mapping[str, FramePredictor]:
+        """Predictors of its own that tables show below the models, by the name of their row: what is known of the set,
+        and of no other, bounds the scores. They may use the whole sound."""
+        return {}
 
     @abstractmethod
     def check(self, frames: int, batch_size: int) -> None:

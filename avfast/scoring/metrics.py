@@ -119,6 +119,16 @@ def end_point_error(pred_flow: Tensor, true_flow: Tensor) -> Tensor:
         return (pred_flow.double() - true_flow.double()).square().sum(-3).sqrt().mean((-2, -1))
 
 
+def position_error(pred: Tensor, true: Tensor) -> Tensor:
+    """Euclidean distance of two frames' centres of mass in pixels: (...,C,H,W) in [0,1] (clamped to it) -> (...,)
+    float64. The mass is the intensity, summed over channels. A black frame says nothing of the place, and counts as the
+    frame's middle. For one object on black. No gradient. ValueError: shapes that differ, a type that is not floating
+    point."""
+    pred, true = _checked(pred, true)
+    with torch.no_grad():
+        return (_centre_of_mass(pred) - _centre_of_mass(true)).square().sum(-1).sqrt()
+
+
 @dataclass(frozen=True)
 class MetricResult:
     """Scores of one predictor. Lists have one value per predicted frame, the first being frame K + 1."""
@@ -135,6 +145,8 @@ class MetricResult:
     than another (capped all the same where every frame is exact)."""
     aepe: list[float] | None
     """Pixels; None where the predictor has no flow."""
+    position_error: list[float] | None = None
+    """Pixels; None where the frames do not show one object."""
 
     @property
     def mean_ssim(self) -> float:
@@ -148,24 +160,31 @@ class MetricResult:
     def mean_aepe(self) -> float | None:
         return None if self.aepe is None else math.fsum(self.aepe) / len(self.aepe)
 
+    @property
+    def mean_position_error(self) -> float | None:
+        return None if self.position_error is None else math.fsum(self.position_error) / len(self.position_error)
+
     def as_dict(self) -> dict[str, object]:
-        """All fields and the three means, ready for JSON."""
+        """All fields and the means of the lists, ready for JSON."""
         means = {"mean_ssim": self.mean_ssim, "mean_psnr": self.mean_psnr, "mean_aepe": self.mean_aepe}
-        return asdict(self) | means
+        return asdict(self) | means | {"mean_position_error": self.mean_position_error}
 
 
 class VideoMetrics:
     """Streaming scores of predicted clips: sums and counts per frame index, so memory does not grow with the clips.
-    `state` is float64 (7, P): the sums of SSIM, PSNR, capped share, squared error, clips, end-point error, clips with
-    flow. Sums only: the states of several processes, each with its own clips, add up to the state of one."""
+    `state` is float64 (8, P): the sums of SSIM, PSNR, capped share, squared error, clips, position error, end-point
+    error, clips with flow. Sums only: the states of several processes, each with its own clips, add up to the state of
+    one."""
 
-    def __init__(self, pred_frames: int, protocol: ProtocolName = "paper") -> None:
-        """pred_frames: P, the number of predicted frames of each clip. ValueError: P < 1, unknown protocol."""
+    def __init__(self, pred_frames: int, protocol: ProtocolName = "paper", *, one_object: bool = False) -> None:
+        """pred_frames: P, the number of predicted frames of each clip; one_object: frames show one object on black, so
+        that its position is scored. ValueError: P < 1, unknown protocol."""
         if pred_frames < 1:
             raise ValueError(f"pred_frames is {pred_frames}, expected at least 1")
         get_protocol(protocol)
         self.protocol: ProtocolName = protocol
-        self.state = torch.zeros(7, pred_frames, dtype=torch.float64)
+        self.one_object = one_object
+        self.state = torch.zeros(8, pred_frames, dtype=torch.float64)
 
     def update(
         self, pred_frames: Tensor, true_frames: Tensor, pred_flow: Tensor | None = None, true_flow: Tensor | None = None
@@ -184,6 +203,8 @@ class VideoMetrics:
             decibels, capped = _psnr(error, self.protocol)
             sums = [scores.sum(0), decibels.sum(0), capped.sum(0), error.mean(-1).sum(0)]
             sums.append(torch.full_like(sums[0], batch))
+            off = position_error(pred_frames, true_frames).sum(0) if self.one_object else torch.zeros_like(sums[0])
+            sums.append(off)
             if pred_flow is not None and true_flow is not None:
                 if pred_flow.shape[:2] != (batch, p):
                     raise ValueError(f"pred_flow has shape {tuple(pred_flow.shape)}, expected ({batch}, {p}, 2, H, W)")
@@ -194,13 +215,13 @@ class VideoMetrics:
 
     def reduce(self, accelerator: Accelerator) -> VideoMetrics:
         """A new accumulator holding the sum over all processes (a collective call; this one is left as it is)."""
-        total = VideoMetrics(self.state.shape[1], self.protocol)
+        total = VideoMetrics(self.state.shape[1], self.protocol, one_object=self.one_object)
         total.state = accelerator.reduce(self.state.to(accelerator.device), reduction="sum")
         return total
 
     def compute(self) -> MetricResult:
         """The scores so far. ValueError when no clip was added."""
-        ssim_sum, psnr_sum, capped, error, clips, epe, flow_clips = self.state.cpu()
+        ssim_sum, psnr_sum, capped, error, clips, off, epe, flow_clips = self.state.cpu()
         if clips[0] == 0:
             raise ValueError("no clip was scored: update() was never called with a clip")
         return MetricResult(
@@ -211,6 +232,7 @@ class VideoMetrics:
             capped_share=(capped.sum() / clips.sum()).item(),
             pooled_psnr=_decibels(error.sum() / clips.sum()).item(),
             aepe=(epe / flow_clips).tolist() if flow_clips[0] else None,
+            position_error=(off / clips).tolist() if self.one_object else None,
         )
 
 
@@ -221,6 +243,16 @@ def _checked(pred: Tensor, true: Tensor, pred_name: str = "pred", true_name: str
     if not (pred.is_floating_point() and true.is_floating_point()):
         raise ValueError(f"{pred_name} is {pred.dtype}, {true_name} {true.dtype}, expected floating point")
     return pred, true
+
+
+def _centre_of_mass(frames: Tensor) -> Tensor:
+    """(...,C,H,W) -> (...,2) float64, x then y in pixels from the middle; the middle where there is no mass."""
+    mass = _unit(frames).sum(-3)
+    height, width = mass.shape[-2:]
+    x, y = (torch.arange(n, device=mass.device) - (n - 1) / 2 for n in (width, height))
+    moments = torch.stack([(mass.sum(-2) * x).sum(-1), (mass.sum(-1) * y).sum(-1)], -1)
+    total = mass.sum((-2, -1)).unsqueeze(-1)
+    return moments / torch.where(total == 0, 1.0, total)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ the reference predictors beside the models, because absolute numbers depend on t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from avfast.data.base import FramePredictor
 from avfast.data.store import Batch
 from avfast.kernels import backward_warp
 from avfast.models.base import Rollout, VideoModel
@@ -59,11 +61,17 @@ def model_predictor(model: VideoModel) -> Predictor:
     return predict
 
 
-def reference_predictors(training_mean: Tensor) -> dict[str, Predictor]:
-    """The reference rows of every table, by name. training_mean: (C,H,W), the mean image of the training set."""
+def reference_predictors(
+    training_mean: Tensor, frame_predictors: Mapping[str, FramePredictor] = MappingProxyType({})
+) -> dict[str, Predictor]:
+    """The reference rows of every table, by name, then those that the data set has of its own. training_mean: (C,H,W),
+    the mean image of the training set."""
 
     def mean_image(batch: Batch, k: int) -> Rollout:
         return Rollout(training_mean.to(batch.frames).expand_as(batch.frames[:, k:]), None)
+
+    def without_flow(predict: FramePredictor) -> Predictor:
+        return lambda batch, k: Rollout(predict(batch, k), None)
 
     return {
         "black": black,
@@ -72,6 +80,7 @@ def reference_predictors(training_mean: Tensor) -> dict[str, Predictor]:
         "training-set mean image": mean_image,
         "copy-last-flow": copy_last_flow,
         "oracle-flow": oracle_flow,
+        **{name: without_flow(predict) for name, predict in frame_predictors.items()},
     }
 
 
@@ -90,8 +99,11 @@ def score(
     context_frames: int,
     protocol: ProtocolName = "paper",
     accelerator: Accelerator | None = None,
+    *,
+    one_object: bool = False,
 ) -> dict[str, MetricResult]:
-    """Score every predictor on frames K+1..T of every batch, in constant memory. With an accelerator of several
+    """Score every predictor on frames K+1..T of every batch, in constant memory, with the position error where frames
+    show `one_object`. With an accelerator of several
     processes each passes its own share of the batches (which may be none) and all get the scores over all of them.
     ValueError: no batch at all, T <= K, predictions of another shape than the truth."""
     metrics: dict[str, VideoMetrics] = {}
@@ -102,7 +114,7 @@ def score(
             pred_frames = true_frames.shape[1]
             for name, predict in predictors.items():
                 if name not in metrics:
-                    metrics[name] = VideoMetrics(pred_frames, protocol)
+                    metrics[name] = VideoMetrics(pred_frames, protocol, one_object=one_object)
                 frames, flow = predict(batch, context_frames)
                 metrics[name].update(frames, true_frames, flow, None if flow is None else true_flow)
     if accelerator is not None and accelerator.num_processes > 1:
@@ -110,7 +122,8 @@ def score(
 
         # a process without a batch does not know P
         pred_frames = max(gather_object([pred_frames]))
-        metrics = {n: metrics.get(n, VideoMetrics(pred_frames, protocol)).reduce(accelerator) for n in predictors}
+        empty = VideoMetrics(pred_frames, protocol, one_object=one_object)
+        metrics = {n: metrics.get(n, empty).reduce(accelerator) for n in predictors}
     if not metrics:
         raise ValueError("batches and predictors: at least one of each is needed, nothing was scored")
     return {name: m.compute() for name, m in metrics.items()}

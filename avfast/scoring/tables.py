@@ -1,4 +1,5 @@
-"""Results as tables in the layout of the paper: SSIM and PSNR (Tables 1 and 5), AEPE (Table 4), in three formats."""
+"""Results as tables in the layout of the paper: SSIM and PSNR (Tables 1 and 5), AEPE (Table 4), and beside them the
+position error of one object, in three formats."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 from avfast import __version__
@@ -55,9 +57,9 @@ def default_frames(context_frames: int, pred_frames: int) -> tuple[int, ...]:
 def format_tables(
     models: Mapping[str, MetricResult], references: Mapping[str, MetricResult], info: TableInfo
 ) -> Tables:
-    """Lay results out as the paper's Tables 1 and 5 (SSIM, PSNR) and Table 4 (AEPE), references below the models. The
-    best model's value is bold in every column. ValueError: no results, results of several protocols, clip counts or
-    lengths, a frame number that was not predicted."""
+    """Lay results out as the paper's Tables 1 and 5 (SSIM, PSNR) and Table 4 (AEPE), with one of position errors where
+    there are any; references below the models. The best model's value is bold in every column. ValueError: no results,
+    results of several protocols, clip counts or lengths, a frame number that was not predicted."""
     results = {**models, **references}
     if len({(r.protocol, r.clips, len(r.ssim)) for r in results.values()}) != 1:
         raise ValueError("models and references: expected results of one protocol, clip count and length")
@@ -93,6 +95,13 @@ def format_tables(
         f"Protocol `{one.protocol}`: {protocol.words}. Capped: share of PSNR values that the cap cut; pooled PSNR: of "
         f"the squared error pooled over clips, frames and pixels. {facts}",
     ]
+    positions = {n: pick(r.position_error) for n, r in results.items() if r.position_error is not None}
+    if positions:
+        parts += [
+            _markdown([(f"Position ↓ {h}", ".2f", -1) for h in heads], positions, kinds),
+            "Position error in pixels: distance of the predicted frame's centre of mass from the true one's; a black "
+            f"frame counts as the frame's middle. {facts}",
+        ]
     flows = {n: [100 * v for v in pick(r.aepe)] for n, r in results.items() if r.aepe is not None}
     if flows:
         # repeating the last frame is warping it by no flow, and is called so where the flow is scored
@@ -113,12 +122,15 @@ def format_tables(
         key: described[key]
         for key in ("protocol", "clips", "source", "data_seed", "commit", "version", "flow_preset", "regenerated")
     }
-    numbers = [f"{m}_{n}" for m in ("ssim", "psnr", "aepe_px") for n in (*(f"fr{n}" for n in info.frames), "mean")]
+    lists = {n: {"ssim": r.ssim, "psnr": r.psnr, "aepe_px": r.aepe} for n, r in results.items()}
+    if positions:
+        lists = {n: scores | {"position_error_px": results[n].position_error} for n, scores in lists.items()}
+    numbers = [f"{m}_{n}" for m in next(iter(lists.values())) for n in (*(f"fr{n}" for n in info.frames), "mean")]
     writer.writerow(["method", "kind", *numbers, "capped_share", "pooled_psnr", "training_seed", *said])
     for name, r in results.items():
-        aepe = pick(r.aepe) if r.aepe is not None else [None] * len(heads)
-        values = [*pick(r.ssim), *pick(r.psnr), *aepe, r.capped_share, r.pooled_psnr, info.training_seeds.get(name)]
-        writer.writerow([name, kinds[name], *values, *said.values()])
+        scores = [[None] * len(heads) if values is None else pick(values) for values in lists[name].values()]
+        others = [r.capped_share, r.pooled_psnr, info.training_seeds.get(name)]
+        writer.writerow([name, kinds[name], *chain(*scores), *others, *said.values()])
     strict = json.dumps(finite(document), indent=2, allow_nan=False)
     return Tables("\n\n".join(parts) + "\n", text.getvalue(), strict + "\n")
 

@@ -229,16 +229,17 @@ def save_loss_curves(metrics_jsonl: str | Path, path: str | Path) -> None:
 def save_metric_curves(
     path: str | Path, results: Mapping[str, Any], *, context_frames: int = 0, references: Collection[str] = ()
 ) -> None:
-    """Draw SSIM and PSNR, and AEPE if some predictor has flow, over the frame number; `references` are dashed. results:
-    {predictor: scores}, all of clips of the same length. Scores have `ssim`, `psnr` and `aepe`, lists of one value per
-    predicted frame (`aepe` is None where there is no flow), as `avfast.scoring.metrics.MetricResult` has. ValueError:
-    no results."""
+    """Draw SSIM and PSNR, and AEPE and the position error where some predictor has them, over the frame number;
+    `references` are dashed. results: {predictor: scores}, all of clips of the same length. Scores have `ssim`, `psnr`,
+    `aepe` and `position_error`, lists of one value per predicted frame (the latter two may be None), as
+    `avfast.scoring.metrics.MetricResult` has. ValueError: no results."""
     if not results:
         raise ValueError("results is empty, expected at least one predictor")
     panels: list[tuple[str, dict[str, list[float]]]] = [
         ("SSIM", {name: r.ssim for name, r in results.items()}),
         ("PSNR, dB", {name: r.psnr for name, r in results.items()}),
         ("AEPE, px", {name: r.aepe for name, r in results.items() if r.aepe is not None}),
+        ("position error, px", {n: r.position_error for n, r in results.items() if r.position_error is not None}),
     ]
     panels = [(title, curves) for title, curves in panels if curves]
     figure = _figure(len(panels))

@@ -25,6 +25,7 @@ from avfast.scoring.predictors import reference_predictors
 from avfast.training.config import TrainConfig
 
 K, P, H, W = 2, 3, 16, 20
+REFERENCES = [*reference_predictors(torch.zeros(1, 1, 1)), "physics, seen", "physics, seen and heard"]
 
 
 def save(folder: Path, **arrays: np.ndarray) -> dict[str, str]:
@@ -145,13 +146,16 @@ def test_scoring_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"tables and pictures: {out}" in capsys.readouterr().out
     document = json.loads((out / "results.json").read_text())
     assert list(document["models"]) == ["motion/best", "full/best"] and document["clips"] == 5
-    assert list(document["references"]) == list(reference_predictors(torch.zeros(1, 1, 1)))
+    assert list(document["references"]) == REFERENCES
     assert document["regenerated"] and document["context_frames"] == K and document["data_seed"] == 0
     assert document["training_seeds"] == {"motion/best": 3, "full/best": 4}
     # both have the same kind of motion, but weights of their own
     assert all(len(r["aepe"]) == P for r in document["models"].values())
     table = (out / "table.md").read_text()
     assert "; data seed 0; training seeds 3 (motion/best), 4 (full/best);" in table
+    rows = document["models"] | document["references"]
+    assert all(len(r["position_error"]) == P for r in rows.values()) and "Position ↓ Fr 5" in table
+    assert rows["physics, seen and heard"]["mean_position_error"] < 0.5 < rows["black"]["mean_position_error"]
     assert "zero flow" in table and "Not comparable with the published row" in table and "Fr 5" in table
     pictures = {f"sample_{m}_best_{i}.png" for m in ("motion", "full") for i in (1, 2)}
     pictures |= {f"samples_{m}_best.gif" for m in ("motion", "full")} | {"curves.png"}
@@ -191,7 +195,7 @@ def test_scoring_with_other_sound(runs: Path) -> None:
     document = evaluate(config)
     names = ["full/best, silent sound", "full/best", "full/best, shuffled sound", "full/best, sound shifted by 2"]
     assert list(document["models"]) == names and document["sound"].keys() == set(kinds)
-    assert list(document["references"]) == list(reference_predictors(torch.zeros(1, 1, 1)))
+    assert list(document["references"]) == REFERENCES
     assert document["training_seeds"] == dict.fromkeys(names, 4)
     for words in ("2 frames later and wrapped around (shifted)", "silence (silent)", "half the set further on (shuff"):
         assert words in document["markdown"]
@@ -222,6 +226,26 @@ def test_scoring_with_other_sound(runs: Path) -> None:
         f"{prefix}_{stem}{ending}" for stem in stems for prefix, ending in (("sample", "_1.png"), ("samples", ".gif"))
     }
     assert "silence (silent)" in (runs / "full" / "report.html").read_text()
+
+
+def test_references_hear_the_clips_own_sound(runs: Path) -> None:
+    checkpoint, scores = str(runs / "motion"), str(runs / "heard")
+    own, silent = (
+        evaluate(EvaluateConfig(checkpoint=(checkpoint,), samples=0, audio=(kind,), out=scores))
+        for kind in ("own", "silent")
+    )
+    assert own["references"] == silent["references"] and list(silent["models"]) == ["motion/best, silent sound"]
+
+
+def test_two_digits_have_no_position(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    data = MMNISTConfig(num_digits=2, clip_frames=4, train_clips=2, val_clips=1, test_clips=2)
+    lengths = {"context_frames": 2, "pred_frames": 2, "eval_frames": 2, "batch_size": 2}
+    model = ModelConfig(refinement="none", convlstm_layers=1)
+    run = make_run(tmp_path / "run", TrainConfig(data=data, model=model, **lengths, data_cache=str(tmp_path / "data")))
+    document = evaluate(EvaluateConfig(checkpoint=(str(run),), samples=0))
+    assert list(document["references"]) == REFERENCES[:-2] and "Position" not in document["markdown"]
+    assert all(r["position_error"] is None for r in document["references"].values())
+    assert "position" not in (Path(document["out"]) / "table.csv").read_text()
 
 
 def test_runs_are_scored_on_windows_from_the_first_frame(runs: Path) -> None:

@@ -11,7 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import peak_signal_noise_ratio as tm_psnr
 from torchmetrics.functional.image import structural_similarity_index_measure as tm_ssim
 
-from avfast.scoring.metrics import PROTOCOLS, PSNR_CAP, VideoMetrics, end_point_error, psnr, ssim
+from avfast.scoring.metrics import PROTOCOLS, PSNR_CAP, VideoMetrics, end_point_error, position_error, psnr, ssim
 
 # scikit-image and we both compute in float64
 EXACT = dict(rtol=1e-10, atol=1e-10)
@@ -128,6 +128,42 @@ def test_end_point_error() -> None:
     torch.testing.assert_close(end_point_error(pred, true), torch.tensor([[0.0, 5, 0], [0, 0, 1]], dtype=torch.float64))
 
 
+def block(x: int, y: int, width: int, height: int, value: float = 1.0) -> torch.Tensor:
+    """A frame (1,20,30) with a rectangle, whose centre of mass is x + (width - 1) / 2, y + (height - 1) / 2."""
+    frame = torch.zeros(1, 20, 30)
+    frame[0, y : y + height, x : x + width] = value
+    return frame
+
+
+def test_position_error() -> None:
+    black, true = torch.zeros(1, 20, 30), block(4, 2, 3, 5)
+    # neither size nor brightness moves the centre; a black frame counts as the middle, 14.5, 9.5
+    pred = torch.stack([true, block(7, 6, 3, 5), block(3, 0, 5, 9, 0.3), block(4, 2, 4, 5), black])
+    want = [0, 5, 0, 0.5, np.hypot(14.5 - 5, 9.5 - 4)]
+    np.testing.assert_allclose(position_error(pred, true.expand_as(pred)), want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(position_error(true.expand_as(pred), pred), want, rtol=1e-6, atol=1e-6)
+    assert position_error(black, black).item() == 0
+    # channels add up: a red rectangle twice as bright as a green one 6 px further on lies 2 px off
+    colours = torch.cat([block(4, 2, 3, 5), block(10, 2, 3, 5, 0.5), black])
+    np.testing.assert_allclose(position_error(colours, true.expand(3, -1, -1)).item(), 2, rtol=1e-6)
+
+
+def test_position_error_of_clips() -> None:
+    true = block(4, 2, 3, 5).expand(2, 3, 1, 20, 30)
+    pred = true.clone()
+    pred[0, 1], pred[1, 1], pred[1, 2] = block(7, 6, 3, 5), block(4, 5, 3, 5), float("nan")
+    one, other = VideoMetrics(3, one_object=True), VideoMetrics(3, one_object=True)
+    one.update(pred[:1], true[:1])
+    other.update(pred[1:], true[1:])
+    result = one.reduce(Processes(other.state)).compute()
+    np.testing.assert_allclose(result.position_error, [0, (5 + 3) / 2, np.nan], rtol=1e-6)
+    assert one.compute().mean_position_error == pytest.approx(5 / 3)
+    assert one.compute().as_dict()["mean_position_error"] == one.compute().mean_position_error
+    without = VideoMetrics(3)
+    without.update(pred, true)
+    assert without.compute().position_error is None and without.compute().as_dict()["mean_position_error"] is None
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -168,7 +204,7 @@ def test_streaming_equals_one_pass_and_keeps_no_clip() -> None:
     for start in (0, 3, 5):
         metrics.update(*(x[start : {0: 3, 3: 5, 5: 7}[start]] for x in data))
     tensors = [v for v in vars(metrics).values() if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 1 and metrics.state.shape == size and metrics.state.untyped_storage().nbytes() == 7 * 4 * 8
+    assert len(tensors) == 1 and metrics.state.shape == size and metrics.state.untyped_storage().nbytes() == 8 * 4 * 8
 
     result = metrics.compute()
     pred, true, pred_flow, true_flow = data

@@ -120,6 +120,29 @@ def test_csv_and_json_hold_every_number() -> None:
     assert document["references"].keys() == REFERENCES.keys() and document["frames"] == [6, 9]
 
 
+def test_position_errors() -> None:
+    models = {n: replace(r, position_error=[1.0, 2.0, 3.0, 4.0 + i]) for i, (n, r) in enumerate(MODELS.items())}
+    references = {n: replace(r, position_error=[0.5, 0.5, 0.5, 0.25]) for n, r in REFERENCES.items()}
+    tables = format_tables(models, references, INFO)
+    _, _, table, footer, *_ = tables.markdown.split("\n\n")
+    assert [cells(line) for i, line in enumerate(table.split("\n")) if i != 1] == [
+        ["Method", "Position ↓ Fr 6", "Position ↓ Fr 9", "Position ↓ Mean"],
+        ["run-a/best", "**1.00**", "**4.00**", "**2.50**"],
+        ["run-b/last", "**1.00**", "5.00", "2.75"],
+        ["*reference*", "", "", ""],
+        ["black", "0.50", "0.25", "0.44"],
+        ["repeat last frame", "0.50", "0.25", "0.44"],
+    ]
+    assert "pixels" in footer and "a black frame counts as the frame's middle" in footer and "7 clips" in footer
+    row = list(csv.DictReader(io.StringIO(tables.csv)))[1]
+    assert [row[f"position_error_px_{c}"] for c in ("fr6", "fr9", "mean")] == ["1.0", "5.0", "2.75"]
+    assert row["aepe_px_fr6"] == "0.05"
+    assert json.loads(tables.json)["models"]["run-b/last"]["position_error"] == [1, 2, 3, 5]
+    without = format_tables(MODELS, REFERENCES, INFO)
+    assert "Position" not in without.markdown and "position" not in without.csv
+    assert json.loads(without.json)["models"]["run-b/last"]["position_error"] is None
+
+
 @pytest.mark.parametrize(
     ("models", "frames", "message"),
     [

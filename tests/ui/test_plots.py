@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +336,9 @@ def test_metric_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.get_xydata().tolist() for line in aepe.lines] == [[[6, 0.1], [7, 0.2]]]
     save_metric_curves(tmp_path / "curves.png", {"black": results["black"]})
     assert len(figures[1].axes) == 2
+    placed = {name: replace(r, position_error=[1.5, 2.5]) for name, r in results.items()}
+    save_metric_curves(tmp_path / "curves.png", placed)
+    assert figures[2].axes[3].lines[1].get_xydata().tolist() == [[1, 1.5], [2, 2.5]]
 
 
 def test_contact_sheet_shows_frames_sound_and_flow(tmp_path: Path) -> None:
