@@ -208,17 +208,23 @@ def _processes(config: EvaluateConfig) -> tuple[Accelerator | None, torch.device
 
 
 def _open_runs(paths: Sequence[str]) -> tuple[dict[str, Path], dict[str, TrainConfig]]:
-    """Checkpoints, and the configs of their runs, by the name of their row; all share data and lengths."""
+    """Checkpoints, and the configs of their runs, by the name of their row; all share data and lengths. A model that
+    comes with avfast is scored on the data of the others, and for as many frames."""
     checkpoints = [resolve_checkpoint(path) for path in paths]
     runs = [load_run_config(checkpoint) for checkpoint in checkpoints]
-    for path, run in zip(paths, runs, strict=True):
-        for field in ("data", "context_frames", "eval_frames", "flow_preset"):
-            value, first = getattr(run, field), getattr(runs[0], field)
-            if value != first:
+    shared = ("data", "context_frames", "eval_frames", "flow_preset")
+    own = [i for i, path in enumerate(paths) if not shipped_run(path)]
+    first = own[0] if own else 0
+    for i, (path, run) in enumerate(zip(paths, runs, strict=True)):
+        for field in shared if i in own or not own else ():
+            value, expected = getattr(run, field), getattr(runs[first], field)
+            if value != expected:
                 raise InputError(
-                    f"{path} has {field.replace('_', '-')} {value}, expected that of {paths[0]}, {first}: one table "
-                    "needs one data set"
+                    f"{path} has {field.replace('_', '-')} {value}, expected that of {paths[first]}, {expected}: one "
+                    "table needs one data set"
                 )
+        if i not in own:
+            runs[i] = replace(run, **{field: getattr(runs[first], field) for field in shared})
     names = [f"{run_folder(c).name}/{c.absolute().name}" for c in checkpoints]
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:

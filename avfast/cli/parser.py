@@ -70,7 +70,7 @@ def parse(
     known_recipes = recipes(default) if recipes else {}
     if "recipe" in names:
         settings.check_name(names["recipe"], known_recipes, "recipe")
-        default = _with_values(default, known_recipes[names["recipe"]])
+        default = settings.with_values(default, known_recipes[names["recipe"]])
     parser = _Parser(prog, [first])
     try:
         actions += _add_arguments(parser, default)
@@ -90,7 +90,7 @@ def parse(
     config = _with_words(default, vars(namespace))
     recipe = names.get("recipe", "")
     for name, value in known_recipes[recipe].items() if recipe else ():
-        if config != _with_values(config, {name: value}):
+        if config != settings.with_values(config, {name: value}):
             flag, words = vars(namespace)[name]
             raise InputError(f"{flag} is {words}, but --recipe {recipe} has {value}: leave one of them out")
     if "print_config" in namespace:
@@ -106,13 +106,6 @@ def _with_chosen(config: Any, names: Mapping[str, str], choices: FlagChoices) ->
         for field, classes in choices[flag].items():
             config = replace(config, **{field: settings.choose(getattr(config, field), names[flag], classes, flag)})
     return config
-
-
-def _with_values(config: Any, values: Mapping[str, Any]) -> Any:
-    """The config with these values of its fields, and of those of nested settings."""
-    nested = {name: value for name, value in vars(config).items() if is_dataclass(value)}
-    changes = {name: values[name] for name in vars(config).keys() & values.keys()}
-    return replace(config, **changes, **{name: _with_values(value, values) for name, value in nested.items()})
 
 
 def _with_hyphens(word: str) -> str:

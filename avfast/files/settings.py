@@ -87,6 +87,13 @@ def from_dict(default: Config, values: Mapping[str, Any], where: str, choices: C
     return replace(default, **changes)  # type: ignore[type-var]
 
 
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with these values of its fields, and of those of nested settings."""
+    nested = {name: value for name, value in vars(config).items() if is_dataclass(value)}
+    changes = {name: values[name] for name in vars(config).keys() & values.keys()}
+    return replace(config, **changes, **{name: with_values(value, values) for name, value in nested.items()})  # type: ignore[type-var]
+
+
 def choose(current: Any, name: Any, classes: Mapping[str, type], where: str) -> Any:
     """The settings called `name`: `current` if they are of that class already, else that class's defaults. Raises
     InputError, which begins with `where`, for an unknown name."""

@@ -19,9 +19,10 @@ from avfast.errors import InputError
 from avfast.files.settings import Count, NotNegative, Positive, Range, Share
 from avfast.kernels import backward_warp, flow_loss
 from avfast.models.base import ModelSettings, Rollout, Stage, TrainingSettings, VideoModel, WindowKeys, repeated
-from avfast.models.car import CAR, extend_path, warp_once
+from avfast.models.car import CAR
 from avfast.models.checkpoint import load_pretrained
-from avfast.models.losses import frame_loss, ssim_loss
+from avfast.models.composition import extend_path, warp_once
+from avfast.models.losses import frame_loss, path_loss, ssim_loss
 from avfast.models.mme import MME, Motion, RecallMotion, VisualMotion
 from avfast.models.networks import batch_norms
 
@@ -59,11 +60,12 @@ class PaperTraining(TrainingSettings):
             "forced_frames": 8,
             "mme_lr": 1e-3,
             "car_lr": 1e-3,
-            "ssim_weight": 0.1,
+            "path_weight": 0.1,
+            "ssim_weight": 1.0,
             "schedule": "cosine",
             "curriculum": 0.5,
             "clip_grad": 20.0,
-            "bn_freeze": 0.1,
+            "bn_freeze": 0.9,
             "ema": 0.0,
         },
         # as published
@@ -73,6 +75,7 @@ class PaperTraining(TrainingSettings):
             "forced_frames": None,
             "mme_lr": 1e-4,
             "car_lr": 1e-3,
+            "path_weight": 0.0,
             "ssim_weight": 0.0,
             "schedule": "constant",
             "curriculum": 0.0,
@@ -96,6 +99,9 @@ class PaperTraining(TrainingSettings):
     """Adam's learning rate in the appearance stage (the paper's)."""
     smooth_weight: NotNegative = 0.01
     """Lambda of Eq. 8."""
+    path_weight: NotNegative = 0.0
+    """Weight of the squared error of the composed flows back to frame K, beside Eq. 8, where the motion stage runs on
+    its own predictions: errors of flow that add up to a wrong place cost more than those that cancel."""
     ssim_weight: NotNegative = 0.0
     """Weight of 1 - SSIM beside the squared error of Eq. 11 in the appearance stage."""
     teacher_forcing: Share = 0.0
@@ -237,6 +243,7 @@ class MotionStage(Stage):
         self.model, self.trained = model.motion_only(), model.mme
         self.steps, self.lr, self.smooth_weight = training.mme_steps, training.mme_lr, training.smooth_weight
         self.forced_share, self.forced_frames = training.teacher_forcing, training.forced_frames
+        self.path_weight = training.path_weight
         self.context_frames = context_frames
 
     def forced_loss(self, batch: Batch) -> Tensor:
@@ -247,7 +254,10 @@ class MotionStage(Stage):
     def loss(self, batch: Batch, keys: WindowKeys, horizon: int) -> Tensor:
         k, end = self.context_frames, self.context_frames + horizon
         motion = self.trained(batch.frames[:, :k], batch.flow[:, :k], batch.audio[:, :end])
-        return self._flow_loss(motion.flow, batch.flow[:, k:end], batch.frames[:, k:end])
+        loss = self._flow_loss(motion.flow, batch.flow[:, k:end], batch.frames[:, k:end])
+        if self.path_weight:
+            loss = loss + self.path_weight * path_loss(motion.flow, batch.flow[:, k:end])
+        return loss
 
     def validation_loss(self, rollout: Rollout, batch: Batch) -> Tensor:
         assert rollout.flow is not None
@@ -272,12 +282,15 @@ class AppearanceStage(Stage):
         self.mme.requires_grad_(False).eval()
         self.steps, self.lr, self.batch_size = training.car_steps, training.car_lr, training.car_batch_size
         self.context_frames, self.ssim_weight = context_frames, training.ssim_weight
+        # composed rendering has no recurrence that could be too long at first
+        self.grows = not model.composed
         self._cache: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._free_bytes = int(training.flow_cache_gb * 2**30)
 
     def loss(self, batch: Batch, keys: WindowKeys, horizon: int) -> Tensor:
         k = self.context_frames
         flow, audio = self._motion(batch, keys)
+        audio = None if audio is None else audio[:, :horizon]
         frames = self.trained(batch.frames[:, k - 1], flow[:, :horizon], audio, self.mme.encoder)
         return self._loss(frames, batch.frames[:, k : k + horizon])
 

@@ -88,6 +88,8 @@ class Stage(ABC):
     """Adam's learning rate."""
     batch_size: int | None = None
     """Clips per step and process; None: the run's."""
+    grows: bool = True
+    """Whether the frames predicted in training may be few at first."""
     forced_share: float = 0.0
     """Share of the steps, the first ones, that learn by `forced_loss`."""
 

@@ -1,9 +1,11 @@
-"""Losses of the appearance stage (paper section 3.3); the motion stage's is the op `avfast.kernels.flow_loss`."""
+"""Losses of the two stages (paper section 3.3); Eq. 8 itself is the op `avfast.kernels.flow_loss`."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from avfast.models.composition import composed_flow
 
 _WINDOW, _C1, _C2 = 7, 0.02**2, 0.06**2
 """Of the SSIM of the protocol `paper` (`avfast.scoring.metrics`): pixels; K1 and K2 times the data range 2, squared."""
@@ -17,6 +19,17 @@ def frame_loss(prediction: Tensor, target: Tensor) -> Tensor:
     if prediction.shape != target.shape:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)}, expected {tuple(target.shape)} like target")
     return (prediction - target).square().mean() * prediction.shape[1]
+
+
+def path_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Flows F_{K+1}..F_T (B,P,2,H,W) -> a scalar: the squared error of the composed flows back to frame K, in px^2, its
+    mean over batch and pixels, summed over the P steps. Not of the paper.
+
+    Raises ValueError when the shapes differ."""
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction has shape {tuple(prediction.shape)}, expected {tuple(target.shape)} like target")
+    error = composed_flow(prediction) - composed_flow(target)
+    return error.square().sum(2).mean() * prediction.shape[1]
 
 
 def ssim_loss(prediction: Tensor, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from avfast.data.prepared import ClipsConfig
 from avfast.data.registry import DATASETS
 from avfast.data.store import ClipStore
 from avfast.errors import InputError
-from avfast.files.settings import Choices, Count, Positive, Range, Seed, Share, check_name, check_values
+from avfast.files.settings import Choices, Count, Positive, Range, Seed, Share, check_name, check_values, with_values
 from avfast.models.avmodel import ModelConfig, PaperTraining
 from avfast.models.base import ModelSettings, TrainingSettings
 from avfast.models.registry import MODELS
@@ -166,48 +166,52 @@ class TrainConfig:
         return self.data.built(split, cache=self.data_cache, flow_preset=self.flow_preset)
 
 
-_MMNIST = TrainConfig()
-_CLIPS = TrainConfig(
+_MMNIST = with_values(TrainConfig(), PaperTraining.recipes["best"])
+_CLIPS = replace(
+    with_values(_MMNIST, {"image_channels": 3, "audio_shape": (45, 17)}),
     data=ClipsConfig(),
     name="painting",
-    model=ModelConfig(image_channels=3, audio_shape=(45, 17)),
     context_frames=15,
     pred_frames=15,
     eval_frames=30,
 )
-# two hours on 2 cores with AVX2. Small batches fail in the motion stage: on two predicted frames, after 60 s of
-# training, the squared flow error per step was 14.7 with batch 8 and 9.1 with 64 (no sound, 1e-3), 6.2 with 32
-# (sound, 5e-4); 18 is no motion at all. One seed each; batch, rate and sound were not separated
-_SMALL = replace(
+# two hours on 2 cores: docs/results.md
+_SMALL = with_values(
     _MMNIST,
-    name="small",
-    model=ModelConfig(unet_width=16),
-    data=MMNISTConfig(train_clips=4000),
-    training=PaperTraining(car_batch_size=8, mme_steps=1300, car_steps=1000, mme_lr=5e-4),
-    schedule="cosine",
-    curriculum=0.7,
-    eval_every=200,
-    eval_clips=64,
-    save_every=100,
-    bn_recalibrate=10,
+    {
+        "name": "small",
+        "unet_width": 16,
+        "train_clips": 8000,
+        "car_batch_size": 8,
+        "mme_steps": 5000,
+        "car_steps": 2000,
+        "eval_every": 400,
+        "save_every": 200,
+    },
+)
+# minutes on 2 cores: shorter clips, fewer steps
+_DEMO = with_values(
+    _SMALL,
+    {
+        "name": "demo",
+        "clip_frames": 20,
+        "train_clips": 2000,
+        "val_clips": 64,
+        "test_clips": 128,
+        "mme_steps": 300,
+        "car_steps": 150,
+        "pred_frames": 10,
+        "eval_frames": 15,
+        "eval_every": 50,
+        "eval_clips": 32,
+        "save_every": 50,
+        "bn_recalibrate": 5,
+    },
 )
 PRESETS: dict[str, TrainConfig] = {
     "mmnist": _MMNIST,
     "mmnist-small": _SMALL,
-    # minutes on 2 cores: shorter clips, a narrow U-Net
-    "demo": replace(
-        _SMALL,
-        name="demo",
-        model=ModelConfig(unet_width=8),
-        data=MMNISTConfig(clip_frames=20, train_clips=1000, val_clips=64, test_clips=128),
-        training=PaperTraining(car_batch_size=8, mme_steps=250, car_steps=200, mme_lr=5e-4),
-        pred_frames=10,
-        eval_frames=15,
-        eval_every=50,
-        eval_clips=32,
-        save_every=50,
-        bn_recalibrate=5,
-    ),
+    "demo": _DEMO,
     # the paper's sets of short videos with sound, prepared by `avfast prepare`; steps as for mmnist
     "painting": _CLIPS,
     "drums": replace(_CLIPS, name="drums"),

@@ -343,7 +343,7 @@ def _schedule(config: TrainConfig, index: int, steps: int) -> float:
 def _horizon(stage: Stage, config: TrainConfig, index: int, steps: int) -> int:
     """Frames predicted at optimiser step `index` (from 0) of a stage; all of them with teacher forcing."""
     forced = stage.forced_share * steps
-    growing = config.curriculum * (steps - forced)
+    growing = config.curriculum * (steps - forced) if stage.grows else 0
     if index < forced or index - forced >= growing:
         return config.pred_frames
     return 1 + int((config.pred_frames - 1) * (index - forced) / growing)

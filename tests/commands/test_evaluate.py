@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from avfast import evaluate as program
+from avfast import from_pretrained
 from avfast.data.mmnist import MMNISTConfig
 from avfast.errors import InputError
 from avfast.evaluate import EvaluateConfig, evaluate
+from avfast.models import registry
 from avfast.models.avmodel import AVModel, ModelConfig
 from avfast.scoring.metrics import VideoMetrics
 from avfast.scoring.predictors import reference_predictors
@@ -159,6 +162,30 @@ def test_scoring_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {p.name for p in out.iterdir()} == pictures | {"table.md", "table.csv", "results.json"}
     for name in pictures:
         assert Image.open(out / name).size[0] > 100
+
+
+def test_models_that_come_with_avfast_are_scored_on_the_data_of_the_others(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # the run on other data is the one that is shipped
+    (tmp_path / "weights").mkdir()
+    shutil.copytree(runs / "other", tmp_path / "weights" / "small")
+    monkeypatch.setattr(registry, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    document = evaluate(EvaluateConfig(checkpoint=("small", str(runs / "motion")), data_cache=str(runs / "data")))
+    assert list(document["models"]) == ["small/best", "motion/best"] and document["data_seed"] == 0
+    assert document["out"] == "eval" and Path("eval", "table.md").exists()
+    alone = evaluate(EvaluateConfig(checkpoint=("small",), data_cache=str(runs / "data"), out="alone"))
+    assert alone["data_seed"] == 1
+
+    model, expected = from_pretrained("small"), AVModel.from_pretrained(runs / "other" / "checkpoints" / "best")
+    assert not model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    with pytest.raises(InputError, match="name is 'smal', expected a checkpoint folder or one of small$"):
+        from_pretrained("smal")
+    # a folder of the user's is what a name means
+    shutil.copytree(runs / "full" / "checkpoints" / "best", tmp_path / "small")
+    assert from_pretrained("small").settings == ModelConfig(unet_width=4)
 
 
 def test_scoring_with_other_sound(runs: Path) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from avfast.errors import InputError
-from avfast.files.settings import load_config
-from avfast.models.avmodel import AVModel, ModelConfig
-from avfast.training.config import TrainConfig
+from avfast.files.settings import load_config, with_values
+from avfast.models.avmodel import AVModel
+from avfast.training.config import PRESETS, TrainConfig
 from avfast.training.runs import Run, resolve_checkpoint
 
 FLAGS = {
@@ -104,7 +104,7 @@ def test_config_file_and_print_config(tmp_path):
     )
     (tmp_path / "printed.yaml").write_text(result.stdout)
     printed = load_config(tmp_path / "printed.yaml", TrainConfig())
-    assert printed == TrainConfig(batch_size=4, seed=7, model=ModelConfig(unet_width=8))
+    assert printed == with_values(PRESETS["mmnist"], {"batch_size": 4, "seed": 7, "unet_width": 8})
     for text, message in [
         ("batch_sise: 4", "unknown key 'batch_sise' (did you mean 'batch_size'?)"),
         ("batch_size: x", "batch_size is 'x'"),
