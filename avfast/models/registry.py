@@ -12,10 +12,9 @@ from avfast.models.avmodel import AVModel
 from avfast.models.base import ModelSettings, VideoModel
 from avfast.models.checkpoint import load_pretrained, read_pretrained
 
+MODELS: dict[str, type[VideoModel]] = {model.settings_class.name: model for model in (AVModel,)}
 WEIGHTS = Path(__file__).parent.parent / "weights"
 """Trained models that come with the package, a run folder each."""
-
-MODELS: dict[str, type[VideoModel]] = {model.settings_class.name: model for model in (AVModel,)}
 
 
 def build_model(settings: ModelSettings) -> VideoModel:
