@@ -60,7 +60,7 @@ class PaperTraining(TrainingSettings):
             "forced_frames": 8,
             "mme_lr": 1e-3,
             "car_lr": 1e-3,
-            "path_weight": 0.1,
+            "path_weight": 0.4,
             "ssim_weight": 1.0,
             "schedule": "cosine",
             "curriculum": 0.5,
