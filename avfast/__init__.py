@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 # read without importing by the build (pyproject.toml), so it must stay a plain literal
@@ -54,6 +56,14 @@ _HOME = {
 }
 
 __all__ = [*_HOME, "__version__"]
+
+
+# OpenMP's threads spin while they wait, and beside one busy process a step on two cores then takes twenty times as
+# long. A command has them sleep, unless the user says otherwise; PyTorch's OpenMP reads this as it is loaded. `python
+# -m` has the argument -m while it imports this package
+if sys.argv[:1] == ["-m"] or (sys.argv and os.path.basename(sys.argv[0]) == "avfast"):
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def __getattr__(name: str) -> Any:

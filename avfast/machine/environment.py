@@ -17,6 +17,7 @@ from avfast import __version__
 
 # these decide which variant of the native code can run (x86-64-v3 and v4)
 _INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_VARIABLES = ("AVFAST_", "OMP_", "GOMP_")
 # all of these install a module cv2: the one installed last overwrites the files of the others
 _OPENCV = ("opencv-contrib-python-headless", "opencv-contrib-python", "opencv-python-headless", "opencv-python")
 _OVERWRITTEN = f"and overwrite each other's cv2: uninstall them all, then install {_OPENCV[0]}"
@@ -39,7 +40,7 @@ def environment() -> dict[str, Any]:
         "cuda": {"torch": _torch_devices(), "native": native_devices},
         "native": native,
         "backends": _backends(),
-        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("AVFAST_")},
+        "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)},
         "warnings": [f"{' and '.join(opencv)} are installed {_OVERWRITTEN}"] if len(opencv) > 1 else [],
     }
 

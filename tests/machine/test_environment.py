@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 
 import pytest
@@ -46,6 +47,22 @@ def test_a_forced_backend_shows(monkeypatch: pytest.MonkeyPatch):
     report = environment()
     assert report["variables"]["AVFAST_BACKEND"] == "reference"
     assert {row["runs"] for row in report["backends"]} == {"reference"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "100"}, None)],
+)
+def test_threads_of_a_command_sleep_while_they_wait(given: dict[str, str], expected: str | None):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    script = "import sys; sys.argv[0] = 'bin/avfast'; import avfast.env; avfast.env.main(['--json'])"
+    for words in (["-m", "avfast.env", "--json"], ["-c", script]):
+        command = [sys.executable, *words]
+        found = subprocess.run(command, env=clean | given, check=True, capture_output=True, text=True)
+        assert json.loads(found.stdout)["variables"].get("OMP_WAIT_POLICY") == expected
+    library = "import avfast.env, os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    found = subprocess.run([sys.executable, "-c", library], env=clean, check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "None"
 
 
 def test_the_extension_names_the_instruction_sets_of_this_cpu():
