@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--commit", help="of the code that trained it; by default that in the run's env.json")
     parser.add_argument("--clips", type=int, default=200)
     args = parser.parse_args()
+    table = args.table.read_text().strip()
     checkpoint = resolve_checkpoint(args.run)
     run, config = run_folder(checkpoint), load_run_config(checkpoint)
     model = load_model(checkpoint)
@@ -105,7 +106,7 @@ def main() -> None:
         full_ssim=full_scores.mean_ssim,
         half_psnr=half_scores.mean_psnr,
         full_psnr=full_scores.mean_psnr,
-        table=args.table.read_text().strip(),
+        table=table,
         date=datetime.date.today().isoformat(),
         machine=args.machine,
         commit=args.commit or json.loads((run / "env.json").read_text())["commit"],
