@@ -69,6 +69,8 @@ def parse(
     default = _with_chosen(default, names, choices)
     known_recipes = recipes(default) if recipes else {}
     if "recipe" in names:
+        if not known_recipes:
+            raise InputError(f"recipe is {names['recipe']!r}, but what is chosen has no recipes")
         settings.check_name(names["recipe"], known_recipes, "recipe")
         default = settings.with_values(default, known_recipes[names["recipe"]])
     parser = _Parser(prog, [first])

@@ -223,6 +223,8 @@ def test_a_recipe_sets_fields_over_presets_and_files_and_under_flags(
         assert str(error.value) == message
     text = " ".join(shown("--help", capsys, presets=presets, recipes=recipes).split())
     assert "--recipe {None,large,plain}" in text
+    with pytest.raises(InputError, match="^recipe is 'large', but what is chosen has no recipes$"):
+        drawing("--recipe large", presets=presets, recipes=lambda config: {})
     with pytest.raises(InputError, match="unknown argument '--recipe'"):
         drawing("--recipe large", presets=presets)
 
