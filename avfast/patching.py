@@ -163,7 +163,10 @@ def patch(model: nn.Module, *inputs: Any, rounds: int = 5, verbose: bool = True)
             report.left |= dict.fromkeys(names[module], found)
     counts, called = _observe(model, inputs, swaps)
     for module in swaps.keys() - called:
-        text = f"{swaps.pop(module)} would compute it, but model(*inputs) does not call it with those arguments alone"
+        fused = swaps.pop(module)
+        text = (
+            f"{fused} could compute it, but model(*inputs) never calls it with those {len(fused.names)} arguments alone"
+        )
         report.left |= dict.fromkeys(names[module], text)
     for module, count in counts.items():
         report.left[names[module][0]] = f"it calls grid_sample ({count} times) and is no warp by a flow in pixels"
@@ -178,6 +181,7 @@ def patch(model: nn.Module, *inputs: Any, rounds: int = 5, verbose: bool = True)
     return report
 
 
+@torch.inference_mode(False)
 def _recognise(module: nn.Module, device: torch.device) -> _Fused | str:
     """The fused op that computes what the module does, why a candidate is left, or "" for no candidate."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -215,6 +219,7 @@ def _recognise_cell(module: nn.Module, names: tuple[str, ...], conv_name: str) -
         return ""
     channels = (conv.in_channels - hidden, hidden, hidden, 4 * hidden)
     inputs = [torch.randn(2, c, 5, 6, dtype=conv.weight.dtype, device=conv.weight.device) for c in channels]
+    noise = _noise(module, conv_name)
 
     def own(packed: bool, x: Tensor, hidden: Tensor, cell: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
         stacked: list[Tensor] = []
@@ -225,7 +230,8 @@ def _recognise_cell(module: nn.Module, names: tuple[str, ...], conv_name: str) -
             return gates
 
         with conv.register_forward_hook(replace):
-            output = _call(module, conv_name, *((x, (hidden, cell)) if packed else (x, hidden, cell)))
+            state = ((hidden, cell),) if packed else (hidden, cell)
+            output = torch.func.functional_call(module, noise, (x, *state))
         if type(output) is not tuple:
             raise TypeError("expected (hidden, cell)")
         return *output, *stacked
@@ -233,14 +239,15 @@ def _recognise_cell(module: nn.Module, names: tuple[str, ...], conv_name: str) -
     def fused(order: str, x: Tensor, hidden: Tensor, cell: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
         return *reference.convlstm_gates(_reordered(gates, order), cell), torch.cat((x, hidden), dim=1)
 
+    text = "one convolution with four parts, but it does not map x and (hidden, cell) to such a tuple, with gradients"
     for count in (2, 3)[: len(names) - 1]:
-        expected = _probe_both_modes(module, partial(own, count == 2), inputs)
-        for order in map("".join, itertools.permutations("ifog")) if expected else ():
-            if _same(_probe(partial(fused, order), inputs), expected):
+        expected = _probe_own(module, partial(own, count == 2), inputs)
+        for order in map("".join, itertools.permutations("ifog")):
+            if _same(_probe(partial(fused, order), inputs), *expected):
                 return _FusedCell(names[:count], conv_name, order)
-        if expected:
-            return "called as a ConvLSTM cell, but computes something else (peepholes, a norm, another activation?)"
-    return "one convolution with four parts, but not called as a ConvLSTM cell, or not always the same"
+        if None not in expected:
+            text = "a ConvLSTM cell, but it computes something else (peepholes, a norm, another activation, dropout?)"
+    return text
 
 
 def _reordered(gates: Tensor, order: str) -> Tensor:
@@ -254,31 +261,32 @@ def _recognise_warp(module: nn.Module, names: tuple[str, ...], device: torch.dev
     # not near integers, where a rounding error decides which pixels are read
     flow = torch.randint(-3, 3, (2, 2, 9, 11), device=device) + 0.1 + 0.8 * torch.rand(2, 2, 9, 11, device=device)
 
+    noise = _noise(module)
+
     def own(image: Tensor, flow: Tensor) -> tuple[Tensor]:
-        return (_call(module, "", image, flow),)
+        return (torch.func.functional_call(module, noise, (image, flow)),)
 
     def fused(padding: str, image: Tensor, flow: Tensor) -> tuple[Tensor]:
         return (reference.backward_warp(image, flow, padding),)
 
-    expected = _probe_both_modes(module, own, [image, flow])
+    expected = _probe_own(module, own, [image, flow])
     for padding in ("border", "zeros"):
-        if _same(_probe(partial(fused, padding), [image, flow]), expected):
+        if _same(_probe(partial(fused, padding), [image, flow]), *expected):
             return _FusedWarp(names[:2], padding)
     return ""
 
 
-def _call(module: nn.Module, conv_name: str, *arguments: Any) -> Any:
-    """Call a module with random numbers in all its weights and buffers but the convolution's, because the fused op
-    reads none of them: peepholes often start at 0, where they do nothing."""
+def _noise(module: nn.Module, but: str = "") -> dict[str, Tensor]:
+    """Random numbers for all weights and buffers but those of the child `but`: the fused op reads none of them, and
+    what is 0 or 1 at the start, as peepholes and norms are, must not look as if it did nothing."""
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())
-    noise = {n: torch.rand_like(t) for n, t in tensors if n.split(".")[0] != conv_name and t.is_floating_point()}
-    return torch.func.functional_call(module, noise, arguments)
+    return {n: torch.rand_like(t) for n, t in tensors if n.split(".")[0] != but and t.is_floating_point()}
 
 
 def _probe(compute: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor] | None:
     """The tensors that `compute` returns, the inputs as it leaves them, and their gradients. None if it does not take
     these inputs, or returns something else."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in inputs]
         given = [t.clone() for t in leaves]
         try:
@@ -286,22 +294,22 @@ def _probe(compute: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> 
             if not all(t.is_floating_point() for t in found):
                 return None
             # the leaves themselves too: each then has a gradient
-            losses = [t.square().sum() for t in (*found, *leaves)]
-            return [*found, *torch.autograd.grad(losses, leaves)]
+            loss = torch.stack([t.square().sum() for t in (*found, *leaves)]).sum()
+            return [*found, *torch.autograd.grad(loss, leaves)]
         except Exception:
             return None
 
 
-def _probe_both_modes(
+def _probe_own(
     module: nn.Module, compute: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]
-) -> list[Tensor] | None:
-    """`_probe` of the module's own code. None also if it computes something else in training than in evaluation."""
+) -> list[list[Tensor] | None]:
+    """`_probe` of a module's own code in training and in evaluation."""
     found = []
     for training in (True, False):
         for part in module.modules():
             part.training = training
         found.append(_probe(compute, inputs))
-    return found[0] if _same(*found) else None
+    return found
 
 
 def _precision(tensor: Tensor) -> float:
@@ -309,12 +317,14 @@ def _precision(tensor: Tensor) -> float:
     return max(1e-4, 8 * torch.finfo(tensor.dtype).eps)
 
 
-def _same(found: list[Tensor] | None, expected: list[Tensor] | None) -> bool:
-    return (
-        found is not None
-        and expected is not None
-        and [t.shape for t in found] == [t.shape for t in expected]
-        and all(torch.allclose(a, b, _precision(b), _precision(b) / 10) for a, b in zip(found, expected, strict=True))
+def _same(found: list[Tensor] | None, *expected: list[Tensor] | None) -> bool:
+    """Whether all computed the same, none of them nothing."""
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, _precision(b), _precision(b) / 10)
+
+    return found is not None and all(
+        other is not None and len(other) == len(found) and all(map(close, found, other)) for other in expected
     )
 
 
@@ -408,10 +418,11 @@ def _observe(
     def leave(*_: Any) -> None:
         running.pop()
 
-    with _unchanged(model, inputs), torch.no_grad(), Count():
+    # compiled code would not call Python's hooks, scripted code takes none
+    with _unchanged(model, inputs), torch.no_grad(), torch.compiler.set_stance("force_eager"), Count():
         _swap(swaps)
-        # the hooks are attributes, which _unchanged takes away again
-        for module in model.modules():
+        for module in [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]:
+            # attributes, which _unchanged takes away again
             module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(leave)
         model(*inputs)

@@ -1,0 +1,122 @@
+"""What avfast.patch leaves as it is, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from patched_models import Cell, Model, contents, frames, patch
+from torch import Tensor, nn
+
+
+class Dropout(Cell):
+    def gates(self, stacked: Tensor) -> Tensor:
+        return nn.functional.dropout(self.conv(stacked), 0.5, self.training)
+
+
+class Truncated(Cell):
+    def gates(self, stacked: Tensor) -> Tensor:
+        return self.conv(stacked.detach())
+
+
+class Peephole(Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, 16, 1, 1))
+
+    def gates(self, stacked: Tensor) -> Tensor:
+        return self.conv(stacked) + self.weight * stacked.mean()
+
+
+class Mask(Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(1, 16, 1, 1))
+
+    def gates(self, stacked: Tensor) -> Tensor:
+        return self.conv(stacked) * self.mask
+
+
+class Functional(Cell):
+    def gates(self, stacked: Tensor) -> Tensor:
+        return nn.functional.conv2d(stacked, self.conv.weight, self.conv.bias, padding=1)
+
+
+class ReturnsList(Cell):
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        return list(super().forward(x, state))
+
+
+class HookedActivation(Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.identity = nn.Identity()
+        self.identity.register_forward_hook(lambda *_: None)
+
+    def gates(self, stacked: Tensor) -> Tensor:
+        return self.identity(self.conv(stacked))
+
+
+class OwnForward(Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.forward
+
+
+class NeverAsked(Cell):
+    def forward(self, x: Tensor, state: Any = None, mask: Tensor | None = None) -> Any:
+        return super().forward(x, state)
+
+    def __call__(self, x: Tensor, state: Any = None) -> Any:
+        return super().__call__(x, state, None)
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        (Dropout, "computes something else"),
+        (Truncated, "computes something else"),
+        (Peephole, "computes something else"),
+        (Mask, "computes something else"),
+        (Functional, "computes something else"),
+        (ReturnsList, "does not map x and .hidden, cell. to such a tuple"),
+        (HookedActivation, "hooks of modules inside it would not be called"),
+        (OwnForward, "its forward is set on the object"),
+        (NeverAsked, "never calls it with those 2 arguments alone"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_leaves_what_it_cannot_keep(cell: type[Cell], reason: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model = Model(cell()).train(training)
+    before = contents(model)
+    report = patch(model)
+    assert contents(model) == before and report.swapped == {} and report.difference == 0
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(report.left["cell"])
+
+
+def test_the_order_of_gates_does_not_depend_on_the_weights() -> None:
+    model, x = Model(), frames()
+    for parameter in model.cell.parameters():
+        nn.init.zeros_(parameter)
+    assert patch(model, x).swapped == {"cell": "a fused ConvLSTM cell (gates i, f, o, g)"}
+
+
+def test_scripted_code_is_left() -> None:
+    cell, x = Cell(), frames()
+    model = Model(torch.jit.trace(cell, (x, cell.first(x))))
+    model.first = cell.first
+    assert patch(model, x).left == {"cell": "scripted code cannot be looked into"}
+
+
+def test_refuses_a_model_without_values() -> None:
+    model = Model().to("meta")
+    with pytest.raises(ValueError, match="model's cell.conv.weight is on the device meta, expected values"):
+        patch(model)
+    model = Model()
+    model.head = nn.LazyConv2d(2, 1)
+    with pytest.raises(ValueError, match="model's head.weight is not initialised, expected values"):
+        patch(model)
+    assert isinstance(model.head, nn.LazyConv2d) and type(model.cell) is Cell
