@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,7 @@ class _FusedCell:
     """Name of the convolution in the module."""
     order: str
     """The order of the gates in the convolution's output."""
+    takes: ClassVar = "x and (hidden, cell), or the three, alone"
 
     def __str__(self) -> str:
         return f"a fused ConvLSTM cell (gates {', '.join(self.order)})"
@@ -80,17 +81,20 @@ class _FusedCell:
 
 @dataclass(frozen=True)
 class _FusedWarp:
-    """A flow warp, called with an image (B,C,H,W) and a flow (B,2,H,W) in pixels."""
+    """A flow warp, called with an image (B,C,H,W) and a flow (B,2,H,W) in pixels. In half types the module's own code
+    rounds its coordinates, which the op does not."""
 
     names: tuple[str, ...]
     padding: str
+    takes: ClassVar = "an image and a flow of float32 or float64 alone"
 
     def __str__(self) -> str:
         return f"a fused backward warp (padding {self.padding})"
 
     def tensors(self, image: Any, flow: Any) -> tuple[Tensor, ...] | None:
-        fits = _are_maps(image, flow) and flow.shape == (len(image), 2, *image.shape[2:]) and flow.dtype == image.dtype
-        return (image, flow) if fits else None
+        fits = _are_maps(image, flow) and flow.shape == (len(image), 2, *image.shape[2:])
+        full = fits and image.dtype == flow.dtype and flow.dtype in (torch.float32, torch.float64)
+        return (image, flow) if full else None
 
     def compute(self, module: nn.Module, image: Tensor, flow: Tensor) -> Tensor:
         return backward_warp(image, flow, padding=self.padding)
@@ -164,12 +168,11 @@ def patch(model: nn.Module, *inputs: Any, rounds: int = 5, verbose: bool = True)
     counts, called = _observe(model, inputs, swaps)
     for module in swaps.keys() - called:
         fused = swaps.pop(module)
-        text = (
-            f"{fused} could compute it, but model(*inputs) never calls it with those {len(fused.names)} arguments alone"
-        )
+        text = f"{fused} could compute it, but no call of it in model(*inputs): it takes {fused.takes}"
         report.left |= dict.fromkeys(names[module], text)
     for module, count in counts.items():
-        report.left[names[module][0]] = f"it calls grid_sample ({count} times) and is no warp by a flow in pixels"
+        text = f"it calls grid_sample ({count} times) and is no warp by a flow in pixels"
+        report.left |= {name: text for name in names[module] if name not in report.left}
     report.swapped = {name: str(fused) for module, fused in swaps.items() for name in names[module]}
     before, _ = _run(model, inputs, {})
     report.difference = _compare(before, _run(model, inputs, swaps)[0])
@@ -186,15 +189,19 @@ def _recognise(module: nn.Module, device: torch.device) -> _Fused | str:
     """The fused op that computes what the module does, why a candidate is left, or "" for no candidate."""
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted code cannot be looked into"
-    parameters = inspect.signature(type(module).forward).parameters.values()
+    # the subclasses that earlier calls made are of avfast
+    if type(module).__module__.split(".")[0] in ("torch", "avfast"):
+        return ""
+    try:
+        parameters = inspect.signature(type(module).forward).parameters.values()
+    except (TypeError, ValueError):
+        return ""
     names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
     # arguments that a signature like (x, *state) does not name are given by place
     names += ("",) * (3 * any(p.kind is p.VAR_POSITIONAL for p in parameters))
     convs = [name for name, child in module.named_children() if isinstance(child, nn.Conv2d)]
     has_weights = any(True for _ in module.parameters())
-    # the subclasses of earlier calls are of avfast
-    own_code = type(module).__module__.split(".")[0] not in ("torch", "avfast")
-    if not own_code or len(names) < 2 or len(convs) > 1 or bool(convs) != has_weights:
+    if len(names) < 2 or len(convs) > 1 or bool(convs) != has_weights:
         return ""
     with _unchanged(module):
         found = _recognise_cell(module, names, *convs) if convs else _recognise_warp(module, names, device)
@@ -218,7 +225,7 @@ def _recognise_cell(module: nn.Module, names: tuple[str, ...], conv_name: str) -
     if conv.out_channels != 4 * hidden or not 0 < hidden < conv.in_channels:
         return ""
     channels = (conv.in_channels - hidden, hidden, hidden, 4 * hidden)
-    inputs = [torch.randn(2, c, 5, 6, dtype=conv.weight.dtype, device=conv.weight.device) for c in channels]
+    inputs = [torch.randn(2, c, 5, 6).to(conv.weight) for c in channels]
     noise = _noise(module, conv_name)
 
     def own(packed: bool, x: Tensor, hidden: Tensor, cell: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
@@ -280,16 +287,16 @@ def _noise(module: nn.Module, but: str = "") -> dict[str, Tensor]:
     """Random numbers for all weights and buffers but those of the child `but`: the fused op reads none of them, and
     what is 0 or 1 at the start, as peepholes and norms are, must not look as if it did nothing."""
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())
-    return {n: torch.rand_like(t) for n, t in tensors if n.split(".")[0] != but and t.is_floating_point()}
+    return {n: torch.rand(t.shape).to(t) for n, t in tensors if n.split(".")[0] != but and t.is_floating_point()}
 
 
 def _probe(compute: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor] | None:
     """The tensors that `compute` returns, the inputs as it leaves them, and their gradients. None if it does not take
     these inputs, or returns something else."""
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        given = [t.clone() for t in leaves]
         try:
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            given = [t.clone() for t in leaves]
             found = [*compute(*given), *given]
             if not all(t.is_floating_point() for t in found):
                 return None
@@ -410,7 +417,8 @@ def _observe(
                 counts[running[-1]] += 1
             return function(*args, **(kwargs or {}))
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # a hook is told of a copy of the module where DataParallel runs it on several devices
+    def enter(module: nn.Module, _copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running.append(module)
         if module in swaps and _arguments(swaps[module], args, kwargs) is not None:
             called.add(module)
@@ -423,7 +431,7 @@ def _observe(
         _swap(swaps)
         for module in [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]:
             # attributes, which _unchanged takes away again
-            module.register_forward_pre_hook(enter, with_kwargs=True)
+            module.register_forward_pre_hook(partial(enter, module), with_kwargs=True)
             module.register_forward_hook(leave)
         model(*inputs)
     return counts, called

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
-from patched_models import Cell, Model, contents, frames, patch
+from patched_models import Cell, Model, TheirWarp, contents, frames, patch
 from torch import Tensor, nn
 
 
@@ -83,7 +84,7 @@ class NeverAsked(Cell):
         (ReturnsList, "does not map x and .hidden, cell. to such a tuple"),
         (HookedActivation, "hooks of modules inside it would not be called"),
         (OwnForward, "its forward is set on the object"),
-        (NeverAsked, "never calls it with those 2 arguments alone"),
+        (NeverAsked, "could compute it, but no call of it in model.*: it takes x and .hidden, cell."),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
@@ -93,8 +94,7 @@ def test_leaves_what_it_cannot_keep(cell: type[Cell], reason: str, training: boo
     before = contents(model)
     report = patch(model)
     assert contents(model) == before and report.swapped == {} and report.difference == 0
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(report.left["cell"])
+    assert re.search(reason, report.left["cell"])
 
 
 def test_the_order_of_gates_does_not_depend_on_the_weights() -> None:
@@ -104,6 +104,7 @@ def test_the_order_of_gates_does_not_depend_on_the_weights() -> None:
     assert patch(model, x).swapped == {"cell": "a fused ConvLSTM cell (gates i, f, o, g)"}
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 def test_scripted_code_is_left() -> None:
     cell, x = Cell(), frames()
     model = Model(torch.jit.trace(cell, (x, cell.first(x))))
@@ -120,3 +121,46 @@ def test_refuses_a_model_without_values() -> None:
     with pytest.raises(ValueError, match="model's head.weight is not initialised, expected values"):
         patch(model)
     assert isinstance(model.head, nn.LazyConv2d) and type(model.cell) is Cell
+
+
+class FixedGridWarp(nn.Module):
+    """A warp whose grid is a buffer, which a fused one would not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.stack(torch.meshgrid(torch.arange(9.0), torch.arange(11.0), indexing="xy")))
+
+    def forward(self, image: Tensor, flow: Tensor) -> Tensor:
+        _, _, h, w = image.shape
+        x, y = (self.grid[:, :h, :w].to(flow) + flow).unbind(1)
+        grid = torch.stack((2 * x / (w - 1) - 1, 2 * y / (h - 1) - 1), dim=-1)
+        return nn.functional.grid_sample(image, grid, padding_mode="border", align_corners=True)
+
+
+class Builtin(nn.Module):
+    """Has no signature that could be read."""
+
+    forward = staticmethod(torch.relu)
+
+
+class Warping(nn.Module):
+    def __init__(self, warp: nn.Module) -> None:
+        super().__init__()
+        self.warp, self.head, self.last = warp, nn.Conv2d(3, 2, 1), Builtin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.warp(flow=self.head(x), image=x))
+
+
+def test_a_warp_that_reads_a_buffer_is_left() -> None:
+    report = patch(Warping(FixedGridWarp()))
+    assert report.swapped == {} and "grid_sample (1 times)" in report.left["warp"]
+
+
+def test_a_warp_of_half_maps_is_left() -> None:
+    assert list(patch(Warping(TheirWarp())).swapped) == ["warp"]
+    model, x = Warping(TheirWarp()).bfloat16(), frames(torch.bfloat16)
+    expected = model(x)
+    report = patch(model, x)
+    assert report.swapped == {} and "takes an image and a flow of float32 or float64" in report.left["warp"]
+    assert torch.equal(model(x), expected)
