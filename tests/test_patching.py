@@ -67,7 +67,7 @@ def test_puts_everything_back_when_an_output_changes(monkeypatch: pytest.MonkeyP
     model, frame = Model(), torch.rand(2, 3, 8, 9)
     modules = {name: (module, type(module)) for name, module in model.named_modules()}
 
-    monkeypatch.setattr("avfast.patching.backward_warp", lambda image, flow, **_: image + 1)
+    monkeypatch.setattr("avfast.recognition.backward_warp", lambda image, flow, **_: image + 1)
     with pytest.raises(ValueError, match="output changed by .* after the swap: nothing was swapped"):
         avfast.patch(model, frame)
     assert {name: (module, type(module)) for name, module in model.named_modules()} == modules

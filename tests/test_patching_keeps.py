@@ -274,7 +274,7 @@ def test_no_failure_of_a_swapped_module_leaves_a_trace(monkeypatch: pytest.Monke
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError("injected")
 
-    monkeypatch.setattr("avfast.patching.convlstm_gates", fail)
+    monkeypatch.setattr("avfast.recognition.convlstm_gates", fail)
     with pytest.raises(MemoryError):
         patch(model, x)
     assert contents(model) == before

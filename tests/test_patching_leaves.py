@@ -73,6 +73,16 @@ class NeverAsked(Cell):
         return super().__call__(x, state, None)
 
 
+class KeywordOnly(Cell):
+    def forward(self, x: Tensor, *, state: Any = None) -> Any:
+        return super().forward(x, state)
+
+
+class Final(Cell):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("Final is final")
+
+
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
@@ -82,6 +92,7 @@ class NeverAsked(Cell):
         (Mask, "computes something else"),
         (Functional, "computes something else"),
         (ReturnsList, "does not map x and .hidden, cell. to such a tuple"),
+        (Final, "its class refuses a subclass .Final is final."),
         (HookedActivation, "hooks of modules inside it would not be called"),
         (OwnForward, "its forward is set on the object"),
         (NeverAsked, "could compute it, but no call of it in model.*: it takes x and .hidden, cell."),
@@ -114,11 +125,11 @@ def test_scripted_code_is_left() -> None:
 
 def test_refuses_a_model_without_values() -> None:
     model = Model().to("meta")
-    with pytest.raises(ValueError, match="model's cell.conv.weight is on the device meta, expected values"):
+    with pytest.raises(ValueError, match="model's cell.conv.weight is Parameter on meta, expected values"):
         patch(model)
     model = Model()
     model.head = nn.LazyConv2d(2, 1)
-    with pytest.raises(ValueError, match="model's head.weight is not initialised, expected values"):
+    with pytest.raises(ValueError, match="model's head.weight is UninitializedParameter on cpu, expected values"):
         patch(model)
     assert isinstance(model.head, nn.LazyConv2d) and type(model.cell) is Cell
 
@@ -164,3 +175,39 @@ def test_a_warp_of_half_maps_is_left() -> None:
     report = patch(model, x)
     assert report.swapped == {} and "takes an image and a flow of float32 or float64" in report.left["warp"]
     assert torch.equal(model(x), expected)
+
+
+def test_arguments_by_keyword_only_are_left() -> None:
+    class ByKeyword(Model):
+        def step(self, x: Tensor, state: Any) -> Any:
+            return self.cell(x, state=state)
+
+    report = patch(ByKeyword(KeywordOnly()))
+    assert report.swapped == {} and "does not map x and (hidden, cell)" in report.left["cell"]
+
+
+def test_infinities_and_nan_in_both_outputs_are_no_difference() -> None:
+    class Masked(Model):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            output = super().forward(x)
+            return output.where(output > 0, -torch.inf), output * torch.nan
+
+    torch.manual_seed(0)
+    report = patch(Masked())
+    assert list(report.swapped) == ["cell"] and report.difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.tensor([torch.nan]).expand(3),
+        torch.eye(2).to_sparse(),
+        torch.zeros(2, dtype=torch.bool),
+        torch.zeros(2, dtype=torch.complex64),
+        torch.zeros(2).to(torch.float8_e4m3fn),
+    ],
+)
+def test_buffers_of_every_kind(buffer: Tensor) -> None:
+    model = Model()
+    model.register_buffer("kept", buffer)
+    assert list(patch(model).swapped) == ["cell"] and model.kept is buffer
