@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from patched_models import drop_in
 from torch import Tensor, nn
 
 import avfast
-from avfast.modules import BackwardWarp
-from avfast.patching import PatchedCell
-
-ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("drop_in", ROOT / "examples" / "drop_in.py")
-assert spec is not None and spec.loader is not None
-drop_in = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(drop_in)
 
 
 class Peephole(drop_in.TheirCell):
@@ -64,27 +54,23 @@ def test_swaps_what_it_recognises_and_lists_the_rest(capsys: pytest.CaptureFixtu
     assert list(report.swapped) == ["cells.0", "warp"]
     assert "gates g, o, f, i" in report.swapped["cells.0"] and "border" in report.swapped["warp"]
     assert "peepholes" in report.left["cells.1"] and "grid_sample (1 times)" in report.left["the model itself"]
-    assert isinstance(model.cells[0], PatchedCell) and isinstance(model.warp, BackwardWarp)
-    assert isinstance(model.cells[1], Peephole)
+    assert isinstance(model.cells[0], SpreadState) and isinstance(model.warp, drop_in.TheirWarp)
+    assert type(model.cells[1]) is Peephole
     torch.testing.assert_close(model(frame), expected, rtol=1e-4, atol=1e-5)
     model(frame).sum().backward()
-    assert model.cells[0].cell.weight.grad is not None
+    assert model.cells[0].conv.weight.grad is not None
     printed = capsys.readouterr().out
     assert "cells.1: left" in printed and "x as fast, largest difference" in printed
 
 
 def test_puts_everything_back_when_an_output_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, frame = Model(), torch.rand(2, 3, 8, 9)
-    modules = dict(model.named_modules())
+    modules = {name: (module, type(module)) for name, module in model.named_modules()}
 
-    class Wrong(nn.Module):
-        def forward(self, image: Tensor, flow: Tensor) -> Tensor:
-            return image + 1
-
-    monkeypatch.setattr("avfast.patching._recognise_warp", lambda module: (Wrong(), "wrong"))
+    monkeypatch.setattr("avfast.recognition.backward_warp", lambda image, flow, **_: image + 1)
     with pytest.raises(ValueError, match="output changed by .* after the swap: nothing was swapped"):
         avfast.patch(model, frame)
-    assert dict(model.named_modules()) == modules
+    assert {name: (module, type(module)) for name, module in model.named_modules()} == modules
 
 
 def test_a_shared_module_stays_shared() -> None:
@@ -102,7 +88,7 @@ def test_a_shared_module_stays_shared() -> None:
     before = model(frame)
     report = avfast.patch(model, frame, rounds=1, verbose=False)
     assert list(report.swapped) == ["first", "second"] and report.speedup > 0
-    assert isinstance(model.first, PatchedCell) and model.first is model.second
+    assert isinstance(model.first, SpreadState) and model.first is model.second
     torch.testing.assert_close(model(frame), before, rtol=1e-4, atol=1e-5)
 
 
