@@ -12,7 +12,7 @@ INPUTS := pyproject.toml constraints.txt $(wildcard setup.py) $(NATIVE) $(wildca
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(VENV)/.installed  ## generate data, train a short run, score it beside the shipped model: at most 15 minutes on 2 CPU cores
+demo: $(VENV)/.installed  ## generate data, train a short run, score it beside the shipped model: about 10 minutes on 2 CPU cores
 	@echo "training on generated data; pictures appear in runs/mmnist-demo/samples as it trains"
 	@$(RUN) avfast.train --preset demo
 	@run=$$(ls -dt runs/mmnist-demo* | head -n 1) && echo "scoring $$run and the shipped model" \
